@@ -1,0 +1,186 @@
+"""The frozen encoders: a T5 for captions and a VAE for pictures, each with a fingerprint of what it computes with.
+
+Letters: B items, L tokens, E text width, C latent channels; H, W pixels, h, w latent pixels.
+
+`--encoders` names them as `tiny` (both ship with the package), or `TEXT+VAE`, where each is a name of the tables below, a
+hub name, or a local folder in transformers' or diffusers' layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+
+ASSETS = Path(__file__).parent / "assets"
+# A hub name may end in ":subfolder".
+TEXT_ENCODERS = {
+    "tiny": str(ASSETS / "tiny_t5"),
+    "flan-t5-xxl": "google/flan-t5-xxl",
+    "flan-t5-xl": "google/flan-t5-xl",
+    "flan-t5-large": "google/flan-t5-large",
+    "t5-v1.1-xxl": "google/t5-v1_1-xxl",
+}
+VAES = {
+    "tiny": str(ASSETS / "tiny_vae"),
+    "mochi": "genmo/mochi-1-preview:vae",
+    "sd-ft-mse": "stabilityai/sd-vae-ft-mse",
+    "sdxl": "stabilityai/sdxl-vae",
+}
+DOWNSAMPLE = 8  # pixels per latent pixel, of every VAE that is supported
+
+
+def parse_encoders(spec: str) -> tuple[str, str]:
+    """`tiny` or `TEXT+VAE` to the two names. Raises ValueError for anything else."""
+    if spec == "tiny":
+        return "tiny", "tiny"
+    text, plus, vae = spec.partition("+")
+    if not plus or not text or not vae or "+" in vae:
+        raise ValueError(
+            f"--encoders {spec}: expected `tiny` or TEXT+VAE, for example flan-t5-xxl+mochi; known text encoders: "
+            f"{', '.join(TEXT_ENCODERS)}; known VAEs: {', '.join(VAES)}; hub names and local folders serve too"
+        )
+    return text, vae
+
+
+def _folder(name: str, known: dict[str, str]) -> Path:
+    """The local folder of an encoder, downloaded from the hub where it is not local."""
+    source = known.get(name, name)
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise FileNotFoundError(f"no encoder at {source}: neither a known name ({', '.join(known)}) nor a local folder")
+    repository, _, subfolder = source.partition(":")
+    inside = f"{subfolder}/" if subfolder else ""
+    try:
+        root = snapshot_download(
+            repository, allow_patterns=[f"{inside}*.json", f"{inside}*.safetensors", f"{inside}*.model"]
+        )
+    except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
+        raise FileNotFoundError(
+            f"{repository} could not be fetched from the hub ({type(error).__name__}); give a local folder instead, "
+            "or log in and check the network"
+        ) from error
+    return Path(root) / subfolder
+
+
+def fingerprint(module: nn.Module, about: dict) -> str:
+    """SHA-256 of what a frozen module computes with: its description and every parameter and buffer, byte for byte."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class TextEncoder:
+    """A frozen T5 encoder. `width` is E; `fingerprint` covers weights, tokenizer and dtype."""
+
+    def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        folder = _folder(name, TEXT_ENCODERS)
+        self.name = name
+        self.device = torch.device(device)
+        dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = T5EncoderModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} holds no T5 encoder that can be loaded: {error}".splitlines()[0]) from error
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.width = self.model.config.d_model
+        self.fingerprint = fingerprint(self.model, {"vocabulary": self.tokenizer.get_vocab()})
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str], token_cap: int) -> tuple[list[Tensor], int]:
+        """Captions to bf16 embeddings, each [L, E] without padding, and how many of them were cut to `token_cap` tokens."""
+        whole = self.tokenizer(list(captions), add_special_tokens=True, truncation=False, verbose=False).input_ids
+        cut = sum(len(ids) > token_cap for ids in whole)
+        # A cut caption keeps its end token.
+        ids = [i if len(i) <= token_cap else i[: token_cap - 1] + i[-1:] for i in whole]
+        batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
+        hidden = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        hidden = hidden.to(torch.bfloat16).cpu()
+        return [row[: len(i)].clone() for row, i in zip(hidden, ids, strict=True)], cut
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A posterior's mean and standard deviation [B, C, h, w], normalised per channel."""
+
+    mean: Tensor
+    std: Tensor
+
+
+class Vae:
+    """A frozen VAE: diffusers' `AutoencoderKL`, or `AutoencoderKLMochi` with one frame.
+
+    Latents are normalised to about zero mean and unit variance with the VAE's own figures: `(z − mean)·scale / std` per
+    channel where its config has `latents_mean` and `latents_std`, else `(z − shift)·scale`.
+    """
+
+    def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
+        from diffusers import AutoencoderKL, AutoencoderKLMochi
+
+        classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLMochi": AutoencoderKLMochi}
+        folder = _folder(name, VAES)
+        config_file = folder / "config.json"
+        if not config_file.exists():
+            raise FileNotFoundError(f"{folder} holds no VAE: {config_file.name} is missing (diffusers' layout is expected)")
+        kind = json.loads(config_file.read_text()).get("_class_name")
+        if kind not in classes:
+            raise ValueError(f"{config_file}: _class_name {kind!r} is not supported; expected {' or '.join(classes)}")
+        self.name = name
+        self.device = torch.device(device)
+        dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        try:
+            model = classes[kind].from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} holds no {kind} that can be loaded: {error}".splitlines()[0]) from error
+        self.model = model.to(self.device, memory_format=torch.channels_last if kind == "AutoencoderKL" else None)
+        self.model.eval().requires_grad_(False)
+        self.frames = kind == "AutoencoderKLMochi"
+        config = self.model.config
+        self.channels: int = config.latent_channels
+        self.shift, self.scale = self._normalisation(config)
+        self.fingerprint = fingerprint(self.model, {"class": kind, **self.normalisation})
+
+    def _normalisation(self, config) -> tuple[Tensor, Tensor]:
+        """Shift and scale [C, 1, 1] of `(z − shift)·scale`."""
+        scaling = torch.tensor(float(config.scaling_factor))
+        if config.get("latents_mean") and config.get("latents_std"):
+            shift, scale = torch.tensor(config.latents_mean), scaling / torch.tensor(config.latents_std)
+        else:
+            shift = torch.full((self.channels,), float(config.get("shift_factor") or 0.0))
+            scale = scaling.expand(self.channels)
+        return shift.float()[:, None, None].to(self.device), scale.float()[:, None, None].to(self.device)
+
+    @property
+    def normalisation(self) -> dict[str, list[float]]:
+        """Per-channel `shift` and `scale`, for the data set's card."""
+        return {"shift": self.shift.flatten().tolist(), "scale": self.scale.flatten().tolist()}
+
+    @torch.no_grad()
+    def encode(self, pictures_B3HW: Tensor) -> Latents:
+        """Pictures in −1..1 to normalised posteriors, in fp32 on the host."""
+        pictures = pictures_B3HW.to(self.device, self.model.dtype)
+        posterior = self.model.encode(pictures[:, :, None] if self.frames else pictures).latent_dist
+        mean, std = (v.squeeze(2) if self.frames else v for v in (posterior.mean, posterior.std))
+        return Latents(((mean.float() - self.shift) * self.scale).cpu(), (std.float() * self.scale).cpu())
+
+    @torch.no_grad()
+    def decode(self, latent_BChw: Tensor) -> Tensor:
+        """Normalised latents to pictures [B, 3, H, W] in −1..1, one at a time to bound memory, on the host."""
+        pictures = []
+        for latent in latent_BChw.to(self.device).float():
+            z = (latent / self.scale + self.shift).to(self.model.dtype)[None]
+            decoded = self.model.decode(z[:, :, None] if self.frames else z).sample
+            pictures.append((decoded[:, :, -1] if self.frames else decoded).float().clamp(-1, 1).cpu())
+        return torch.cat(pictures)

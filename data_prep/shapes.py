@@ -1,0 +1,242 @@
+"""The captioned-shapes world: pictures whose captions are true by construction, and a checker that reads them back.
+
+    scene ── caption()  "a small red circle above a large blue square on a yellow background"
+      │
+      ├──── draw()      the picture, at any size
+      │
+      └──── check()     which colours (and shapes) a picture really shows: the measure of the demo and of the tests
+
+`write_tars` draws many scenes into webdataset tars as img2dataset would have left them (`key.jpg`, `key.txt`, `key.json`).
+Everything follows from a seed. The command line:
+
+    python data_prep/shapes.py --output tars --pictures 2000 --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (42, 157, 70),
+    "blue": (40, 80, 215),
+    "yellow": (247, 205, 45),
+    "purple": (150, 60, 190),
+    "cyan": (70, 205, 220),
+    "white": (243, 243, 243),
+    "black": (22, 22, 22),
+}
+SHAPES = ("circle", "square", "triangle")
+RADII = {"small": 0.11, "large": 0.20}  # half an object's extent, as a share of the picture's side
+COUNTS = {2: "two", 3: "three"}
+PLACES = {  # centre (x, y) as shares of the side
+    "in the centre": (0.5, 0.5),
+    "at the top": (0.5, 0.26),
+    "at the bottom": (0.5, 0.74),
+    "on the left": (0.26, 0.5),
+    "on the right": (0.74, 0.5),
+}
+RELATIONS = {  # the first object's side of the second
+    "above": (0.0, -1.0),
+    "below": (0.0, 1.0),
+    "left of": (-1.0, 0.0),
+    "right of": (1.0, 0.0),
+}
+KINDS = ("one", "count", "pair")
+# An object's area as a share of its bounding box, by which `check` tells the shapes apart.
+_FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}
+_SUPERSAMPLING = 2
+_LEAST_AREA = 0.01  # a colour that covers less of the picture is not an object; the smallest triangle covers 2.4%
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One object: its centre (x, y) is a share of the picture's side, y downwards."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture's content. `phrase` is the caption without its background."""
+
+    objects: tuple[Shape, ...]
+    background: str
+    phrase: str
+
+    @property
+    def caption(self) -> str:
+        return f"{self.phrase} on a {self.background} background"
+
+    @property
+    def foreground(self) -> frozenset[str]:
+        """The colours of the objects."""
+        return frozenset(o.colour for o in self.objects)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `check` found. `shapes` is None where the scene has several objects of one colour."""
+
+    background: bool
+    foreground: bool
+    shapes: bool | None
+
+    @property
+    def colours(self) -> bool:
+        return self.background and self.foreground
+
+
+def random_scene(rng: random.Random, kind: str | None = None) -> Scene:
+    """Draws a scene of `kind` ("one", "count" or "pair"; None: any)."""
+    kind = kind or rng.choice(KINDS)
+    background, first, second = rng.sample(list(COLOURS), 3)
+    shape, size = rng.choice(SHAPES), rng.choice(list(RADII))
+    if kind == "one":
+        place = rng.choice(list(PLACES))
+        x, y = PLACES[place]
+        return Scene((_place(rng, shape, first, size, x, y),), background, f"a {size} {first} {shape} {place}")
+    if kind == "count":
+        number = rng.choice(list(COUNTS))
+        centres = [(0.29, 0.32), (0.71, 0.32), (0.5, 0.72)][:number] if number == 3 else [(0.27, 0.5), (0.73, 0.5)]
+        objects = tuple(_place(rng, shape, first, "small", x, y) for x, y in centres)
+        return Scene(objects, background, f"{COUNTS[number]} small {first} {shape}s")
+    if kind == "pair":
+        relation = rng.choice(list(RELATIONS))
+        dx, dy = RELATIONS[relation]
+        other_shape, other_size = rng.choice(SHAPES), rng.choice(list(RADII))
+        objects = (
+            _place(rng, shape, first, size, 0.5 + 0.23 * dx, 0.5 + 0.23 * dy),
+            _place(rng, other_shape, second, other_size, 0.5 - 0.23 * dx, 0.5 - 0.23 * dy),
+        )
+        return Scene(
+            objects, background, f"a {size} {first} {shape} {relation} a {other_size} {second} {other_shape}"
+        )
+    raise ValueError(f"unknown kind of scene {kind!r}; the kinds are {', '.join(KINDS)}")
+
+
+def _place(rng: random.Random, shape: str, colour: str, size: str, x: float, y: float) -> Shape:
+    return Shape(shape, colour, size, x + rng.uniform(-0.025, 0.025), y + rng.uniform(-0.025, 0.025))
+
+
+def draw(scene: Scene, side: int = 512) -> Image.Image:
+    """The scene as a square RGB picture of `side` pixels."""
+    full = side * _SUPERSAMPLING
+    image = Image.new("RGB", (full, full), COLOURS[scene.background])
+    canvas = ImageDraw.Draw(image)
+    for o in scene.objects:
+        x, y, r = o.x * full, o.y * full, RADII[o.size] * full
+        box = (x - r, y - r, x + r, y + r)
+        if o.shape == "circle":
+            canvas.ellipse(box, fill=COLOURS[o.colour])
+        elif o.shape == "square":
+            canvas.rectangle(box, fill=COLOURS[o.colour])
+        else:
+            canvas.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=COLOURS[o.colour])
+    return image.resize((side, side), Image.Resampling.BOX)
+
+
+def check(image: Image.Image, scene: Scene) -> Verdict:
+    """Reads a picture's colours and shapes and compares them with the scene's.
+
+    Background: the most frequent palette colour of the outer frame. Foreground: the set of the other palette colours that
+    cover at least 1% of the picture, edges left out, must be exactly the scene's. Shapes: by the filled share of each colour's bounding box.
+    """
+    labels, solid = _palette_labels(image)
+    names = list(COLOURS)
+    edge = max(1, len(labels) // 20)
+    frame = np.concatenate([labels[:edge].ravel(), labels[-edge:].ravel(), labels[:, :edge].ravel(), labels[:, -edge:].ravel()])
+    background = names[np.bincount(frame, minlength=len(names)).argmax()]
+    areas = np.bincount(labels[solid], minlength=len(names)) / labels.size
+    found = frozenset(n for n, area in zip(names, areas, strict=True) if n != background and area >= _LEAST_AREA)
+    shapes = None
+    if len(scene.foreground) == len(scene.objects):
+        shapes = all(
+            o.colour in found and _shape_of((labels == names.index(o.colour)) & solid) == o.shape for o in scene.objects
+        )
+    return Verdict(background == scene.background, found == scene.foreground, shapes)
+
+
+def _palette_labels(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest palette colour of each pixel [S, S], at a side of 128, and where its 3×3 neighbours agree with it."""
+    pixels = np.asarray(image.convert("RGB").resize((128, 128), Image.Resampling.BOX), dtype=np.float32)
+    palette = np.array(list(COLOURS.values()), dtype=np.float32)
+    labels = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
+    padded = np.pad(labels, 1, mode="edge")
+    side = len(labels)
+    solid = np.ones_like(labels, dtype=bool)
+    for dy in range(3):
+        for dx in range(3):
+            solid &= padded[dy : dy + side, dx : dx + side] == labels
+    return labels, solid
+
+
+def _shape_of(mask: np.ndarray) -> str:
+    """The shape whose filled share of its bounding box is nearest; the box ignores stray pixels (under 2 in a row)."""
+    rows, columns = np.flatnonzero(mask.sum(1) > 1), np.flatnonzero(mask.sum(0) > 1)
+    if len(rows) == 0 or len(columns) == 0:
+        return "nothing"
+    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return min(_FILL, key=lambda name: abs(_FILL[name] - box.mean()))
+
+
+def scenes(count: int, seed: int) -> Iterator[Scene]:
+    """`count` scenes, the same for the same seed, of all kinds in turn."""
+    for i in range(count):
+        yield random_scene(random.Random(f"{seed}/{i}"), KINDS[i % len(KINDS)])
+
+
+def write_tars(folder: Path, pictures: int, seed: int = 0, per_tar: int = 250, small_share: float = 0.15) -> list[Path]:
+    """Writes `pictures` scenes as JPEGs with captions into `folder/00000.tar`, …, and returns the tars' paths.
+
+    `small_share` of them are 320 px wide, the others 512 px: the first serve 256 px training only, as in any real collection.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i:05d}.tar" for i in range(-(-pictures // per_tar))]
+    todo = enumerate(scenes(pictures, seed))
+    for path in paths:
+        # A fixed time, owner and mode make the tar the same, byte for byte, for the same seed.
+        with webdataset.TarWriter(str(path), mtime=0, user="shapes", group="shapes") as tar:
+            for i, scene in (entry for _, entry in zip(range(per_tar), todo, strict=False)):
+                side = 320 if random.Random(f"{seed}/{i}/side").random() < small_share else 512
+                jpeg = io.BytesIO()
+                draw(scene, side).save(jpeg, "JPEG", quality=95, subsampling=0)
+                about = {"caption": scene.caption, "width": side, "height": side, "status": "success"}
+                tar.write(
+                    {
+                        "__key__": f"{i:09d}",
+                        "jpg": jpeg.getvalue(),
+                        "txt": scene.caption,
+                        "json": json.dumps(about).encode(),
+                    }
+                )
+    return paths
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draws captioned shapes into webdataset tars.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the tars")
+    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--per-tar", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for path in write_tars(args.output, args.pictures, args.seed, args.per_tar):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

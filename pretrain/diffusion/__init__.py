@@ -1,0 +1,14 @@
+"""Objectives and sampling: torch and einops only.
+
+Convention everywhere: t = 0 is data, t = 1 (timestep 1000) is noise.
+"""
+
+from pretrain.diffusion.ddpm import EpsilonPrediction
+from pretrain.diffusion.flow import RectifiedFlow
+from pretrain.diffusion.guidance import Guided
+from pretrain.diffusion.objective import Draw, Loss, NoisySample, Objective, draw, measure
+from pretrain.diffusion.sampler import sample
+
+__all__ = [
+    "Draw", "EpsilonPrediction", "Guided", "Loss", "NoisySample", "Objective", "RectifiedFlow", "draw", "measure", "sample",
+]

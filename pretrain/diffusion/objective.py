@@ -1,0 +1,70 @@
+"""The training objective: draws noise and times, forms x_t and the target, and measures the prediction.
+
+Letters: B images, C latent channels.
+
+Every random number of a sample comes from the sample's own seed, so that the loss does not depend on how a global batch
+is divided among processes and micro-batches, and a resumed run needs no random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoisySample:
+    """What the backbone is given and asked for; `timestep_B` in 0..1000 (0 is data)."""
+
+    noisy_BCHW: Tensor
+    timestep_B: Tensor
+    target_BCHW: Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean squared error: the batch's mean, and per sample with its timestep (both without gradient)."""
+
+    mean: Tensor
+    per_sample_B: Tensor
+    timestep_B: Tensor
+
+
+class Objective(Protocol):
+    """A way from data to noise and what to predict on it."""
+
+    def corrupt(self, latent_BCHW: Tensor, noise_BCHW: Tensor, uniform_B: Tensor) -> NoisySample: ...
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers of a batch, each row from its own seed, in fp32."""
+
+    posterior_BCHW: Tensor
+    noise_BCHW: Tensor
+    uniform_B: Tensor
+
+
+def draw(seeds: Sequence[int], shape: torch.Size, device: torch.device) -> Draw:
+    """Normal numbers for the VAE's posterior and the noise, and a uniform one for the time, for latents [B, C, H, W]."""
+    generator = torch.Generator(device)
+    numbers = torch.empty(2, *shape, device=device)
+    uniform = torch.empty(shape[0], device=device)
+    for i, seed in enumerate(seeds):
+        generator.manual_seed(seed)
+        numbers[0, i].normal_(generator=generator)
+        numbers[1, i].normal_(generator=generator)
+        uniform[i].uniform_(generator=generator)
+    return Draw(numbers[0], numbers[1], uniform)
+
+
+def measure(predict: Callable[[NoisySample], Tensor], sample: NoisySample) -> Loss:
+    """The prediction's squared error against the target, in fp32."""
+    error = F.mse_loss(predict(sample).float(), sample.target_BCHW, reduction="none")
+    per_sample_B = error.flatten(1).mean(1)
+    return Loss(per_sample_B.mean(), per_sample_B.detach(), sample.timestep_B)

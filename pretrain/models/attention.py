@@ -1,0 +1,47 @@
+"""Attention among the image's tokens, and from them to the text.
+
+Letters: B images, N image tokens, M text tokens of all captions, L the longest caption's, D width, h heads, d a head's width.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from pretrain.models.embeddings import Rotary
+from pretrain.models.text import PackedText
+
+
+class SelfAttention(nn.Module):
+    """Full attention among [B, N, D] tokens, with rotary positions."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor, rotary: Rotary) -> Tensor:
+        q, k, v = rearrange(self.qkv(x_BND), "B N (three h d) -> three B h N d", three=3, h=self.heads)
+        y_BhNd = F.scaled_dot_product_attention(rotary(q), rotary(k), v)
+        return self.out(rearrange(y_BhNd, "B h N d -> B N (h d)"))
+
+
+class CrossAttention(nn.Module):
+    """Attention from [B, N, D] image tokens to each image's own caption; keys and values are made of real tokens only."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor, text: PackedText) -> Tensor:
+        q_BhNd = rearrange(self.q(x_BND), "B N (h d) -> B h N d", h=self.heads)
+        kv_BLX = text.pad(self.kv(text.tokens_ME))
+        k, v = rearrange(kv_BLX, "B L (two h d) -> two B h L d", two=2, h=self.heads)
+        keep = None if text.keep_BL is None else text.keep_BL[:, None, None, :]
+        y_BhNd = F.scaled_dot_product_attention(q_BhNd, k, v, attn_mask=keep)
+        return self.out(rearrange(y_BhNd, "B h N d -> B N (h d)"))

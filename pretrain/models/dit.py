@@ -1,0 +1,260 @@
+"""The backbone: a PixArt-alpha-like diffusion transformer, and FocusDiT as two of its settings.
+
+Letters: B images, C latent channels, N tokens, D width, M text tokens, E the text encoder's width, K blocks.
+
+One block (FocusDiT, §4):
+
+    x += gate_msa · SelfAttention(LN(x)·(1 + scale_msa) + shift_msa)
+    x += CrossAttention(x, text)                       its input is not normalised
+    m  = QueryMask(x, m, t)                            Eq. 2; `mask: none` leaves it out
+    x += m · gate_mlp · FFN(LN(x)·(1 + scale_mlp) + shift_mlp)      Eq. 3: the mask weights the FFN's output
+
+The six modulations are the block's own 6 × D table plus one projection of the time that all blocks share (AdaLN-single).
+
+Initialisation, all in `DiT.initialise`:
+
+| parameter                                   | value                                                      |
+|---------------------------------------------|------------------------------------------------------------|
+| linear weights (patches and FFN too)        | Xavier uniform                                             |
+| biases, the previous mask's columns         | 0                                                          |
+| time MLP, AdaLN-single, text projection     | normal(0.02)                                               |
+| scale-shift tables                          | normal(1/√D)                                               |
+| cross-attention's output, the last layer    | 0: a fresh block ignores the text, a fresh model predicts 0 |
+| query mask's time (table or shift)          | normal(0.02) or 0                                          |
+| query mask's last bias                      | 2: masks start near 0.88, where their gradient still flows |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.models import ffn, mask
+from pretrain.models.attention import CrossAttention, SelfAttention
+from pretrain.models.embeddings import ROTARY_PARTS, PatchEmbed, Rotary, TextProjection, TimeEmbed, rotary_positions
+from pretrain.models.text import PackedText
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """A backbone's shape.
+
+    Attributes:
+        width: D.
+        heads: attention heads; `width` must be divisible by them.
+        depth: blocks.
+        patch: a token is patch × patch latent pixels.
+        latent_channels: C of the VAE.
+        text_width: E of the text encoder.
+        mask: query mask: none | release | adaln_single.
+        ffn: vocabulary layout: uniform | shared | tapered.
+        shared_width: entries of the shared expert, in widths D (1, 2 or 3); only for `ffn: shared`.
+        rotary: what the head's width turns by: halves (row, column) | thirds (time, row, column).
+        position_scale: positions are divided by it.
+        mask_hidden: hidden widths of the query mask's MLP.
+        mask_dropout: dropout of the mask itself while training.
+    """
+
+    width: int
+    heads: int
+    depth: int
+    patch: int
+    latent_channels: int
+    text_width: int
+    mask: str = "none"
+    ffn: str = "uniform"
+    shared_width: int = 2
+    rotary: str = "halves"
+    position_scale: float = 1.0
+    mask_hidden: tuple[int, ...] = (512, 128, 32, 16)
+    mask_dropout: float = 0.1
+
+    def problems(self) -> list[str]:
+        """Everything that keeps this shape from being built, each with the mend."""
+        found = []
+        for field, names in (("mask", mask.KINDS), ("ffn", ffn.LAYOUTS), ("rotary", tuple(ROTARY_PARTS))):
+            if getattr(self, field) not in names:
+                found.append(f"{field}: {getattr(self, field)!r} is none of {', '.join(names)}")
+        for field in ("width", "heads", "depth", "patch", "latent_channels", "text_width", "position_scale"):
+            if getattr(self, field) <= 0:
+                found.append(f"{field}: {getattr(self, field)} must be above 0")
+        if found:
+            return found
+        if self.ffn == "shared" and self.shared_width not in (1, 2, 3):
+            found.append(f"shared_width: {self.shared_width} must be 1, 2 or 3 (widths D of the 4D entries)")
+        if not 0 <= self.mask_dropout < 1:
+            found.append(f"mask_dropout: {self.mask_dropout} must be in [0, 1)")
+        parts = 2 * len(ROTARY_PARTS[self.rotary])
+        if self.width % (self.heads * parts):
+            found.append(
+                f"width: {self.width} must be divisible by heads × {parts} = {self.heads * parts} "
+                f"(rotary {self.rotary} turns pairs in {parts // 2} parts of each head)"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all blocks of one forward pass share."""
+
+    time_BD: Tensor
+    modulation_B6D: Tensor
+    timestep_B: Tensor
+    text: PackedText
+    rotary: Rotary
+    shared_expert: ffn.Vocabulary | None
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """What a block takes and gives: tokens, their (rows, columns), and the query mask of the block before."""
+
+    x_BND: Tensor
+    grid: tuple[int, int]
+    mask_BN1: Tensor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The backbone's output; `masks_KBN` is each block's query mask, None for `mask: none`."""
+
+    sample_BCHW: Tensor
+    masks_KBN: Tensor | None
+
+
+def modulate(x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
+    """LN(x)·(1 + scale) + shift, with a LayerNorm (eps 1e-6) that has no parameters of its own."""
+    return torch.addcmul(shift_B1D, F.layer_norm(x_BND, x_BND.shape[-1:], eps=1e-6), 1 + scale_B1D)
+
+
+class Block(nn.Module):
+    """A transformer block: a token state in, a token state out."""
+
+    def __init__(self, config: DiTConfig, index: int):
+        super().__init__()
+        D = config.width
+        self.scale_shift_table = nn.Parameter(torch.empty(6, D))
+        self.self_attention = SelfAttention(D, config.heads)
+        self.cross_attention = CrossAttention(D, config.heads)
+        self.query_mask = None
+        if config.mask != "none":
+            self.query_mask = mask.QueryMask(D, config.mask, config.mask_hidden, config.mask_dropout)
+        self.ffn = ffn.Vocabulary(D, ffn.local_size(config.ffn, D, config.shared_width, index, config.depth))
+
+    def forward(self, state: TokenState, context: Context) -> TokenState:
+        x, m = state.x_BND, state.mask_BN1
+        modulation = (self.scale_shift_table + context.modulation_B6D).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = torch.addcmul(x, gate_msa, self.self_attention(modulate(x, shift_msa, scale_msa), context.rotary))
+        x = x + self.cross_attention(x, context.text)
+        if self.query_mask is not None:
+            m = self.query_mask(x, m, context.time_BD, context.timestep_B)
+        z = modulate(x, shift_mlp, scale_mlp)
+        update = self.ffn(z)
+        if context.shared_expert is not None:
+            update = update + context.shared_expert(z)
+        gate = gate_mlp if self.query_mask is None else m * gate_mlp
+        return replace(state, x_BND=torch.addcmul(x, gate, update), mask_BN1=m)
+
+
+class FinalLayer(nn.Module):
+    """Tokens [B, N, D] to a prediction [B, C, H, W]; shift and scale come from the time embedding itself."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.patch = config.patch
+        self.scale_shift_table = nn.Parameter(torch.empty(2, config.width))
+        self.proj = nn.Linear(config.width, config.patch**2 * config.latent_channels)
+
+    def forward(self, state: TokenState, time_BD: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table + time_BD[:, None]).chunk(2, dim=1)
+        patches = self.proj(modulate(state.x_BND, shift, scale))
+        p, rows = self.patch, state.grid[0]
+        return rearrange(patches, "B (H W) (p q C) -> B C (H p) (W q)", H=rows, p=p, q=p)
+
+
+class DiT(nn.Module):
+    """The backbone: (noisy latent, timestep, text) to the objective's prediction.
+
+    Attributes:
+        recompute: recompute each block's activations in the backward pass instead of keeping them.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        if problems := config.problems():
+            raise ValueError("this model cannot be built:\n" + "\n".join(f"  {p}" for p in problems))
+        self.config = config
+        self.recompute = False
+        D = config.width
+        self.patch_embed = PatchEmbed(config.latent_channels, config.patch, D)
+        self.time_embed = TimeEmbed(D)
+        self.time_modulation = nn.Linear(D, 6 * D)
+        self.text_projection = TextProjection(config.text_width, D)
+        self.shared_expert = ffn.Vocabulary(D, config.shared_width * D, bias=False) if config.ffn == "shared" else None
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+        self.final = FinalLayer(config)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Sets every parameter as the table at the file's top says."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for parent in (self.time_embed, self.text_projection):
+            nn.init.normal_(parent.linear_1.weight, std=0.02)
+            nn.init.normal_(parent.linear_2.weight, std=0.02)
+        nn.init.normal_(self.time_modulation.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith("scale_shift_table"):
+                nn.init.normal_(parameter, std=self.config.width**-0.5)
+        for block in self.blocks:
+            nn.init.zeros_(block.cross_attention.out.weight)
+            if block.query_mask is not None:
+                nn.init.constant_(block.query_mask.layers[-1].linear.bias, 2.0)
+        nn.init.zeros_(self.final.proj.weight)
+
+    def forward(self, latent_BCHW: Tensor, timestep_B: Tensor, text: PackedText) -> Prediction:
+        """Predicts for latents [B, C, H, W] at timesteps [B] in 0..1000 (0 is data), each with its caption.
+
+        Raises:
+            ValueError: the latent's sides are not divisible by the patch.
+        """
+        p = self.config.patch
+        rows, rest_h = divmod(latent_BCHW.shape[-2], p)
+        columns, rest_w = divmod(latent_BCHW.shape[-1], p)
+        if rest_h or rest_w:
+            raise ValueError(f"a latent of {tuple(latent_BCHW.shape[-2:])} is not divisible by the patch of {p}")
+        x_BND = self.patch_embed(latent_BCHW)
+        time_BD = self.time_embed(timestep_B)
+        context = Context(
+            time_BD=time_BD,
+            modulation_B6D=self.time_modulation(F.silu(time_BD)).unflatten(-1, (6, -1)),
+            timestep_B=timestep_B,
+            text=text.with_tokens(self.text_projection(text.tokens_ME)),
+            rotary=self._positions((rows, columns), x_BND),
+            shared_expert=self.shared_expert,
+        )
+        state = TokenState(x_BND, (rows, columns), x_BND.new_ones(x_BND.shape[0], x_BND.shape[1], 1))
+        masks = []
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                state = checkpoint(block, state, context, use_reentrant=False)
+            else:
+                state = block(state, context)
+            masks.append(state.mask_BN1.squeeze(-1))
+        masks_KBN = None if self.config.mask == "none" else torch.stack(masks)
+        return Prediction(self.final(state, time_BD), masks_KBN)
+
+    def _positions(self, grid: tuple[int, int], like: Tensor) -> Rotary:
+        c = self.config
+        return rotary_positions(c.rotary, grid, c.width // c.heads, c.position_scale, like.device, like.dtype)

@@ -1,0 +1,65 @@
+"""Q-MaskGen: which tokens shall query the FFN's vocabulary, and how much (FocusDiT, §4.1, Eq. 2).
+
+Letters: B images, N tokens, D width.
+
+    m_i = MLP(norm(x, t), m_{i−1}) in (0, 1),   m_0 = 1
+
+The input is the cross-attention's output; the mask of the block before enters every layer of the MLP, and gradients flow
+back through it. Two kinds differ in how the time t enters:
+
+- `release`: what the authors trained. Each block has a table of 1001 × D time embeddings and a Linear(D, 2D): 88% of
+  Q-MaskGen's 0.199B parameters.
+- `adaln_single`: what the paper's text says. Each block has a 2 × D table over the backbone's time embedding: 0.024B.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KINDS = ("none", "release", "adaln_single")
+TIMESTEPS = 1000  # the table has one row for each integer timestep 0..1000
+
+
+class MaskLinear(nn.Module):
+    """Linear over [input, previous mask]: the mask's column is kept apart, so that no concatenation is made."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.premask = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x_BNX: Tensor, mask_BN1: Tensor) -> Tensor:
+        return torch.addcmul(self.linear(x_BNX), mask_BN1, self.premask)
+
+
+class QueryMask(nn.Module):
+    """Predicts a block's query mask [B, N, 1] from its tokens, the time and the block before's mask."""
+
+    def __init__(self, width: int, kind: str, hidden: tuple[int, ...], dropout: float):
+        super().__init__()
+        if kind == "release":
+            self.time_table = nn.Embedding(TIMESTEPS + 1, width)
+            self.time_linear = nn.Linear(width, 2 * width)
+        elif kind == "adaln_single":
+            self.time_shift = nn.Parameter(torch.zeros(2, width))
+        else:
+            raise ValueError(f"unknown query mask {kind!r}; the kinds are {', '.join(KINDS)}")
+        self.kind = kind
+        sizes = (width, *hidden, 1)
+        self.layers = nn.ModuleList(MaskLinear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BND: Tensor, mask_BN1: Tensor, time_BD: Tensor, timestep_B: Tensor) -> Tensor:
+        if self.kind == "release":
+            # The table is indexed by the truncated timestep; the order is (scale, shift), as the release has it.
+            row_BD = self.time_table(timestep_B.long().clamp(0, TIMESTEPS))
+            scale, shift = self.time_linear(F.silu(row_BD))[:, None].chunk(2, dim=-1)
+        else:
+            scale, shift = (self.time_shift + time_BD[:, None]).chunk(2, dim=1)
+        h = torch.addcmul(shift, F.layer_norm(x_BND, x_BND.shape[-1:], eps=1e-5), 1 + scale)
+        for layer in self.layers[:-1]:
+            h = F.relu(layer(h, mask_BN1))
+        # Dropout acts on the mask itself, and the mask goes on to the next block as it is after dropout.
+        return self.dropout(torch.sigmoid(self.layers[-1](h, mask_BN1)))

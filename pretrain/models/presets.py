@@ -1,0 +1,33 @@
+"""The sizes table: every backbone that a config can name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pretrain.models.dit import DiTConfig
+
+# The paper's baseline (§5): 28 blocks of 16 heads × 96 over Mochi latents (12 channels) and Flan-T5-XXL text (4096).
+_DIT_1B = DiTConfig(width=1536, heads=16, depth=28, patch=2, latent_channels=12, text_width=4096)
+# For a CPU: latents of the tiny VAE (8 channels), text of the tiny T5 (128).
+_DIT_TINY = DiTConfig(
+    width=192, heads=4, depth=6, patch=4, latent_channels=8, text_width=128, mask_hidden=(64, 32, 16, 8)
+)
+
+PRESETS: dict[str, DiTConfig] = {
+    "dit_1b": _DIT_1B,
+    # The paper's text: the shared expert is 3D wide by default (Table 3, Eq. 5).
+    "focusdit_1b": replace(_DIT_1B, mask="release", ffn="shared", shared_width=3),
+    # The paper's parameter count, 1.023B, is that of a 2D wide shared expert.
+    "focusdit_1b_shared2d": replace(_DIT_1B, mask="release", ffn="shared", shared_width=2),
+    # What the authors released: no shared expert, a tapered vocabulary, positions in thirds.
+    "focusdit_release": replace(_DIT_1B, mask="release", ffn="tapered", rotary="thirds"),
+    "dit_tiny": _DIT_TINY,
+    "focusdit_tiny": replace(_DIT_TINY, mask="adaln_single", ffn="shared", shared_width=2),
+}
+
+
+def preset(name: str) -> DiTConfig:
+    """The named preset. Raises ValueError with the known names."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown model preset {name!r}; the presets are {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,81 @@
+"""Unpadded text: the captions of a batch, laid end to end.
+
+Letters: B captions, M tokens of all captions together, L the longest caption's tokens, E the text encoder's width, X any width.
+
+Projections run on the M real tokens. Only attention, whose cost in text is small, sees a [B, L] rectangle, and a mask
+keeps it from the empty places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Token embeddings of B captions without padding.
+
+    Attributes:
+        tokens_ME: the embeddings of all captions, end to end.
+        lengths: each caption's tokens, on the host (no device is asked for them).
+        slot_M: each token's place in the flattened [B, L] rectangle.
+        keep_BL: True where the rectangle holds a token; None when all captions are equally long.
+    """
+
+    tokens_ME: Tensor
+    lengths: tuple[int, ...]
+    slot_M: Tensor
+    keep_BL: Tensor | None
+
+    @classmethod
+    def pack(cls, captions: Sequence[Tensor]) -> PackedText:
+        """Lays captions of shape [length, E] end to end. Raises ValueError for a caption without tokens."""
+        lengths = tuple(len(c) for c in captions)
+        if not lengths or min(lengths) == 0:
+            raise ValueError("a caption has no tokens; even the empty caption has its end token")
+        longest = max(lengths)
+        keep_BL = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        slot_M = keep_BL.flatten().nonzero().squeeze(1)
+        packed = cls(torch.cat(list(captions)), lengths, slot_M, None if min(lengths) == longest else keep_BL)
+        return packed.to(captions[0].device)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PackedText:
+        """The same captions on `device`, the embeddings in `dtype`. From pinned memory the copy does not wait."""
+        keep_BL = self.keep_BL if self.keep_BL is None else self.keep_BL.to(device, non_blocking=True)
+        tokens_ME = self.tokens_ME.to(device, dtype, non_blocking=True)
+        return replace(self, tokens_ME=tokens_ME, slot_M=self.slot_M.to(device, non_blocking=True), keep_BL=keep_BL)
+
+    def pin_memory(self) -> PackedText:
+        """The same captions in page-locked host memory."""
+        keep_BL = self.keep_BL if self.keep_BL is None else self.keep_BL.pin_memory()
+        return replace(self, tokens_ME=self.tokens_ME.pin_memory(), slot_M=self.slot_M.pin_memory(), keep_BL=keep_BL)
+
+    def captions(self) -> tuple[Tensor, ...]:
+        """The captions one by one, each [length, E]."""
+        return self.tokens_ME.split(self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __add__(self, other: PackedText) -> PackedText:
+        """The captions of both, this one's first."""
+        return PackedText.pack([*self.captions(), *other.captions()])
+
+    def __mul__(self, times: int) -> PackedText:
+        """The captions repeated `times` times."""
+        return PackedText.pack(self.captions() * times)
+
+    def with_tokens(self, tokens_MX: Tensor) -> PackedText:
+        """The same layout around other values of the same tokens."""
+        return replace(self, tokens_ME=tokens_MX)
+
+    def pad(self, values_MX: Tensor) -> Tensor:
+        """Spreads values of the tokens into the [B, L, X] rectangle, zeros elsewhere."""
+        B, L = len(self.lengths), max(self.lengths)
+        if self.keep_BL is None:
+            return values_MX.unflatten(0, (B, L))
+        return values_MX.new_zeros(B * L, values_MX.shape[-1]).index_copy(0, self.slot_M, values_MX).unflatten(0, (B, L))

@@ -1,0 +1,37 @@
+"""Distribution `focusdit-pretrain`: the packages `pretrain` and `data_prep`, with their configs and small frozen encoders."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="focusdit-pretrain",
+    version="0.1.0",
+    description="Pretrain a FocusDiT text-to-image diffusion transformer from scratch: tar files to pictures",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["pretrain", "pretrain.*", "data_prep", "data_prep.*"]),
+    package_data={"pretrain": ["configs/*.yaml", "configs/*.txt"], "data_prep": ["assets/**/*"]},
+    # Exact versions that are known to work together stand in constraints.txt.
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",  # `import streaming` needs it
+        "deepspeed>=0.19.7",
+        "mosaicml-streaming>=0.13,<0.14",
+        "webdataset>=1.0",
+        "transformers>=4.49,<5",  # the upper bound is mosaicml-streaming's
+        "diffusers>=0.33",
+        "sentencepiece>=0.2",  # the tokenizer of T5
+        "tensorboard>=2.16",
+        "safetensors>=0.4.3",
+        "numpy>=1.26,<2.2",  # the upper bound is mosaicml-streaming's
+        "pillow>=10.3",
+        "einops>=0.8",
+        "omegaconf>=2.3",
+        "pydantic>=2.6",
+        "tqdm>=4.66",
+    ],
+    extras_require={"dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13"]},
+)
