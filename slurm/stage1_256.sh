@@ -1,0 +1,26 @@
+#!/bin/bash
+# Stage 1: 256 px, from scratch, global batch 2048.
+#
+#   sbatch slurm/stage1_256.sh                              from the repository's root; log: logs/stage1_256-JOB.out
+#   sbatch --nodes=2 --account=A slurm/stage1_256.sh        any option of sbatch wins over the header below
+#   CONFIG=demo_256 sbatch --nodes=2 --ntasks-per-node=1 --gpus-per-node=0 slurm/stage1_256.sh      on CPUs, tiny
+#
+# Expected cost: the paper gives 156 A100-days for both stages; two thirds of the tokens are this stage's:
+# some 104 A100-days, 3 to 4 days on 32 of them.
+#
+#   CONFIG     a name in pretrain/configs            stage1_256
+#   RUN_DIR    checkpoints and TensorBoard logs      the config's run_dir
+#   OVERRIDES  section.key=value, blanks between     none
+#   PYTHON     the interpreter                       .venv/bin/python where there is one, else python3
+#SBATCH --job-name=stage1_256
+#SBATCH --output=logs/%x-%j.out
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --requeue
+#SBATCH --open-mode=append
+[[ -f slurm/common.sh ]] || { echo "error: no slurm/common.sh in $PWD: submit from the repository's root" >&2; exit 2; }
+source slurm/common.sh
+train "${CONFIG:-stage1_256}"

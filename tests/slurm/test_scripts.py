@@ -1,0 +1,352 @@
+"""slurm/*.sh on a real two-node cluster: everything but the training itself.
+
+The scripts' PYTHON is a program that writes down how it was started: what a rank or a worker is told is read there.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slurm
+
+REPO = Path(__file__).parents[2]
+STAGES = ["slurm/stage1_256.sh", "slurm/stage2_512.sh"]
+SCRIPTS = sorted(p.relative_to(REPO).as_posix() for p in (REPO / "slurm").glob("*.sh"))
+ONE_TASK_A_NODE = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0"]
+SMALL_WORKER = ["--cpus-per-task=1", "--mem=0"]
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Make an interpreter for PYTHON from a Python body; it sees `arguments` and `record`, a folder for its notes."""
+    (tmp_path / "record").mkdir()
+
+    def make(body: str) -> str:
+        path = tmp_path / "program"
+        head = "import json, os, sys, time\nfrom pathlib import Path\n"
+        head += f"arguments, record = sys.argv[1:], Path({str(tmp_path / 'record')!r})\n"
+        path.write_text(f"#!{sys.executable}\n{head}{textwrap.dedent(body)}")
+        path.chmod(0o755)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def recorder(program, tmp_path):
+    """Writes arguments, environment and time; `notes()` reads what all its runs wrote, the earliest first."""
+    body = """
+        note = {"arguments": arguments, "env": dict(os.environ), "time": time.time()}
+        (record / f"{time.time_ns()}-{os.getpid()}.json").write_text(json.dumps(note))
+    """
+
+    class Recorder:
+        path = program(body)
+
+        @staticmethod
+        def notes() -> list[dict]:
+            return [json.loads(p.read_text()) for p in sorted((tmp_path / "record").iterdir())]
+
+    return Recorder()
+
+
+def expect(result, state: str = "COMPLETED", exit_code: int = 0):
+    assert (result.state, result.exit_code) == (state, exit_code), result.log
+
+
+# --- one task a GPU
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_stage_runs_one_task_on_each_of_two_nodes(cluster, recorder, script):
+    env = {"PYTHON": recorder.path, "CONFIG": "demo_256", "OVERRIDES": " a.b=1  c=/x/* ", "RUN_DIR": "runs/here"}
+    job = cluster.sbatch(script, *ONE_TASK_A_NODE, env=env)
+    result = cluster.wait(job)
+    expect(result)
+    tasks = sorted((n["env"] for n in recorder.notes()), key=lambda e: int(e["RANK"]))
+    assert [t["RANK"] for t in tasks] == ["0", "1"]
+    assert [t["SLURMD_NODENAME"] for t in tasks] == ["n1", "n2"]
+    for task in tasks:
+        told = {k: task[k] for k in ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        assert told == {
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(20000 + int(job)),
+        }
+        assert task["OMP_NUM_THREADS"] == "2"  # a node's CPUs over its tasks
+        assert task["PYTHONFAULTHANDLER"] == task["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+        assert "LOCAL_SIZE" not in task
+    assert tasks[0]["TMPDIR"] != tasks[1]["TMPDIR"]
+    for note in recorder.notes():
+        assert note["arguments"] == ["-m", "pretrain.train", "demo_256", "a.b=1", "c=/x/*", "run_dir=runs/here"]
+
+
+def test_two_tasks_on_one_node_share_its_gpus(cluster, recorder):
+    options = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2"]
+    result = cluster.wait(cluster.sbatch("slurm/stage1_256.sh", *options, env={"PYTHON": recorder.path}))
+    expect(result)
+    tasks = sorted((n["env"] for n in recorder.notes()), key=lambda e: int(e["RANK"]))
+    assert [(t["RANK"], t["LOCAL_RANK"], t["LOCAL_WORLD_SIZE"], t["WORLD_SIZE"]) for t in tasks] == [
+        ("0", "0", "2", "2"),
+        ("1", "1", "2", "2"),
+    ]
+    # Each task sees all of the node's GPUs and takes the one of its LOCAL_RANK.
+    assert [(t["CUDA_VISIBLE_DEVICES"], t["OMP_NUM_THREADS"]) for t in tasks] == [("0,1", "1")] * 2
+
+
+def test_a_stage_runs_by_its_own_config_where_slurm_knows_no_gpus(cpu_cluster, recorder):
+    job = cpu_cluster.sbatch("slurm/stage2_512.sh", *ONE_TASK_A_NODE, env={"PYTHON": recorder.path})
+    expect(cpu_cluster.wait(job))
+    assert [n["arguments"] for n in recorder.notes()] == [["-m", "pretrain.train", "stage2_512"]] * 2
+
+
+def test_tasks_get_the_rendezvous_whatever_sbatch_exports(cluster, recorder):
+    options = [*ONE_TASK_A_NODE, "--export=PYTHON,CONFIG", "--cpus-per-task=2"]
+    env = {"PYTHON": recorder.path, "CONFIG": "demo_256", "OMP_NUM_THREADS": "7"}
+    expect(cluster.wait(cluster.sbatch("slurm/stage1_256.sh", *options, env=env)))
+    assert [n["env"]["WORLD_SIZE"] for n in recorder.notes()] == ["2", "2"]
+    assert [n["env"]["OMP_NUM_THREADS"] for n in recorder.notes()] == ["2", "2"]  # 7 was not exported
+
+
+def test_torch_reduces_over_two_nodes(cluster, program):
+    python = program("""
+        import torch
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        total = torch.tensor([10.0 ** dist.get_rank()])
+        dist.all_reduce(total)
+        print("sum", total.item(), flush=True)
+        dist.destroy_process_group()
+    """)
+    result = cluster.wait(cluster.sbatch("slurm/stage1_256.sh", *ONE_TASK_A_NODE, env={"PYTHON": python}))
+    expect(result)
+    assert {"0: sum 11.0", "1: sum 11.0"} <= set(result.log.splitlines())
+
+
+def test_a_dying_task_ends_the_job_with_its_exit_code(cluster, program):
+    python = program("""
+        if os.environ["RANK"] == "1":
+            sys.exit(3)
+        time.sleep(600)
+    """)
+    start = time.monotonic()
+    result = cluster.wait(cluster.sbatch("slurm/stage1_256.sh", *ONE_TASK_A_NODE, env={"PYTHON": python}))
+    assert result.state == "FAILED"
+    assert result.exit_code != 0
+    assert time.monotonic() - start < 60
+    assert "task 1: Exited with exit code 3" in result.log
+
+
+def test_a_requeued_job_starts_again_and_adds_to_its_log(cluster, program):
+    python = program("""
+        if "SLURM_RESTART_COUNT" not in os.environ:
+            (record / "running").touch()
+            time.sleep(600)
+    """)
+    job = cluster.sbatch("slurm/stage1_256.sh", *ONE_TASK_A_NODE, env={"PYTHON": python})
+    running = Path(python).parent / "record" / "running"
+    wait_for(running.exists)
+    cluster.command("scontrol", "requeue", job)
+    wait_for(lambda: cluster.show(job)[0]["JobState"] == "PENDING")
+    cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now")  # not after the two minutes it would wait
+    result = cluster.wait(job)
+    expect(result)
+    assert re.findall(rf"^job {job}, start (\d)", result.log, re.MULTILINE) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=1"], "2 tasks but 1 GPUs a node"),
+        (["--nodes=2", "--ntasks=3", "--ntasks-per-node=2", "--gpus-per-node=0"], "3 tasks do not fit 2 nodes evenly"),
+        (["--chdir=/", *ONE_TASK_A_NODE], "no slurm/common.sh in /: submit from the repository's root"),
+    ],
+)
+def test_a_stage_that_cannot_work_is_refused_in_one_line(cluster, recorder, options, error):
+    result = cluster.wait(cluster.sbatch("slurm/stage1_256.sh", *options, env={"PYTHON": recorder.path}))
+    expect(result, "FAILED", 2)
+    (line,) = result.log.splitlines()
+    assert line.startswith("error: ") and error in line
+    assert recorder.notes() == []
+
+
+# --- encoding
+
+
+def workers(recorder) -> list[tuple[str, str]]:
+    """(worker, of how many) of each run, in order."""
+    return sorted((n["arguments"][-3], n["arguments"][-1]) for n in recorder.notes())
+
+
+@pytest.mark.parametrize(
+    ("array", "env", "expected"),
+    [
+        ("0-2", {}, [("0", "3"), ("1", "3"), ("2", "3")]),
+        ("5-9:2", {}, [("0", "3"), ("1", "3"), ("2", "3")]),
+        ("4,6", {"WORKERS": "8"}, [("4", "8"), ("6", "8")]),
+        (None, {}, [("0", "1")]),
+    ],
+)
+def test_each_array_task_is_one_worker(cluster, recorder, array, env, expected):
+    options = [*SMALL_WORKER, *([f"--array={array}"] if array else [])]
+    env = {"PYTHON": recorder.path, "INPUT": "/tars", "OUTPUT": "/shards", **env}
+    job = cluster.sbatch("slurm/encode.sh", *options, env=env)
+    expect(cluster.wait(job))
+    assert workers(recorder) == expected
+    for note in recorder.notes():
+        assert len(note["env"]["CUDA_VISIBLE_DEVICES"].split(",")) == 1
+        assert note["arguments"][:5] == ["data_prep/encode.py", "--input", "/tars", "--output", "/shards"]
+        assert note["arguments"][5:10] == ["--encoders", "flan-t5-xxl+mochi", "--resolutions", "256", "512"]
+
+
+def test_an_array_with_gaps_is_refused(cluster, recorder):
+    env = {"PYTHON": recorder.path, "INPUT": "/tars", "OUTPUT": "/shards"}
+    result = cluster.wait(cluster.sbatch("slurm/encode.sh", *SMALL_WORKER, "--array=4,6,7", env=env))
+    expect(result, "FAILED", 2)
+    assert "the array has gaps (3 tasks from 4 to 7)" in result.log
+    assert recorder.notes() == []
+
+
+@pytest.mark.parametrize("absent", ["INPUT", "OUTPUT"])
+def test_encoding_without_its_folders_is_refused(cluster, recorder, absent):
+    env = {"PYTHON": recorder.path, "INPUT": "/tars", "OUTPUT": "/shards", absent: ""}
+    result = cluster.wait(cluster.sbatch("slurm/encode.sh", *SMALL_WORKER, env=env))
+    expect(result, "FAILED", 2)
+    (line,) = result.log.splitlines()
+    assert line.startswith(f"error: {absent} is not set")
+    assert recorder.notes() == []
+
+
+def test_encoding_runs_without_slurm_and_hands_its_options_on(cluster, recorder):
+    env = {
+        "PYTHON": recorder.path,
+        "INPUT": "/my tars",
+        "OUTPUT": "/s",
+        "ENCODERS": "tiny",
+        "RESOLUTIONS": "64",
+        "OVERRIDES": "--limit 5",
+    }
+    cluster.command("bash", "slurm/encode.sh", env=env)
+    (note,) = recorder.notes()
+    assert note["arguments"] == [
+        *["data_prep/encode.py", "--input", "/my tars", "--output", "/s", "--encoders", "tiny", "--resolutions", "64"],
+        *["--worker", "0", "--workers", "1", "--limit", "5"],
+    ]
+
+
+# --- the chain
+
+
+@pytest.fixture
+def schedule(cluster, tmp_path):
+    """Run schedule.sh for the small cluster; returns the ids of the jobs it submitted."""
+
+    def run(check: bool = True, **env: str):
+        log = f"--output={tmp_path}/%x-%j.out"
+        env = {
+            "ENCODE_SBATCH": f"--array=0-1 {log} " + " ".join(SMALL_WORKER),
+            "TRAIN_SBATCH": f"{log} " + " ".join(ONE_TASK_A_NODE),
+            **env,
+        }
+        done = cluster.command("bash", "slurm/schedule.sh", env=env, check=check)
+        run.output = done.stdout + done.stderr
+        return re.findall(r"^(\d+)  slurm/", done.stdout, re.MULTILINE)
+
+    return run
+
+
+def what(note: dict) -> str:
+    arguments = note["arguments"]
+    return "encode" if arguments[0] == "data_prep/encode.py" else arguments[2]
+
+
+def test_the_chain_runs_in_order(cluster, recorder, schedule):
+    jobs = schedule(
+        PYTHON=recorder.path,
+        INPUT="/tars",
+        OUTPUT="/shards",
+        ENCODE_OPTIONS="--limit 5",
+        STAGE1="demo_256",
+        STAGE2="demo_512",
+        STAGE2_OVERRIDES="run_dir=runs/b",
+    )
+    assert len(jobs) == 3
+    assert f"cancel: scancel {' '.join(jobs)}" in schedule.output
+    for job in jobs:
+        expect(cluster.wait(job, timeout=180))
+    notes = recorder.notes()
+    assert [what(n) for n in notes] == ["encode", "encode", "demo_256", "demo_256", "demo_512", "demo_512"]
+    assert [n["arguments"][3:] for n in notes[2:]] == [[], [], ["run_dir=runs/b"], ["run_dir=runs/b"]]
+    assert all(n["arguments"][-2:] == ["--limit", "5"] for n in notes[:2])
+
+
+def test_without_input_the_chain_begins_with_stage_1(cluster, recorder, schedule):
+    jobs = schedule(PYTHON=recorder.path)
+    assert len(jobs) == 2
+    for job in jobs:
+        expect(cluster.wait(job, timeout=180))
+    assert [what(n) for n in recorder.notes()] == ["stage1_256"] * 2 + ["stage2_512"] * 2
+
+
+def test_the_chain_ends_with_a_failed_job(cluster, program, schedule):
+    python = program("""
+        (record / str(time.time_ns())).touch()
+        sys.exit(5)
+    """)
+    first, second, third = schedule(PYTHON=python, INPUT="/tars", OUTPUT="/shards")
+    assert cluster.wait(first).state == "FAILED"
+    assert cluster.wait(second).state == "CANCELLED"
+    assert cluster.wait(third).state == "CANCELLED"
+    assert len(list((Path(python).parent / "record").iterdir())) == 2  # the two workers, no training
+
+
+def test_a_chain_that_cannot_be_submitted_whole_leaves_nothing_behind(cluster, recorder, schedule):
+    assert schedule(check=False, PYTHON=recorder.path, INPUT="/tars", OUTPUT="/s", TRAIN_SBATCH="--nodes=none") != []
+    wait_for(lambda: cluster.command("squeue", "--noheader").stdout == "")
+
+
+@pytest.mark.parametrize(
+    ("env", "error"),
+    [({"INPUT": "/tars", "OUTPUT": ""}, "INPUT is set but OUTPUT is not"), ({"RUN_DIR": "r"}, "would go to both")],
+)
+def test_a_chain_that_cannot_work_is_refused_before_anything_is_submitted(schedule, env, error):
+    assert schedule(check=False, **env) == []
+    assert error in schedule.output
+
+
+# --- without a cluster
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ".ci/run"])
+def test_bash_can_read_the_scripts(script):
+    subprocess.run(["bash", "-n", script], cwd=REPO, check=True)
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if "common" not in s and "schedule" not in s])
+def test_the_log_goes_to_a_folder_that_is_there(script):
+    # Slurm makes no folder for a log: the job would fail without a word.
+    (output,) = re.findall(r"^#SBATCH --output=(\S+)$", (REPO / script).read_text(), re.MULTILINE)
+    assert (REPO / output).parent.is_dir()
+
+
+def test_a_stage_outside_slurm_is_refused():
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    done = subprocess.run(["bash", "slurm/stage1_256.sh"], cwd=REPO, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: this starts one task a GPU with srun: submit it with sbatch\n"
+
+
+def wait_for(condition, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
