@@ -129,7 +129,9 @@ def prepare(sample: Sample, resolutions: list[int]) -> Picture:
     return Picture(sample.key, sample.caption, *image.size, pictures)
 
 
-def encode_tar(tar: Path, part: str, root: Path, card: shards.Card, encoder: Encoder, args: argparse.Namespace) -> Tally:
+def encode_tar(
+    tar: Path, part: str, root: Path, card: shards.Card, encoder: Encoder, args: argparse.Namespace
+) -> Tally:
     """One tar in, one part out."""
     tally = Tally()
     with shards.PartWriter(root, part, card) as writer:
@@ -237,7 +239,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoders", required=True, help="tiny, or TEXT+VAE: names, hub names or folders")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512], help="square sizes in pixels")
     parser.add_argument("--token-cap", type=int, default=300, help="longer captions are cut (default 300)")
-    parser.add_argument("--posterior", choices=("mean_std", "mean"), default="mean_std", help="what is kept of a latent")
+    parser.add_argument(
+        "--posterior", choices=("mean_std", "mean"), default="mean_std", help="what is kept of a latent"
+    )
     parser.add_argument("--caption-field", default="caption", help="field of key.json, where there is no key.txt")
     parser.add_argument("--batch", type=int, default=32, help="samples encoded together")
     parser.add_argument("--worker", type=int, default=0, help="this worker's number, from 0")

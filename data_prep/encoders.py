@@ -71,16 +71,19 @@ def _folder(name: str, known: dict[str, str]) -> Path:
 
 
 def fingerprint(module: nn.Module, about: dict) -> str:
-    """SHA-256 of what a frozen module computes with: its description and every parameter and buffer, byte for byte."""
+    """SHA-256 of what a frozen module computes with: its description, and every weight rounded to bf16.
+
+    The rounding makes it the same for weights that were loaded in fp32 and in bf16.
+    """
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 class TextEncoder:
-    """A frozen T5 encoder. `width` is E; `fingerprint` covers weights, tokenizer and dtype."""
+    """A frozen T5 encoder. `width` is E; `fingerprint` covers weights and tokenizer."""
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
         from transformers import AutoTokenizer, T5EncoderModel
@@ -133,7 +136,9 @@ class Vae:
         folder = _folder(name, VAES)
         config_file = folder / "config.json"
         if not config_file.exists():
-            raise FileNotFoundError(f"{folder} holds no VAE: {config_file.name} is missing (diffusers' layout is expected)")
+            raise FileNotFoundError(
+                f"{folder} holds no VAE: {config_file.name} is missing (diffusers' layout is expected)"
+            )
         kind = json.loads(config_file.read_text()).get("_class_name")
         if kind not in classes:
             raise ValueError(f"{config_file}: _class_name {kind!r} is not supported; expected {' or '.join(classes)}")

@@ -123,9 +123,7 @@ def random_scene(rng: random.Random, kind: str | None = None) -> Scene:
             _place(rng, shape, first, size, 0.5 + 0.23 * dx, 0.5 + 0.23 * dy),
             _place(rng, other_shape, second, other_size, 0.5 - 0.23 * dx, 0.5 - 0.23 * dy),
         )
-        return Scene(
-            objects, background, f"a {size} {first} {shape} {relation} a {other_size} {second} {other_shape}"
-        )
+        return Scene(objects, background, f"a {size} {first} {shape} {relation} a {other_size} {second} {other_shape}")
     raise ValueError(f"unknown kind of scene {kind!r}; the kinds are {', '.join(KINDS)}")
 
 
@@ -159,7 +157,9 @@ def check(image: Image.Image, scene: Scene) -> Verdict:
     labels, solid = _palette_labels(image)
     names = list(COLOURS)
     edge = max(1, len(labels) // 20)
-    frame = np.concatenate([labels[:edge].ravel(), labels[-edge:].ravel(), labels[:, :edge].ravel(), labels[:, -edge:].ravel()])
+    frame = np.concatenate(
+        [labels[:edge].ravel(), labels[-edge:].ravel(), labels[:, :edge].ravel(), labels[:, -edge:].ravel()]
+    )
     background = names[np.bincount(frame, minlength=len(names)).argmax()]
     areas = np.bincount(labels[solid], minlength=len(names)) / labels.size
     found = frozenset(n for n, area in zip(names, areas, strict=True) if n != background and area >= _LEAST_AREA)

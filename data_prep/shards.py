@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -101,9 +102,14 @@ class Card:
         return card
 
 
+def _temporary(name: str) -> str:
+    """A name that no other writer, on any node, uses."""
+    return f".tmp-{name}-{secrets.token_hex(4)}"
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a small file so that it is either absent, old, or whole."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = path.with_name(_temporary(path.name))
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -179,7 +185,7 @@ class PartWriter:
         self.root, self.part, self.card = root, part, card
         self.written: dict[str, int] = {}
         self._writers: dict[str, MDSWriter] = {}
-        self._temporary = root / f".tmp-{part}-{os.getpid()}"
+        self._temporary = root / _temporary(part)
 
     def __enter__(self) -> PartWriter:
         _remove_leftovers(self.root, self.part, self.card)
@@ -272,7 +278,7 @@ def _shards(root: Path, name: str, part: str) -> list[dict[str, Any]]:
 
 def save_null_text(root: Path, text: Tensor) -> None:
     """Keeps the encoded empty caption [L, E] beside the card."""
-    temporary = root / f".tmp-{os.getpid()}-{NULL_TEXT}"
+    temporary = root / _temporary(NULL_TEXT)
     save_file({"text": text}, temporary)
     temporary.replace(root / NULL_TEXT)
 

@@ -10,5 +10,14 @@ from pretrain.diffusion.objective import Draw, Loss, NoisySample, Objective, dra
 from pretrain.diffusion.sampler import sample
 
 __all__ = [
-    "Draw", "EpsilonPrediction", "Guided", "Loss", "NoisySample", "Objective", "RectifiedFlow", "draw", "measure", "sample",
+    "Draw",
+    "EpsilonPrediction",
+    "Guided",
+    "Loss",
+    "NoisySample",
+    "Objective",
+    "RectifiedFlow",
+    "draw",
+    "measure",
+    "sample",
 ]

@@ -8,7 +8,7 @@ is divided among processes and micro-batches, and a resumed run needs no random 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,8 +63,8 @@ def draw(seeds: Sequence[int], shape: torch.Size, device: torch.device) -> Draw:
     return Draw(numbers[0], numbers[1], uniform)
 
 
-def measure(predict: Callable[[NoisySample], Tensor], sample: NoisySample) -> Loss:
+def measure(prediction_BCHW: Tensor, sample: NoisySample) -> Loss:
     """The prediction's squared error against the target, in fp32."""
-    error = F.mse_loss(predict(sample).float(), sample.target_BCHW, reduction="none")
+    error = F.mse_loss(prediction_BCHW.float(), sample.target_BCHW, reduction="none")
     per_sample_B = error.flatten(1).mean(1)
     return Loss(per_sample_B.mean(), per_sample_B.detach(), sample.timestep_B)

@@ -1,6 +1,6 @@
 """Prints the table of presets: parameters by part and FLOPs per image, beside the paper's figures.
 
-    python -m pretrain.models
+python -m pretrain.models
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def table(text_tokens: int) -> str:
     for name, config in PRESETS.items():
         p = count_parameters(config)
         flops = [count_flops(config, tokens_of(config, side), text_tokens).total for side in (256, 512)]
-        parts = f"{_millions(p.attention):>11}{_millions(p.ffn):>11}{_millions(p.query_mask):>12}{_millions(p.rest):>10}"
+        parts = (
+            f"{_millions(p.attention):>11}{_millions(p.ffn):>11}{_millions(p.query_mask):>12}{_millions(p.rest):>10}"
+        )
         lines.append(
             f"{name:<22}{parts}{_millions(p.total):>11}{flops[0] / 1e9:>9.1f} G{flops[1] / 1e9:>9.1f} G  "
             f"{PAPER.get(name, '')}"

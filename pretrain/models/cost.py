@@ -9,6 +9,7 @@ counted as three forward passes. `tests/unit/models/test_cost.py` compares both 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pretrain.models.dit import DiTConfig
 from pretrain.models.ffn import local_size
@@ -53,7 +54,7 @@ def _vocabulary_sizes(c: DiTConfig) -> list[int]:
 
 def _mask_layers(c: DiTConfig) -> list[tuple[int, int]]:
     sizes = (c.width, *c.mask_hidden, 1)
-    return list(zip(sizes[:-1], sizes[1:], strict=True))
+    return list(pairwise(sizes))
 
 
 def count_parameters(c: DiTConfig) -> Parameters:

@@ -217,10 +217,11 @@ class DiT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("scale_shift_table"):
                 nn.init.normal_(parameter, std=self.config.width**-0.5)
-        for block in self.blocks:
-            nn.init.zeros_(block.cross_attention.out.weight)
-            if block.query_mask is not None:
-                nn.init.constant_(block.query_mask.layers[-1].linear.bias, 2.0)
+        for module in self.modules():
+            if isinstance(module, CrossAttention):
+                nn.init.zeros_(module.out.weight)
+            elif isinstance(module, mask.QueryMask):
+                nn.init.constant_(module.last.linear.bias, 2.0)
         nn.init.zeros_(self.final.proj.weight)
 
     def forward(self, latent_BCHW: Tensor, timestep_B: Tensor, text: PackedText) -> Prediction:

@@ -14,6 +14,8 @@ back through it. Two kinds differ in how the time t enters:
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,7 +50,8 @@ class QueryMask(nn.Module):
             raise ValueError(f"unknown query mask {kind!r}; the kinds are {', '.join(KINDS)}")
         self.kind = kind
         sizes = (width, *hidden, 1)
-        self.layers = nn.ModuleList(MaskLinear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(MaskLinear(i, o) for i, o in pairwise(sizes[:-1]))
+        self.last = MaskLinear(sizes[-2], 1)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BND: Tensor, mask_BN1: Tensor, time_BD: Tensor, timestep_B: Tensor) -> Tensor:
@@ -59,7 +62,7 @@ class QueryMask(nn.Module):
         else:
             scale, shift = (self.time_shift + time_BD[:, None]).chunk(2, dim=1)
         h = torch.addcmul(shift, F.layer_norm(x_BND, x_BND.shape[-1:], eps=1e-5), 1 + scale)
-        for layer in self.layers[:-1]:
+        for layer in self.layers:
             h = F.relu(layer(h, mask_BN1))
         # Dropout acts on the mask itself, and the mask goes on to the next block as it is after dropout.
-        return self.dropout(torch.sigmoid(self.layers[-1](h, mask_BN1)))
+        return self.dropout(torch.sigmoid(self.last(h, mask_BN1)))

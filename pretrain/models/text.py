@@ -78,4 +78,6 @@ class PackedText:
         B, L = len(self.lengths), max(self.lengths)
         if self.keep_BL is None:
             return values_MX.unflatten(0, (B, L))
-        return values_MX.new_zeros(B * L, values_MX.shape[-1]).index_copy(0, self.slot_M, values_MX).unflatten(0, (B, L))
+        return (
+            values_MX.new_zeros(B * L, values_MX.shape[-1]).index_copy(0, self.slot_M, values_MX).unflatten(0, (B, L))
+        )

@@ -1,0 +1,295 @@
+"""A run's configuration: YAML, overrides, and every problem at once.
+
+`pretrain/configs/NAME.yaml` says what differs from the defaults below, `ds_configs/NAME.json` is DeepSpeed's (ZeRO stage,
+precision, clipping and the batch geometry, which stands nowhere else). On the command line `section.key=value` changes the
+first and `deepspeed.key=value` the second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pretrain.diffusion import EpsilonPrediction, Objective, RectifiedFlow
+from pretrain.models import DiTConfig, preset
+
+CONFIGS = Path(__file__).parent / "configs"
+DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ConfigError(ValueError):
+    """Every problem of a configuration, one a line, each with its path and the mend."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+
+class ModelSection(Section):
+    preset: str = "focusdit_1b_shared2d"
+    """A name of `python -m pretrain.models`; the fields below change single points of it."""
+    mask: str | None = None
+    """Query mask: none | release | adaln_single."""
+    ffn: str | None = None
+    """Vocabulary layout: uniform | shared | tapered."""
+    shared_width: int | None = None
+    """Entries of the shared expert, in widths D."""
+    position_scale: float | None = None
+    """Positions are divided by it: 2 lets 512 px start from what 256 px learned."""
+    mask_dropout: float | None = None
+    """Dropout of the query mask while training."""
+    recompute: bool = False
+    """Activation checkpointing: recompute each block in the backward pass; saves memory, costs about a third more time."""
+    compile: bool = False
+    """Compile each block with torch.compile; pays on GPUs."""
+
+    def backbone(self) -> DiTConfig:
+        """The backbone's shape. Raises ValueError for an unknown preset."""
+        names = {f.name for f in fields(DiTConfig)}
+        changed = {k: v for k, v in self.model_dump().items() if k in names and v is not None}
+        return replace(preset(self.preset), **changed)
+
+
+class ObjectiveSection(Section):
+    name: Literal["flow", "epsilon"] = "flow"
+    """flow: rectified flow, velocity = noise − latent; epsilon: DDPM's linear schedule, predicting the noise."""
+    mean: float = 0.0
+    """flow: mean of the normal whose logistic is t."""
+    std: Annotated[float, Field(gt=0)] = 1.0
+    """flow: its standard deviation."""
+    shift: Annotated[float, Field(gt=0)] = 1.0
+    """flow: above 1 trains more near noise."""
+
+    def build(self) -> Objective:
+        if self.name == "epsilon":
+            return EpsilonPrediction()
+        return RectifiedFlow(self.mean, self.std, self.shift)
+
+
+class DataSection(Section):
+    path: Path
+    """The data set's folder, made by data_prep/encode.py."""
+    resolution: Positive
+    """Side of the square pictures, in pixels; the data set must hold it."""
+    caption_dropout: Share = 0.1
+    """Share of captions replaced by the null text, for classifier-free guidance."""
+    workers: NotNegative = 4
+    """Loader processes per rank."""
+    prefetch: Positive = 2
+    """Batches that each loader process keeps ready."""
+    timeout: NotNegative = 600
+    """Seconds after which a loader that gives nothing is an error; 0 waits for ever."""
+    shuffle_block: Positive = 262144
+    """Samples among which are shuffled; part of the data order."""
+    canonical_nodes: Positive = 1
+    """mosaicml-streaming's `num_canonical_nodes`: part of the data order, the same for every cluster size."""
+
+
+class OptimizerSection(Section):
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    """AdamW's learning rate after warm-up."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of weight matrices; biases, tables and vectors have none."""
+    warmup_steps: NotNegative = 1000
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: constant, or a half cosine down to a tenth at the last step."""
+    ema_decay: Share = 0.9999
+    """Decay of the weights' average; in the first steps no more than (1 + step) / (10 + step)."""
+
+
+class CheckpointSection(Section):
+    every: Positive = 1000
+    """Steps between checkpoints; the last step always has one."""
+    keep_last: Positive = 3
+    """The newest checkpoints that are kept."""
+    keep_every: NotNegative = 10000
+    """Checkpoints at multiples of these steps are kept for ever; 0 keeps none."""
+
+
+class LoggingSection(Section):
+    every: Positive = 20
+    """Steps between points in TensorBoard and lines in the log."""
+    timestep_bins: Positive = 5
+    """Equal bins of the timestep, each with its own loss curve."""
+    peak_tflops: float | None = None
+    """The device's peak in TFLOP/s, for MFU; by default the data sheet's, or measured where it is unknown."""
+
+
+class PreviewSection(Section):
+    every: NotNegative = 1000
+    """Steps between sample grids and mask maps in TensorBoard; 0 draws none."""
+    prompts: Path = Path("preview_prompts.txt")
+    """File of prompts, one a line; a relative path is looked up beside the configs."""
+    steps: Positive = 30
+    """Sampling steps."""
+    guidance: float = 5.5
+    """Classifier-free guidance scale; 1 is none."""
+    shift: Annotated[float, Field(gt=0)] = 3.0
+    """flow: shift of the sampling times towards noise."""
+    seed: int = 0
+
+    def file(self) -> Path:
+        return self.prompts if self.prompts.is_absolute() or self.prompts.exists() else CONFIGS / self.prompts
+
+
+class Config(Section):
+    name: str
+    """The stage's name: of the YAML file, the DeepSpeed file and the run directory."""
+    run_dir: Path
+    """Where checkpoints, event files and what was used are kept; runs/NAME by default."""
+    steps: Positive
+    """Optimizer steps of the whole stage."""
+    seed: int = 0
+    """Of the weights, the data order, and every sample's noise."""
+    init_from: str | None = None
+    """Start from another run's newest checkpoint (a run directory, or a name under runs/): weights and EMA."""
+    carry_moments: bool = False
+    """With init_from: take over the optimizer's moments too."""
+    model: ModelSection = ModelSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    data: DataSection
+    optimizer: OptimizerSection = OptimizerSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+    preview: PreviewSection = PreviewSection()
+
+    def problems(self) -> list[str]:
+        """Contradictions between fields that are each valid."""
+        found = []
+        try:
+            backbone = self.model.backbone()
+        except ValueError as error:
+            found.append(f"model.preset: {error}")
+        else:
+            found += [f"model.{p}" for p in backbone.problems()]
+            if self.data.resolution % (8 * backbone.patch):
+                found.append(
+                    f"data.resolution: {self.data.resolution} must be divisible by {8 * backbone.patch} "
+                    f"(8 of the VAE × the patch of {backbone.patch})"
+                )
+        if self.optimizer.warmup_steps > self.steps:
+            found.append(f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is above steps ({self.steps})")
+        if self.carry_moments and not self.init_from:
+            found.append("carry_moments: true needs init_from, the run whose moments are taken")
+        if self.preview.every and not self.preview.file().is_file():
+            found.append(f"preview.prompts: no file {self.preview.file()}; give one, or set preview.every=0")
+        return found
+
+
+def load(name: str, overrides: list[str] | None = None) -> tuple[Config, dict[str, Any]]:
+    """Reads a stage's configuration by its name or its YAML's path, and its DeepSpeed JSON.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no config {name!r}; there are {', '.join(known())}, or give a YAML file's path")
+    problems: list[str] = []
+    merged, deepspeed_changes = _merge(path, overrides or [], problems)
+    deepspeed = _deepspeed(path.stem, deepspeed_changes, problems)
+    try:
+        config = Config.model_validate(merged)
+    except ValidationError as error:
+        problems += [_explain(e) for e in error.errors()]
+    else:
+        problems += config.problems()
+    if problems:
+        raise ConfigError(f"{path}:\n" + "\n".join(f"  {p}" for p in problems))
+    return config, deepspeed
+
+
+def known() -> list[str]:
+    """The names of the configs that ship with the package."""
+    return sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+
+
+def _merge(path: Path, overrides: list[str], problems: list[str]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """The YAML with the overrides laid over it, and the overrides of DeepSpeed's file."""
+    words = []
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if equals and key.strip():
+            words.append(word)
+        else:
+            problems.append(f"{word}: an override is section.key=value")
+    try:
+        merged = OmegaConf.merge(
+            {"name": path.stem, "run_dir": f"runs/{path.stem}"}, OmegaConf.load(path), OmegaConf.from_dotlist(words)
+        )
+        content = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{path}: {error}".splitlines()[0]) from error
+    assert isinstance(content, dict)
+    changes = content.pop("deepspeed", {})
+    return content, changes
+
+
+def _deepspeed(name: str, changes: dict[str, Any], problems: list[str]) -> dict[Any, Any]:
+    """The stage's DeepSpeed JSON with the overrides laid over it."""
+    path = DS_CONFIGS / f"{name}.json"
+    if not path.is_file():
+        problems.append(f"{path}: this stage's DeepSpeed file is missing")
+        return {}
+    content = OmegaConf.to_container(OmegaConf.merge(json.loads(path.read_text()), changes))
+    assert isinstance(content, dict)
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        if not isinstance(content.get(key), int) or content[key] < 1:
+            problems.append(f"deepspeed.{key}: {content.get(key)!r} must be a whole number above 0 (in {path})")
+    if content.get("zero_optimization", {}).get("stage") != 2:
+        problems.append(f"deepspeed.zero_optimization.stage: must be 2 (in {path})")
+    if "gradient_accumulation_steps" in content:
+        problems.append("deepspeed.gradient_accumulation_steps: leave it out; it follows from the batch and the GPUs")
+    return content
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as path, problem and mend."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: type[BaseModel] = Config
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation  # type: ignore[assignment]
+        near = difflib.get_close_matches(error["loc"][-1], section.model_fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(section.model_fields)}"
+        return f"{where}: unknown field; {hint}"
+    if error["type"] == "missing":
+        return f"{where}: missing; set it in the YAML or as {where}=value"
+    return f"{where}: {error['msg']}, not {error['input']!r}"
+
+
+def geometry(deepspeed: dict[str, Any], world: int) -> int:
+    """The gradient accumulation steps by which `world` processes reach the global batch.
+
+    Raises:
+        ConfigError: naming the world sizes and micro-batches that divide.
+    """
+    batch, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
+    if batch % (world * micro) == 0:
+        return batch // (world * micro)
+    worlds = [w for w in range(1, batch // micro + 1) if batch % (w * micro) == 0]
+    micros = [m for m in range(1, batch // world + 1) if batch % (world * m) == 0]
+    raise ConfigError(
+        f"{world} processes × micro-batch {micro} do not divide the global batch of {batch}.\n"
+        f"  with micro-batch {micro}, process counts that do: {_list(worlds)}\n"
+        f"  with {world} processes, micro-batches that do: {_list(micros)}\n"
+        "  change the job's size, or deepspeed.train_micro_batch_size_per_gpu"
+    )
+
+
+def _list(numbers: list[int]) -> str:
+    return ", ".join(str(n) for n in numbers) or "none"

@@ -1,0 +1,205 @@
+"""DeepSpeed ZeRO-2: backward, step, and each process's share of the parameters.
+
+ZeRO-2 lays the parameters of each optimizer group end to end in one flat buffer, pads it to a multiple of the processes,
+and gives each process one slice, of which it keeps the fp32 master, AdamW's moments and (in `ema.py`) the average.
+Everything that this project reads of DeepSpeed's inner state is read here.
+
+Precision: with `bf16.enabled` the forward and backward pass run on bf16 weights, which are a rounded copy of fp32 masters,
+and gradients accumulate in fp32 (`data_types.grad_accum_dtype`). So no update is lost to rounding, as it is where bf16
+weights are all there is (PRX measured FID 21.9 for those against 18.2 with fp32 weights under autocast); autocast over fp32
+weights would cost another 2 bytes a parameter and a cast of each weight in each micro-batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def start(timeout: timedelta = timedelta(minutes=30)) -> World:
+    """Joins the processes that a launcher started (RANK, WORLD_SIZE, …), or starts alone where there is none.
+
+    Raises:
+        ValueError: a launcher set some of the variables only, or there are fewer GPUs than processes on this node.
+    """
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        os.environ.update(LAUNCHER | {"MASTER_PORT": os.environ.get("MASTER_PORT", "0")})
+    if missing := [v for v in (*LAUNCHER, "MASTER_PORT") if v not in os.environ]:
+        raise ValueError(
+            f"the launcher did not set {', '.join(missing)}; torchrun and slurm/*.sh set all that is needed"
+        )
+    local_rank = int(os.environ["LOCAL_RANK"])
+    gpus = torch.cuda.device_count()
+    if gpus and local_rank >= gpus:
+        raise ValueError(f"local rank {local_rank} has no GPU: this node shows {gpus}; start one process per GPU")
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    else:
+        # Else the first start on a CPU compiles a collective that training does not use: over a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if gpus else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place: its group's flat buffer holds it from `offset` on."""
+
+    name: str
+    shape: tuple[int, ...]
+    group: int
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+class Engine:
+    """A model under ZeRO-2.
+
+    Attributes:
+        module: the model; its weights are the rounded masters.
+        masters: this process's slice of each group's fp32 parameters.
+        slots: where every parameter lies; the same for every number of processes.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World):
+        self.world = world
+        names = {id(p): n for n, p in model.named_parameters()}
+        # DeepSpeed makes the masters from weights already rounded to bf16; the exact ones are put back below.
+        exact = {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in model.named_parameters()}
+        config = {**config, "zero_allow_untested_optimizer": True, "steps_per_print": 2**31}
+        self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[
+            0
+        ]
+        self._zero = self._engine.optimizer
+        self._zero.check_grad_overflow = True  # a non-finite gradient on one process skips the step on all
+        self.module: nn.Module = self._engine.module
+        self.dtype = next(self.module.parameters()).dtype
+        self.masters: list[Tensor] = list(self._zero.single_partition_of_fp32_groups)
+        self.slots = [
+            Slot(names[id(p)], tuple(p.shape), group, (p.data_ptr() - flat.data_ptr()) // flat.element_size())
+            for group, (parameters, flat) in enumerate(
+                zip(self._zero.bit16_groups, self._zero.bit16_groups_flat, strict=True)
+            )
+            for p in parameters
+        ]
+        self.fill(self.masters, exact.__getitem__)
+        self.publish(self.masters)
+
+    # ---- a step ----
+
+    def forward(self, *inputs: Any) -> Any:
+        """The module's prediction, seen by DeepSpeed."""
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of one micro-batch; the mean over micro-batches is taken here."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> None:
+        """Ends a micro-batch. At an accumulation boundary: reduces, clips, and updates with this learning rate."""
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+    @property
+    def applied(self) -> bool:
+        """Whether the last step updated the parameters; False after a non-finite gradient."""
+        return self._engine.was_step_applied()
+
+    @property
+    def gradient_norm(self) -> Tensor | float:
+        """The norm of the last step's gradient before clipping, over all processes."""
+        return self._engine.get_global_grad_norm()
+
+    # ---- this process's share ----
+
+    def moments(self) -> dict[str, list[Tensor]]:
+        """AdamW's `exp_avg` and `exp_avg_sq` of each master, zeros before the first step."""
+        state = self._zero.optimizer.state
+        for master in self.masters:
+            if not state[master]:
+                state[master] = {
+                    "step": torch.zeros((), device=master.device if self._fused else "cpu"),
+                    "exp_avg": torch.zeros_like(master, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+                }
+        return {k: [state[m][k] for m in self.masters] for k in ("exp_avg", "exp_avg_sq")}
+
+    @property
+    def _fused(self) -> bool:
+        return bool(self._zero.param_groups[0].get("fused"))
+
+    @property
+    def updates(self) -> int:
+        """AdamW's own count of updates, by which it corrects its moments' bias."""
+        self.moments()
+        return int(self._zero.optimizer.state[self.masters[0]]["step"].item())
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self.moments()
+        for master in self.masters:
+            self._zero.optimizer.state[master]["step"].fill_(count)
+
+    @torch.no_grad()
+    def fill(self, shares: list[Tensor], read: Callable[[str], Tensor]) -> None:
+        """Fills this process's slices from whole parameters, `read(name)` [shape] each; what is padding becomes 0."""
+        for group, share in enumerate(shares):
+            start = self.world.rank * share.numel()
+            share.zero_()
+            for slot in self.slots:
+                low, high = max(slot.offset, start), min(slot.offset + slot.numel, start + share.numel())
+                if slot.group == group and low < high:
+                    whole = read(slot.name).reshape(-1)
+                    share[low - start : high - start] = whole[low - slot.offset : high - slot.offset].to(share)
+
+    @torch.no_grad()
+    def publish(self, shares: list[Tensor]) -> None:
+        """Rounds each process's slices into the module's weights, on all processes: the masters, or the average."""
+        for group, share in enumerate(shares):
+            flat = self._zero.bit16_groups_flat[group]
+            own = self._zero.parallel_partitioned_bit16_groups[group][self.world.rank]
+            own.data.copy_(share)
+            if self.world.size > 1:
+                dist.all_gather_into_tensor(flat.data, own.data.clone())
+
+    @property
+    def layout(self) -> list[dict[str, Any]]:
+        """The slots, as they are kept in a checkpoint."""
+        return [asdict(s) for s in self.slots]
+
+    @property
+    def layout_hash(self) -> str:
+        """A hash of names, shapes and groups in order."""
+        return hashlib.sha256(json.dumps([[s.name, s.shape, s.group] for s in self.slots]).encode()).hexdigest()
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

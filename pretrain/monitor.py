@@ -1,0 +1,182 @@
+"""What TensorBoard shows: curves with their unit in the name, sample grids, mask maps.
+
+Between logging steps figures only add up on the device; at a logging step they are summed over the processes and read once.
+Process 0 writes. A resumed run takes up the curves where its checkpoint was; points after it are purged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from pretrain.config import Config
+from pretrain.data import Batch
+from pretrain.diffusion import Loss
+from pretrain.engine import Engine
+from pretrain.models import DiTConfig
+from pretrain.models.cost import tokens_of, training_flops
+
+# Dense bf16 peaks of the data sheets, in TFLOP/s, by a part of the device's name.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "H800": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+}
+
+
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """The device's peak for MFU: the data sheet's, or the best of five measured products where it is not listed."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, peak in PEAK_TFLOPS.items():
+            if part in name:
+                return peak
+    a, b = torch.randn(2048, 1024, device=device, dtype=dtype), torch.randn(1024, 1024, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ b).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048 * 1024 * 1024 / best / 1e12
+
+
+@dataclass
+class Totals:
+    """Sums since the last logging step: tensors on the device, and the host's own."""
+
+    loss: Tensor
+    bin_loss: Tensor
+    bin_count: Tensor
+    masks: Tensor
+    micro_batches: int = 0
+    images: int = 0
+    text_tokens: int = 0
+    wait_s: float = 0.0
+    skipped: int = 0
+    steps: int = 0
+
+
+class Monitor:
+    """Collects figures and writes them at logging steps."""
+
+    def __init__(self, config: Config, backbone: DiTConfig, engine: Engine, step: int):
+        self.config, self.backbone, self.world = config, backbone, engine.world
+        self.writer = None
+        if self.world.rank == 0:
+            self.writer = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=step or None, flush_secs=10)
+        peak = config.logging.peak_tflops or peak_tflops(self.world.device, engine.dtype)
+        self.peak = peak * 1e12 * self.world.size
+        self.image_tokens = tokens_of(backbone, config.data.resolution)
+        self.totals = self._zeros()
+        self.since = time.perf_counter()
+
+    def _zeros(self) -> Totals:
+        def zeros(n: int) -> Tensor:
+            return torch.zeros(n, device=self.world.device)
+
+        bins = self.config.logging.timestep_bins
+        return Totals(zeros(1), zeros(bins), zeros(bins), zeros(self.backbone.depth))
+
+    def waited(self, seconds: float) -> None:
+        """Time that the step waited for data."""
+        self.totals.wait_s += seconds
+
+    @torch.no_grad()
+    def record(self, batch: Batch, loss: Loss, masks_KBN: Tensor | None) -> None:
+        """Adds one micro-batch, without asking the device for anything."""
+        t = self.totals
+        bins = len(t.bin_loss)
+        place = (loss.timestep_B * (bins / 1000)).long().clamp(0, bins - 1)
+        t.loss += loss.mean.detach()
+        t.bin_loss.index_add_(0, place, loss.per_sample_B)
+        t.bin_count.index_add_(0, place, torch.ones_like(loss.per_sample_B))
+        if masks_KBN is not None:
+            t.masks += masks_KBN.detach().float().mean(dim=(1, 2))
+        t.micro_batches += 1
+        t.images += len(batch.keys)
+        t.text_tokens += sum(batch.text.lengths)
+
+    def step(self, step: int, engine: Engine, lr: float) -> None:
+        """After optimizer step number `step` (from 1); writes at logging steps. All processes call it."""
+        self.totals.steps += 1
+        self.totals.skipped += not engine.applied
+        if step % self.config.logging.every == 0 or step == self.config.steps:
+            self._write(step, engine, lr)
+            self.totals, self.since = self._zeros(), time.perf_counter()
+
+    def _write(self, step: int, engine: Engine, lr: float) -> None:
+        t = self.totals
+        host = torch.tensor([t.micro_batches, t.images, t.text_tokens, t.wait_s], device=self.world.device)
+        sums = torch.cat([t.loss, t.bin_loss, t.bin_count, t.masks, host])
+        if self.world.size > 1:
+            dist.all_reduce(sums)
+        bins, blocks = len(t.bin_loss), len(t.masks)
+        loss, bin_loss, bin_count, masks, host = sums.cpu().split([1, bins, bins, blocks, 4])
+        if self.writer is None:
+            return
+        seconds = time.perf_counter() - self.since
+        micro, images, text_tokens, wait = host.tolist()
+        scalars = {
+            "train/loss": loss.item() / micro,
+            "train/gradient_norm": float(engine.gradient_norm),
+            "train/learning_rate": lr,
+            "train/steps_skipped": float(t.skipped),
+            "speed/images_per_s": images / seconds,
+            "speed/tokens_per_s": images * self.image_tokens / seconds,
+            "speed/step_s": seconds / t.steps,
+            "speed/data_wait_percent": 100 * wait / self.world.size / seconds,
+            "speed/mfu_percent": 100
+            * training_flops(self.backbone, images, self.image_tokens, text_tokens)
+            / (seconds * self.peak),
+        }
+        for i in range(bins):
+            if bin_count[i] > 0:
+                low, high = 1000 * i // bins, 1000 * (i + 1) // bins
+                scalars[f"loss_by_timestep/{low:04d}_to_{high:04d}"] = (bin_loss[i] / bin_count[i]).item()
+        if self.backbone.mask != "none":
+            scalars |= {f"mask_mean/block_{k:02d}": (masks[k] / micro).item() for k in range(blocks)}
+        if self.world.device.type == "cuda":
+            scalars["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, step)
+        eta = (self.config.steps - step) * seconds / t.steps
+        print(
+            f"step {step}/{self.config.steps}  loss {scalars['train/loss']:.4f}  norm {scalars['train/gradient_norm']:.2f}  "
+            f"lr {lr:.2e}  {scalars['speed/images_per_s']:.1f} images/s  MFU {scalars['speed/mfu_percent']:.0f}%  "
+            f"wait {scalars['speed/data_wait_percent']:.0f}%  {_clock(eta)} to go",
+            flush=True,
+        )
+
+    def image(self, tag: str, image: Image.Image, step: int) -> None:
+        if self.writer is not None:
+            self.writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what is done within it (checkpoints, previews) out of the speed."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}"

@@ -1,0 +1,31 @@
+"""AdamW's parameter groups and the learning rate as a function of the step alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from pretrain.config import OptimizerSection
+
+
+def build(model: nn.Module, config: OptimizerSection) -> torch.optim.AdamW:
+    """AdamW over two groups: weight matrices, which decay, and biases, tables and vectors, which do not."""
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (decay if name.endswith("weight") and parameter.ndim == 2 else rest).append(parameter)
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    fused = next(model.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def learning_rate(step: int, steps: int, config: OptimizerSection) -> float:
+    """The rate of optimizer step `step`, counted from 0, of `steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
