@@ -151,15 +151,15 @@ def draw(scene: Scene, side: int = 512) -> Image.Image:
 def check(image: Image.Image, scene: Scene) -> Verdict:
     """Reads a picture's colours and shapes and compares them with the scene's.
 
-    Background: the most frequent palette colour of the outer frame. Foreground: the set of the other palette colours that
-    cover at least 1% of the picture, edges left out, must be exactly the scene's. Shapes: by the filled share of each colour's bounding box.
+    Background: the most frequent palette colour of the outer frame. Foreground: the other palette colours that cover at
+    least 1% of the picture, edges left out, must be exactly the scene's. Shapes: by the filled share of each colour's
+    bounding box.
     """
     labels, solid = _palette_labels(image)
     names = list(COLOURS)
     edge = max(1, len(labels) // 20)
-    frame = np.concatenate(
-        [labels[:edge].ravel(), labels[-edge:].ravel(), labels[:, :edge].ravel(), labels[:, -edge:].ravel()]
-    )
+    sides = (labels[:edge], labels[-edge:], labels[:, :edge], labels[:, -edge:])
+    frame = np.concatenate([side.ravel() for side in sides])
     background = names[np.bincount(frame, minlength=len(names)).argmax()]
     areas = np.bincount(labels[solid], minlength=len(names)) / labels.size
     found = frozenset(n for n, area in zip(names, areas, strict=True) if n != background and area >= _LEAST_AREA)

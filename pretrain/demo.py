@@ -74,10 +74,7 @@ def report(scenes: list[Scene], seconds: float) -> str:
         *(loss_line(stage) for stage in STAGES),
         "",
         f"foreground and background colours as the prompt says: {_share([v.colours for v in verdicts])}",
-        *(
-            f"  {kind}: {_share([v.colours for v, s in zip(verdicts, range(len(verdicts)), strict=True) if KINDS[s % 3] == kind])}"
-            for kind in KINDS
-        ),
+        *(f"  {kind}: {_share([v.colours for v in verdicts[i :: len(KINDS)]])}" for i, kind in enumerate(KINDS)),
         f"shapes too (where each object has its own colour): {_share(countable)}",
         f"time {seconds / 60:.1f} minutes, peak memory {memory:.1f} GiB",
         "",

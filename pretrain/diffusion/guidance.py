@@ -11,7 +11,7 @@ from pretrain.models.text import PackedText
 
 
 class Guided:
-    """Predicts `null + scale · (text − null)`; both halves go through the backbone in one batch. A scale of 1 needs no null half."""
+    """Predicts `null + scale · (text − null)`, both halves in one batch; a scale of 1 needs no null half."""
 
     def __init__(
         self, backbone: Callable[[Tensor, Tensor, PackedText], Tensor], text: PackedText, null: PackedText, scale: float
