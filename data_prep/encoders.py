@@ -78,7 +78,7 @@ def fingerprint(module: nn.Module, about: dict) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).flatten().clone().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -146,7 +146,9 @@ class Vae:
         self.device = torch.device(device)
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         try:
-            model = classes[kind].from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+            model = classes[kind].from_pretrained(
+                folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
+            )
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} holds no {kind} that can be loaded: {error}".splitlines()[0]) from error
         self.model = model.to(self.device, memory_format=torch.channels_last if kind == "AutoencoderKL" else None)
