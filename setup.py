@@ -21,7 +21,7 @@ setup(
         "deepspeed>=0.19.7",
         "mosaicml-streaming>=0.13,<0.14",
         "webdataset>=1.0",
-        "transformers>=4.49,<5",  # the upper bound is mosaicml-streaming's
+        "transformers>=4.56,<5",  # the upper bound is mosaicml-streaming's
         "diffusers>=0.33",
         "sentencepiece>=0.2",  # the tokenizer of T5
         "tensorboard>=2.16",

@@ -158,9 +158,10 @@ def batched(items: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
 
 def find_tars(pattern: str) -> dict[str, Path]:
     """The input tars by the name of the part that each becomes. Raises with one clear line."""
+    pattern = f"{pattern}/*.tar" if Path(pattern).is_dir() else pattern
     paths = sorted(Path(p) for p in glob.glob(pattern, recursive=True))
     if not paths:
-        raise FileNotFoundError(f"--input {pattern}: no such file; quote the pattern so that the shell leaves it whole")
+        raise FileNotFoundError(f"--input {pattern}: no such file; quote a pattern so that the shell leaves it whole")
     tars: dict[str, Path] = {}
     for path in paths:
         if path.stem in tars:
@@ -234,7 +235,7 @@ def print_summary(card: shards.Card, root: Path) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Encodes webdataset tars into MDS shards.")
-    parser.add_argument("--input", required=True, help="glob pattern of tars, quoted")
+    parser.add_argument("--input", required=True, help="folder of tars, or a quoted pattern of them")
     parser.add_argument("--output", required=True, type=Path, help="the data set's folder")
     parser.add_argument("--encoders", required=True, help="tiny, or TEXT+VAE: names, hub names or folders")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512], help="square sizes in pixels")

@@ -94,7 +94,7 @@ class TextEncoder:
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = T5EncoderModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+            model = T5EncoderModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} holds no T5 encoder that can be loaded: {error}".splitlines()[0]) from error
         self.model = model.to(self.device).eval().requires_grad_(False)
@@ -108,8 +108,10 @@ class TextEncoder:
         cut = sum(len(ids) > token_cap for ids in whole)
         # A cut caption keeps its end token.
         ids = [i if len(i) <= token_cap else i[: token_cap - 1] + i[-1:] for i in whole]
-        batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
-        hidden = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        rows = [torch.tensor(i) for i in ids]
+        ids_BL = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        keep_BL = torch.arange(ids_BL.shape[1]) < torch.tensor([len(i) for i in ids])[:, None]
+        hidden = self.model(ids_BL.to(self.device), attention_mask=keep_BL.to(self.device)).last_hidden_state
         hidden = hidden.to(torch.bfloat16).cpu()
         return [row[: len(i)].clone() for row, i in zip(hidden, ids, strict=True)], cut
 

@@ -5,7 +5,7 @@
 #   INPUT=/tars OUTPUT=/shards bash slurm/encode.sh                   here, as worker 0 of 1
 #   WORKERS=64 INPUT=… OUTPUT=… sbatch --array=7,12 slurm/encode.sh   workers 7 and 12 of 64 once more
 #
-#   INPUT        where the tars are                                   required
+#   INPUT        a folder of tars, or a pattern of them               required
 #   OUTPUT       where the shards go                                  required
 #   ENCODERS     text and image encoder                               flan-t5-xxl+mochi
 #   RESOLUTIONS  in pixels, blanks between                            256 512
@@ -24,7 +24,7 @@
 #SBATCH --open-mode=append
 [[ -f slurm/common.sh ]] || { echo "error: no slurm/common.sh in $PWD: submit from the repository's root" >&2; exit 2; }
 source slurm/common.sh
-[[ -n ${INPUT:-} ]] || refuse "INPUT is not set: the folder of the tars"
+[[ -n ${INPUT:-} ]] || refuse "INPUT is not set: the folder of the tars, or a pattern of them"
 [[ -n ${OUTPUT:-} ]] || refuse "OUTPUT is not set: the folder for the shards"
 
 if [[ -n ${WORKERS:-} ]]; then

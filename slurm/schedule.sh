@@ -4,7 +4,7 @@
 #   INPUT=/tars OUTPUT=/shards bash slurm/schedule.sh    on the login node, not through sbatch
 #   bash slurm/schedule.sh                               without INPUT: the shards are there, only the two stages
 #
-#   INPUT OUTPUT ENCODERS RESOLUTIONS    as in encode.sh
+#   INPUT OUTPUT ENCODERS RESOLUTIONS    as in encode.sh; the stages train on OUTPUT
 #   ENCODE_OPTIONS                       further options of data_prep/encode.py
 #   STAGE1 STAGE2                        the stages' configs                        stage1_256 stage2_512
 #   STAGE1_OVERRIDES STAGE2_OVERRIDES    section.key=value, blanks between
@@ -31,11 +31,12 @@ submit() { # SBATCH_OPTION... SCRIPT, after the job submitted last
 
 if [[ -n ${INPUT:-} ]]; then
     words "${ENCODE_SBATCH:-}"
+    data=data.path=$OUTPUT
     OVERRIDES=${ENCODE_OPTIONS:-} submit --array=0-7 "${WORDS[@]}" slurm/encode.sh
 fi
 words "${TRAIN_SBATCH:-}"
-CONFIG=${STAGE1:-stage1_256} OVERRIDES=${STAGE1_OVERRIDES:-} submit "${WORDS[@]}" slurm/stage1_256.sh
-CONFIG=${STAGE2:-stage2_512} OVERRIDES=${STAGE2_OVERRIDES:-} submit "${WORDS[@]}" slurm/stage2_512.sh
+CONFIG=${STAGE1:-stage1_256} OVERRIDES="${data:-} ${STAGE1_OVERRIDES:-}" submit "${WORDS[@]}" slurm/stage1_256.sh
+CONFIG=${STAGE2:-stage2_512} OVERRIDES="${data:-} ${STAGE2_OVERRIDES:-}" submit "${WORDS[@]}" slurm/stage2_512.sh
 
 joined=$(IFS=,; echo "${ids[*]}")
 echo "watch:  squeue --jobs=$joined; tail -f logs/*-<job>*.out"

@@ -1,0 +1,118 @@
+"""A killed and restarted run equals one that was never killed, and a stage starts from the one before."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from support import SMALL, scalars, start_training
+
+from pretrain.checkpoint import newest
+
+WORDS = (*SMALL, "steps=10", "checkpoint.every=4", "checkpoint.keep_last=2", "checkpoint.keep_every=0")
+
+
+def state_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    found = newest(run_dir)
+    assert found is not None
+    found.verify()
+    return {f"{k}/{n}": v for k in ("master", "exp_avg", "exp_avg_sq", "ema") for n, v in found.parameters(k).items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    (process,) = start_training("demo_256", *WORDS, f"data.path={data_set}", f"run_dir={run_dir}")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return run_dir
+
+
+def kill_after(line: str, process) -> None:
+    """`kill -9` once the process has printed a line that starts so."""
+    seen = []
+    for printed in process.stdout:
+        seen.append(printed)
+        if printed.startswith(line):
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            return
+    raise AssertionError(f"{line!r} was never printed:\n" + "".join(seen))
+
+
+def test_kill_9_and_restart_is_bitwise_uninterrupted(
+    data_set: Path, uninterrupted: Path, train, tmp_path: Path
+) -> None:
+    """Killed in the second epoch (5 steps each), two steps after its checkpoint: same samples, noise, moments and curve."""
+    words = [*WORDS, f"data.path={data_set}", f"run_dir={tmp_path}"]
+    (process,) = start_training("demo_256", *words)
+    kill_after("step 6/", process)
+    assert newest(tmp_path).progress.step == 4  # type: ignore[union-attr]
+    finished = train("demo_256", *words)
+    assert "going on from" in finished.output
+    assert "step 4, epoch 0, its step 4" in finished.output
+    expected = state_of(uninterrupted)
+    for name, value in state_of(tmp_path).items():
+        assert torch.equal(value, expected[name]), name
+    assert scalars(tmp_path, "train/loss") == scalars(uninterrupted, "train/loss")
+
+
+def test_a_finished_run_is_left_alone(uninterrupted: Path, data_set: Path, train) -> None:
+    before = (uninterrupted / "checkpoints" / "step_00000010" / "state.json").stat().st_mtime_ns
+    finished = train("demo_256", *WORDS, f"data.path={data_set}", f"run_dir={uninterrupted}")
+    assert "is complete: 10 steps, 40 images" in finished.output
+    assert (uninterrupted / "checkpoints" / "step_00000010" / "state.json").stat().st_mtime_ns == before
+
+
+def test_retention(uninterrupted: Path) -> None:
+    names = sorted(p.name for p in (uninterrupted / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000008", "step_00000010"]
+
+
+def test_two_ranks_take_over_one_ranks_checkpoint(data_set: Path, uninterrupted: Path, train, tmp_path: Path) -> None:
+    words = [*WORDS, "model.mask_dropout=0", f"data.path={data_set}", f"run_dir={tmp_path}"]
+    train("demo_256", *words, "steps=4")
+    train("demo_256", *words, "steps=6", processes=2)
+    losses = scalars(tmp_path, "train/loss")
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+    assert newest(tmp_path).state["world"] == 2  # type: ignore[union-attr]
+    straight = tmp_path / "straight"
+    train("demo_256", *[w for w in words if not w.startswith("run_dir=")], f"run_dir={straight}", "steps=6")
+    assert losses == pytest.approx(scalars(straight, "train/loss"), rel=1e-4)
+
+
+def test_stage_2_starts_from_stage_1(data_set: Path, uninterrupted: Path, train, tmp_path: Path) -> None:
+    """Weights and average are taken over, the data starts anew, and moments only if asked for."""
+    words = [*SMALL, f"data.path={data_set}", f"init_from={uninterrupted}", "optimizer.lr=1e-30", "steps=2"]
+    expected = state_of(uninterrupted)
+    for carry in ("false", "true"):
+        run_dir = tmp_path / carry
+        finished = train("demo_512", *words, f"carry_moments={carry}", f"run_dir={run_dir}")
+        assert "its weights and average" in finished.output
+        found = newest(run_dir)
+        assert found is not None
+        assert found.progress.position.step_in_epoch == 2
+        assert found.progress.updates == (12 if carry == "true" else 2)
+        for name, value in found.parameters("master").items():
+            # A learning rate of nothing keeps the weights.
+            torch.testing.assert_close(value, expected[f"master/{name}"], rtol=0, atol=1e-12)
+
+
+def test_refusals(data_set: Path, uninterrupted: Path, train, tmp_path: Path) -> None:
+    """Another data order, another model, a damaged file, and a run that is not there: one clear line each."""
+    same = [*WORDS, f"data.path={data_set}", f"run_dir={uninterrupted}", "steps=12"]
+    assert "another data order" in train("demo_256", *same, "seed=1", check=False).output
+    fresh = [*WORDS, f"data.path={data_set}", f"run_dir={tmp_path / 'fresh'}"]
+    other = train("demo_256", *fresh, f"init_from={uninterrupted}", "model.ffn=uniform", check=False)
+    assert "is of another model" in other.output
+    assert "Traceback" not in other.output
+    assert "no run at nowhere" in train("demo_256", *fresh, "init_from=nowhere", check=False).output
+    shard = next((uninterrupted / "checkpoints" / "step_00000010").glob("rank_*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    damaged = train("demo_256", *same, check=False)
+    assert damaged.codes == [1]
+    assert f"{shard} is damaged" in damaged.output

@@ -1,0 +1,62 @@
+"""The captioned-shapes world: deterministic, true captions, and a checker that sees what is wrong."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_prep.shapes import COLOURS, SHAPES, check, draw, random_scene, scenes, write_tars
+from data_prep.tars import Sample, read_tar
+
+
+@pytest.mark.parametrize("side", [128, 256, 512])
+def test_the_checker_reads_back_what_was_drawn(side: int) -> None:
+    for scene in scenes(60, seed=9):
+        verdict = check(draw(scene, side), scene)
+        assert verdict.colours, scene.caption
+        assert verdict.shapes is not False, scene.caption
+
+
+def test_the_checker_sees_what_is_wrong() -> None:
+    rng = random.Random(1)
+    for scene in scenes(40, seed=10):
+        picture = draw(scene)
+        others = [c for c in COLOURS if c != scene.background and c not in scene.foreground]
+        assert not check(picture, replace(scene, background=rng.choice(others))).background
+        o = scene.objects[0]
+        recoloured = replace(scene, objects=(replace(o, colour=rng.choice(others)), *scene.objects[1:]))
+        assert not check(picture, recoloured).foreground
+        if len(scene.foreground) == len(scene.objects):
+            reshaped = replace(o, shape=rng.choice([s for s in SHAPES if s != o.shape]))
+            assert check(picture, replace(scene, objects=(reshaped, *scene.objects[1:]))).shapes is False
+    empty = check(Image.new("RGB", (256, 256), COLOURS[scene.background]), scene)
+    assert empty.background and not empty.foreground
+
+
+def test_captions_name_every_object_and_the_background() -> None:
+    for scene in scenes(60, seed=11):
+        assert scene.caption.endswith(f"on a {scene.background} background")
+        for o in scene.objects:
+            assert o.colour in scene.caption and o.shape in scene.caption and o.size in scene.caption
+        assert scene.background not in scene.foreground
+
+
+def test_tars_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    first = [p.read_bytes() for p in write_tars(tmp_path / "a", 12, seed=3, per_tar=5)]
+    again = [p.read_bytes() for p in write_tars(tmp_path / "b", 12, seed=3, per_tar=5)]
+    other = [p.read_bytes() for p in write_tars(tmp_path / "c", 12, seed=4, per_tar=5)]
+    assert len(first) == 3
+    assert first == again
+    assert first != other
+    samples = [s for p in sorted((tmp_path / "a").glob("*.tar")) for s in read_tar(p)]
+    assert all(isinstance(s, Sample) for s in samples)
+    assert [s.caption for s in samples if isinstance(s, Sample)] == [s.caption for s in scenes(12, seed=3)]
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(ValueError, match="the kinds are one, count, pair"):
+        random_scene(random.Random(0), "many")

@@ -1,0 +1,161 @@
+"""Q-MaskGen against a reference that really concatenates the previous mask, and the ways of its dropout and gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain.models.mask import KINDS, QueryMask
+
+WIDTH, HIDDEN = 24, (16, 12, 8, 4)
+B, N = 3, 7
+
+
+def seeded(kind: str, dropout: float = 0.0) -> QueryMask:
+    """A query mask with random parameters, so that no unit and no previous mask is without effect."""
+    module = QueryMask(WIDTH, kind, HIDDEN, dropout).double()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.5, generator=generator)
+    return module
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, previous mask, time embedding, timestep."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(B, N, WIDTH, dtype=torch.float64, generator=generator)
+    previous = torch.rand(B, N, 1, dtype=torch.float64, generator=generator)
+    time = torch.randn(B, WIDTH, dtype=torch.float64, generator=generator)
+    return x, previous, time, torch.tensor([0.0, 417.9, 1000.0])
+
+
+def reference(
+    module: QueryMask, x: torch.Tensor, previous: torch.Tensor, time: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """focusdit.md §2, one image at a time: norm, then five linear maps, each of [h, previous mask]."""
+    results = []
+    for b in range(len(x)):
+        if module.kind == "release":
+            row = module.time_table.weight[int(timestep[b])]
+            row = row * torch.sigmoid(row)
+            both = module.time_linear.weight @ row + module.time_linear.bias
+            scale, shift = both[:WIDTH], both[WIDTH:]
+        else:
+            scale, shift = module.time_shift[0] + time[b], module.time_shift[1] + time[b]
+        centred = x[b] - x[b].mean(-1, keepdim=True)
+        h = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (1 + scale) + shift
+        stack = [*module.layers, module.last]
+        assert len(stack) == 5
+        for number, layer in enumerate(stack):
+            linear = nn.Linear(layer.linear.in_features + 1, layer.linear.out_features).double()
+            linear.weight = nn.Parameter(torch.cat([layer.linear.weight, layer.premask[:, None]], dim=1))
+            linear.bias = layer.linear.bias
+            h = linear(torch.cat([h, previous[b]], dim=-1))
+            h = h.clamp(min=0) if number < 4 else h
+        results.append(1 / (1 + torch.exp(-h)))
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("kind", ["release", "adaln_single"])
+def test_against_the_reference(kind):
+    module, given = seeded(kind), inputs()
+    got = module(*given)
+    assert got.shape == (B, N, 1)
+    torch.testing.assert_close(got, reference(module, *given))
+    assert 0 < got.min() < got.max() < 1
+    assert got.std() > 0.01, "the reference would be met by a constant"
+
+
+@pytest.mark.parametrize("layer", range(5))
+def test_the_previous_mask_enters_each_layer(layer):
+    module, (x, previous, time, timestep) = seeded("release"), inputs()
+    before = module(x, previous, time, timestep)
+    chosen = [*module.layers, module.last][layer]
+    with torch.no_grad():
+        chosen.premask.add_(0.5)
+    assert not torch.allclose(module(x, previous, time, timestep), before)
+    for other in [*module.layers, module.last]:
+        nn.init.zeros_(other.premask)
+    without = module(x, previous, time, timestep)
+    assert torch.equal(module(x, torch.rand_like(previous), time, timestep), without)
+
+
+def test_the_releases_table_is_indexed_by_truncated_timesteps():
+    module, (x, previous, time, _) = seeded("release"), inputs()
+    assert module.time_table.num_embeddings == 1001
+
+    def at(*timesteps: float) -> torch.Tensor:
+        return module(x, previous, time, torch.tensor(timesteps))
+
+    assert torch.equal(at(0.999, 417.0, 1000.0), at(0.0, 417.999, 1000.0))
+    changed = at(1.0, 416.999, 999.999)
+    for one, other in zip(at(0.0, 417.0, 1000.0), changed, strict=True):
+        assert not torch.allclose(one, other)
+
+
+def test_the_release_ignores_the_shared_time_embedding_and_adaln_single_the_timestep():
+    x, previous, time, timestep = inputs()
+    release, single = seeded("release"), seeded("adaln_single")
+    assert torch.equal(release(x, previous, time, timestep), release(x, previous, time + 1, timestep))
+    assert torch.equal(single(x, previous, time, timestep), single(x, previous, time, timestep / 2))
+    assert not torch.allclose(single(x, previous, time, timestep), single(x, previous, time + 1, timestep))
+
+
+@pytest.mark.parametrize("kind", ["release", "adaln_single"])
+def test_the_order_is_scale_then_shift(kind):
+    """With a scale of −1 the tokens have no effect; with a shift of −1 they have."""
+    module, (x, previous, time, timestep) = seeded(kind), inputs()
+    with torch.no_grad():
+        if kind == "release":
+            module.time_linear.weight.zero_()
+            module.time_linear.bias.copy_(torch.cat([-torch.ones(WIDTH), torch.zeros(WIDTH)]))
+        else:
+            time = torch.zeros_like(time)
+            module.time_shift.copy_(torch.stack([-torch.ones(WIDTH), torch.zeros(WIDTH)]))
+    constant = module(x, previous, time, timestep)
+    assert torch.equal(constant, module(torch.randn_like(x), previous, time, timestep))
+    with torch.no_grad():
+        if kind == "release":
+            module.time_linear.bias.copy_(module.time_linear.bias.roll(WIDTH))
+        else:
+            module.time_shift.copy_(module.time_shift.flip(0))
+    assert not torch.allclose(
+        module(x, previous, time, timestep), module(torch.randn_like(x), previous, time, timestep)
+    )
+
+
+def test_dropout_acts_on_the_mask_itself_and_only_in_training():
+    module, (x, previous, time, timestep) = seeded("adaln_single", dropout=0.25), inputs()
+    x, previous = x.repeat(1, 300, 1), previous.repeat(1, 300, 1)
+    module.eval()
+    whole = module(x, previous, time, timestep)
+    assert torch.equal(whole, module(x, previous, time, timestep))
+
+    module.train()
+    torch.manual_seed(0)
+    dropped = module(x, previous, time, timestep)
+    zero = dropped == 0
+    assert zero.double().mean().item() == pytest.approx(0.25, abs=0.02)
+    torch.testing.assert_close(dropped[~zero], whole[~zero] / 0.75)
+
+
+def test_gradients_reach_the_previous_mask():
+    """A chain of two: the first block's parameters learn through the second block's mask."""
+    first, second = seeded("adaln_single"), seeded("adaln_single")
+    x, previous, time, timestep = inputs()
+    previous.requires_grad_()
+    assert torch.autograd.gradcheck(lambda m: first(x, m, time, timestep), previous)
+    chained = second(x, first(x, previous, time, timestep), time, timestep)
+    chained.sum().backward()
+    assert previous.grad.abs().min() > 0
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in first.parameters())
+
+
+def test_a_fresh_previous_mask_column_is_0():
+    module = QueryMask(WIDTH, "release", HIDDEN, 0.1)
+    assert all((layer.premask == 0).all() for layer in [*module.layers, module.last])
+
+
+def test_refuses_an_unknown_kind():
+    with pytest.raises(ValueError, match=", ".join(KINDS)):
+        QueryMask(WIDTH, "hard", HIDDEN, 0.1)
