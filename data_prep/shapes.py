@@ -37,7 +37,7 @@ COLOURS = {
     "black": (22, 22, 22),
 }
 SHAPES = ("circle", "square", "triangle")
-RADII = {"small": 0.11, "large": 0.20}  # half an object's extent, as a share of the picture's side
+RADII = {"small": 0.14, "large": 0.22}  # half an object's extent, as a share of the picture's side
 COUNTS = {2: "two", 3: "three"}
 PLACES = {  # centre (x, y) as shares of the side
     "in the centre": (0.5, 0.5),
@@ -56,7 +56,7 @@ KINDS = ("one", "count", "pair")
 # An object's area as a share of its bounding box, by which `check` tells the shapes apart.
 _FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}
 _SUPERSAMPLING = 2
-_LEAST_AREA = 0.01  # a colour that covers less of the picture is not an object; the smallest triangle covers 2.4%
+_LEAST_AREA = 0.01  # a colour that covers less of the picture is not an object; the smallest triangle covers 3.9%
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,15 @@ def random_scene(rng: random.Random, kind: str | None = None) -> Scene:
         dx, dy = RELATIONS[relation]
         other_shape, other_size = rng.choice(SHAPES), rng.choice(list(RADII))
         objects = (
-            _place(rng, shape, first, size, 0.5 + 0.23 * dx, 0.5 + 0.23 * dy),
-            _place(rng, other_shape, second, other_size, 0.5 - 0.23 * dx, 0.5 - 0.23 * dy),
+            _place(rng, shape, first, size, 0.5 + 0.25 * dx, 0.5 + 0.25 * dy),
+            _place(rng, other_shape, second, other_size, 0.5 - 0.25 * dx, 0.5 - 0.25 * dy),
         )
         return Scene(objects, background, f"a {size} {first} {shape} {relation} a {other_size} {second} {other_shape}")
     raise ValueError(f"unknown kind of scene {kind!r}; the kinds are {', '.join(KINDS)}")
 
 
 def _place(rng: random.Random, shape: str, colour: str, size: str, x: float, y: float) -> Shape:
-    return Shape(shape, colour, size, x + rng.uniform(-0.025, 0.025), y + rng.uniform(-0.025, 0.025))
+    return Shape(shape, colour, size, x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02))
 
 
 def draw(scene: Scene, side: int = 512) -> Image.Image:

@@ -7,12 +7,14 @@ first and `deepspeed.key=value` the second.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,6 +24,12 @@ from pretrain.models import DiTConfig, preset
 
 CONFIGS = Path(__file__).parent / "configs"
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+
+# What may be added to a DeepSpeed file from the command line, beside what it already has.
+DEEPSPEED_KEYS = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping", "bf16", "data_types",
+    "communication_data_type", "zero_optimization", "wall_clock_breakdown", "flops_profiler", "comms_logger",
+}  # fmt: skip
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -100,7 +108,9 @@ class OptimizerSection(Section):
     lr: Annotated[float, Field(gt=0)] = 2e-4
     """AdamW's learning rate after warm-up."""
     betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decays of AdamW's first and second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of AdamW's second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of weight matrices; biases, tables and vectors have none."""
     warmup_steps: NotNegative = 1000
@@ -141,6 +151,7 @@ class PreviewSection(Section):
     shift: Annotated[float, Field(gt=0)] = 3.0
     """flow: shift of the sampling times towards noise."""
     seed: int = 0
+    """Of the pictures' starting noise."""
 
     def file(self) -> Path:
         return self.prompts if self.prompts.is_absolute() or self.prompts.exists() else CONFIGS / self.prompts
@@ -206,11 +217,27 @@ def load(name: str, overrides: list[str] | None = None) -> tuple[Config, dict[st
         config = Config.model_validate(merged)
     except ValidationError as error:
         problems += [_explain(e) for e in error.errors()]
+        problems += _contradictions(merged, error)
     else:
         problems += config.problems()
     if problems:
         raise ConfigError(f"{path}:\n" + "\n".join(f"  {p}" for p in problems))
     return config, deepspeed
+
+
+def _contradictions(content: dict[Any, Any], error: ValidationError) -> list[str]:
+    """The contradictions among the fields that are valid; none where a required one is missing or wrong."""
+    rest = copy.deepcopy(content)
+    for wrong in error.errors():
+        section: Any = rest
+        for part in wrong["loc"][:-1]:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.pop(wrong["loc"][-1], None)
+    try:
+        return Config.model_validate(rest).problems()
+    except ValidationError:
+        return []
 
 
 def known() -> list[str]:
@@ -232,8 +259,8 @@ def _merge(path: Path, overrides: list[str], problems: list[str]) -> tuple[dict[
             {"name": path.stem, "run_dir": f"runs/{path.stem}"}, OmegaConf.load(path), OmegaConf.from_dotlist(words)
         )
         content = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{path}: {error}".splitlines()[0]) from error
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     assert isinstance(content, dict)
     changes = content.pop("deepspeed", {})
     return content, changes
@@ -245,12 +272,20 @@ def _deepspeed(name: str, changes: dict[str, Any], problems: list[str]) -> dict[
     if not path.is_file():
         problems.append(f"{path}: this stage's DeepSpeed file is missing")
         return {}
-    content = OmegaConf.to_container(OmegaConf.merge(json.loads(path.read_text()), changes))
+    if not isinstance(changes, dict):
+        problems.append(f"deepspeed: {changes!r} is no section; override as deepspeed.key=value")
+        changes = {}
+    shipped = json.loads(path.read_text())
+    content = OmegaConf.to_container(OmegaConf.merge(shipped, changes))
     assert isinstance(content, dict)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
         if not isinstance(content.get(key), int) or content[key] < 1:
             problems.append(f"deepspeed.{key}: {content.get(key)!r} must be a whole number above 0 (in {path})")
-    if content.get("zero_optimization", {}).get("stage") != 2:
+    for key in changes.keys() - DEEPSPEED_KEYS - shipped.keys():  # DeepSpeed itself ignores what it does not know
+        near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1)
+        problems.append(f"deepspeed.{key}: unknown field" + (f"; did you mean {near[0]!r}?" if near else ""))
+    zero = content.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") != 2:
         problems.append(f"deepspeed.zero_optimization.stage: must be 2 (in {path})")
     if "gradient_accumulation_steps" in content:
         problems.append("deepspeed.gradient_accumulation_steps: leave it out; it follows from the batch and the GPUs")

@@ -14,8 +14,9 @@ def build(model: nn.Module, config: OptimizerSection) -> torch.optim.AdamW:
     """AdamW over two groups: weight matrices, which decay, and biases, tables and vectors, which do not."""
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (decay if name.endswith("weight") and parameter.ndim == 2 else rest).append(parameter)
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    for parameter in model.parameters():
+        (decay if id(parameter) in matrices else rest).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     fused = next(model.parameters()).device.type == "cuda"
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
@@ -27,5 +28,5 @@ def learning_rate(step: int, steps: int, config: OptimizerSection) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
     return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))

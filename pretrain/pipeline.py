@@ -89,11 +89,13 @@ def generate(
             masks.append(prediction.masks_KBN[:, : len(text)].transpose(0, 1).float().cpu())
         return prediction.sample_BCHW
 
-    was_training = model.training
-    model.eval()
     steps = scheduler(settings, device)
     guided = Guided(backbone, text.to(device, dtype), null.to(device, dtype), settings.guidance)
     noise = start_noise(seeds, (model.config.latent_channels, *latent_size)).to(device)
-    latent = sample(guided, noise, steps)
-    model.train(was_training)
+    was_training = model.training
+    model.eval()
+    try:
+        latent = sample(guided, noise, steps)
+    finally:
+        model.train(was_training)
     return Generated(latent, torch.stack(masks, dim=1) if masks else None, tuple(steps.timesteps.tolist()))

@@ -13,15 +13,17 @@ The six modulations are the block's own 6 × D table plus one projection of the 
 
 Initialisation, all in `DiT.initialise`:
 
-| parameter                                   | value                                                      |
-|---------------------------------------------|------------------------------------------------------------|
-| linear weights (patches and FFN too)        | Xavier uniform                                             |
-| biases, the previous mask's columns         | 0                                                          |
-| time MLP, AdaLN-single, text projection     | normal(0.02)                                               |
-| scale-shift tables                          | normal(1/√D)                                               |
-| cross-attention's output, the last layer    | 0: a fresh block ignores the text, a fresh model predicts 0 |
-| query mask's time (table or shift)          | normal(0.02) or 0                                          |
-| query mask's last bias                      | 2: masks start near 0.88, where their gradient still flows |
+| parameter                                              | value                                                     |
+|--------------------------------------------------------|-----------------------------------------------------------|
+| linear weights                                         | Xavier uniform                                            |
+| biases, the previous mask's columns                    | 0                                                         |
+| outputs of attention and FFN, the last layer           | 0: a fresh block changes nothing, a fresh model predicts 0 |
+| scale-shift tables                                     | gates 1, the rest normal(1/√D)                            |
+| query mask's time table, or its shift                  | normal(0.02), or 0                                        |
+| query mask's last bias                                 | 2: masks start near 0.88, where their gradient still flows |
+
+PixArt-alpha starts its gates at random and its outputs at Xavier's. With that, the tiny FocusDiT's masks shut the FFNs of the
+first blocks (means under 0.01 within 100 steps), since what a fresh FFN adds is noise.
 """
 
 from __future__ import annotations
@@ -36,7 +38,15 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.models import ffn, mask
 from pretrain.models.attention import CrossAttention, SelfAttention
-from pretrain.models.embeddings import ROTARY_PARTS, PatchEmbed, Rotary, TextProjection, TimeEmbed, rotary_positions
+from pretrain.models.embeddings import (
+    ROTARY_PARTS,
+    PatchEmbed,
+    Rotary,
+    TextProjection,
+    TimeEmbed,
+    rotary_positions,
+    sincos_positions,
+)
 from pretrain.models.text import PackedText
 
 
@@ -55,6 +65,7 @@ class DiTConfig:
         ffn: vocabulary layout: uniform | shared | tapered.
         shared_width: entries of the shared expert, in widths D (1, 2 or 3); only for `ffn: shared`.
         rotary: what the head's width turns by: halves (row, column) | thirds (time, row, column).
+        absolute: positions added to the tokens: none (the release) | sincos (PixArt-alpha).
         position_scale: positions are divided by it.
         mask_hidden: hidden widths of the query mask's MLP.
         mask_dropout: dropout of the mask itself while training.
@@ -70,6 +81,7 @@ class DiTConfig:
     ffn: str = "uniform"
     shared_width: int = 2
     rotary: str = "halves"
+    absolute: str = "none"
     position_scale: float = 1.0
     mask_hidden: tuple[int, ...] = (512, 128, 32, 16)
     mask_dropout: float = 0.1
@@ -77,20 +89,26 @@ class DiTConfig:
     def problems(self) -> list[str]:
         """Everything that keeps this shape from being built, each with the mend."""
         found = []
-        for field, names in (("mask", mask.KINDS), ("ffn", ffn.LAYOUTS), ("rotary", tuple(ROTARY_PARTS))):
+        choices = (
+            ("mask", mask.KINDS),
+            ("ffn", ffn.LAYOUTS),
+            ("rotary", tuple(ROTARY_PARTS)),
+            ("absolute", ("none", "sincos")),
+        )
+        for field, names in choices:
             if getattr(self, field) not in names:
                 found.append(f"{field}: {getattr(self, field)!r} is none of {', '.join(names)}")
         for field in ("width", "heads", "depth", "patch", "latent_channels", "text_width", "position_scale"):
             if getattr(self, field) <= 0:
                 found.append(f"{field}: {getattr(self, field)} must be above 0")
-        if found:
-            return found
+        if self.absolute == "sincos" and self.width % 4:
+            found.append(f"width: {self.width} must be divisible by 4 (sines and cosines of row and column)")
         if self.ffn == "shared" and self.shared_width not in (1, 2, 3):
             found.append(f"shared_width: {self.shared_width} must be 1, 2 or 3 (widths D of the 4D entries)")
         if not 0 <= self.mask_dropout < 1:
             found.append(f"mask_dropout: {self.mask_dropout} must be in [0, 1)")
-        parts = 2 * len(ROTARY_PARTS[self.rotary])
-        if self.width % (self.heads * parts):
+        parts = 2 * len(ROTARY_PARTS.get(self.rotary, ()))
+        if parts and self.width > 0 and self.heads > 0 and self.width % (self.heads * parts):
             found.append(
                 f"width: {self.width} must be divisible by heads × {parts} = {self.heads * parts} "
                 f"(rotary {self.rotary} turns pairs in {parts // 2} parts of each head)"
@@ -210,16 +228,16 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        for parent in (self.time_embed, self.text_projection):
-            nn.init.normal_(parent.linear_1.weight, std=0.02)
-            nn.init.normal_(parent.linear_2.weight, std=0.02)
-        nn.init.normal_(self.time_modulation.weight, std=0.02)
-        for name, parameter in self.named_parameters():
-            if name.endswith("scale_shift_table"):
-                nn.init.normal_(parameter, std=self.config.width**-0.5)
         for module in self.modules():
-            if isinstance(module, CrossAttention):
+            if isinstance(module, Block | FinalLayer):
+                nn.init.normal_(module.scale_shift_table, std=self.config.width**-0.5)
+            if isinstance(module, Block):
+                with torch.no_grad():
+                    module.scale_shift_table[[2, 5]] = 1.0  # gate_msa, gate_mlp
+            elif isinstance(module, SelfAttention | CrossAttention):
                 nn.init.zeros_(module.out.weight)
+            elif isinstance(module, ffn.Vocabulary):
+                nn.init.zeros_(module.value.weight)
             elif isinstance(module, mask.QueryMask):
                 nn.init.constant_(module.last.linear.bias, 2.0)
         nn.init.zeros_(self.final.proj.weight)
@@ -228,14 +246,21 @@ class DiT(nn.Module):
         """Predicts for latents [B, C, H, W] at timesteps [B] in 0..1000 (0 is data), each with its caption.
 
         Raises:
-            ValueError: the latent's sides are not divisible by the patch.
+            ValueError: the latent's sides are not divisible by the patch, or latents, timesteps and captions differ in number.
         """
         p = self.config.patch
+        if not len(latent_BCHW) == len(timestep_B) == len(text):
+            raise ValueError(
+                f"{len(latent_BCHW)} latents, {len(timestep_B)} timesteps and {len(text)} captions do not match"
+            )
         rows, rest_h = divmod(latent_BCHW.shape[-2], p)
         columns, rest_w = divmod(latent_BCHW.shape[-1], p)
         if rest_h or rest_w:
             raise ValueError(f"a latent of {tuple(latent_BCHW.shape[-2:])} is not divisible by the patch of {p}")
         x_BND = self.patch_embed(latent_BCHW)
+        if self.config.absolute == "sincos":
+            scale = self.config.position_scale
+            x_BND = x_BND + sincos_positions((rows, columns), self.config.width, scale, x_BND.device, x_BND.dtype)
         time_BD = self.time_embed(timestep_B)
         context = Context(
             time_BD=time_BD,

@@ -71,6 +71,20 @@ class Rotary:
         return x_BhNd * self.cos_Nd + swapped.flatten(-3) * self.sin_Nd
 
 
+def grid_coordinates(grid: tuple[int, int], scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column [N] of each token of a grid of (rows, columns), divided by `scale`."""
+    rows, columns = (torch.arange(n, device=device, dtype=torch.float32) / scale for n in grid)
+    row_N, column_N = torch.meshgrid(rows, columns, indexing="ij")
+    return row_N.flatten(), column_N.flatten()
+
+
+def sincos_positions(grid: tuple[int, int], width: int, scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """PixArt-alpha's absolute positions [N, D], to be added to the tokens: sines and cosines of the row, then the column."""
+    frequency = 10000 ** -(torch.arange(width // 4, device=device, dtype=torch.float32) / (width // 4))
+    angles = [c[:, None] * frequency for c in grid_coordinates(grid, scale, device)]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=-1).to(dtype)
+
+
 # The coordinates that each part of a head's width turns by.
 ROTARY_PARTS = {"halves": ("row", "column"), "thirds": ("time", "row", "column")}
 
@@ -88,8 +102,7 @@ def rotary_positions(
     parts = ROTARY_PARTS[layout]
     width = head_width // len(parts)
     frequency = 10000 ** -(torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
-    rows, columns = (torch.arange(n, device=device, dtype=torch.float32) / scale for n in grid)
-    row_N, column_N = (c.flatten() for c in torch.meshgrid(rows, columns, indexing="ij"))
+    row_N, column_N = grid_coordinates(grid, scale, device)
     coordinate = {"time": torch.zeros_like(row_N), "row": row_N, "column": column_N}
     angles = [coordinate[part][:, None] * frequency for part in parts]
     cos_Nd = torch.cat([a.cos() for angle in angles for a in (angle, angle)], dim=-1)

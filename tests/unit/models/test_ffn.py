@@ -1,6 +1,7 @@
 """The three vocabulary layouts."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_tapered_sizes_of_the_release():
     assert sizes[0] == sizes[-1] == 4608
     assert sizes[13] == sizes[14] == max(sizes) == 7676
     assert sizes == sizes[::-1]
-    assert {b - a for a, b in zip(sizes[:13], sizes[1:14], strict=True)} == {236}
+    assert {b - a for a, b in pairwise(sizes[:14])} == {236}
     assert sum(sizes) / 28 / 1536 == pytest.approx(4.0, abs=0.005)
 
 

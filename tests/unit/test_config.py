@@ -1,0 +1,296 @@
+"""Configurations: every problem at once, each with its path and mend; overrides; the batch geometry; what ships."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pretrain import config as configs
+from pretrain.config import Config, ConfigError, geometry, known, load
+from pretrain.diffusion import EpsilonPrediction, RectifiedFlow
+from pretrain.models import PRESETS, DiT
+
+ROOT = Path(__file__).parents[2]
+
+
+def complaint(*overrides: str, name: str = "demo_256") -> list[str]:
+    """The lines of the error, without the first, which names the file."""
+    with pytest.raises(ConfigError) as refusal:
+        load(name, list(overrides))
+    return [line.strip() for line in str(refusal.value).splitlines()[1:]]
+
+
+def starts(lines: list[str]) -> list[str]:
+    return sorted(line.partition(":")[0] for line in lines)
+
+
+def stage(folder: Path, monkeypatch, yaml: str, deepspeed: object = None) -> str:
+    """A stage `own` of one's own; returns its YAML's path."""
+    content = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 2}}
+    (folder / "own.json").write_text(json.dumps(content if deepspeed is None else deepspeed))
+    (folder / "own.yaml").write_text(yaml)
+    monkeypatch.setattr(configs, "DS_CONFIGS", folder)
+    return str(folder / "own.yaml")
+
+
+SMALLEST = "steps: 5\ndata: {path: d, resolution: 256}\noptimizer: {warmup_steps: 1}\npreview: {every: 0}\n"
+
+
+@pytest.mark.parametrize("name", known())
+def test_every_shipped_config_loads(name):
+    config, deepspeed = load(name)
+    assert config.name == name
+    assert config.run_dir == Path("runs") / name
+    assert geometry(deepspeed, 1) >= 1
+    assert config.preview.file().read_text().strip()
+    assert config.model.backbone().problems() == []
+
+
+def test_every_stage_has_its_deepspeed_file_and_slurm_script():
+    assert {p.stem for p in (ROOT / "ds_configs").glob("*.json")} == set(known())
+    stages = {name for name in known() if name.startswith("stage")}
+    assert stages >= {"stage1_256", "stage2_512"}
+    assert {p.stem for p in (ROOT / "slurm").glob("stage*.sh")} == stages
+    for name in stages:
+        assert f"sbatch slurm/{name}.sh" in (ROOT / "pretrain/configs" / f"{name}.yaml").read_text()
+
+
+def test_a_stages_init_from_is_a_stage():
+    chained = {name: load(name)[0].init_from for name in known()}
+    assert chained["stage2_512"] == "stage1_256"
+    assert {origin for origin in chained.values() if origin} <= set(known())
+
+
+def test_the_papers_batches():
+    assert load("stage1_256")[1]["train_batch_size"] == 2048
+    assert load("stage2_512")[1]["train_batch_size"] == 1280
+    for name in ("stage1_256", "stage2_512"):
+        config, deepspeed = load(name)
+        assert deepspeed["zero_optimization"]["stage"] == 2
+        assert config.optimizer.lr == 2e-4
+        assert config.model.preset == "focusdit_1b_shared2d"
+        assert all(geometry(deepspeed, gpus) >= 1 for gpus in (8, 16, 32))
+
+
+def test_the_batch_geometry_stands_in_the_deepspeed_file_alone():
+    for path in (ROOT / "pretrain/configs").glob("*.yaml"):
+        assert "batch_size" not in path.read_text(), path
+
+
+def test_every_field_has_a_docstring():
+    undocumented = []
+
+    def walk(section, path: str) -> None:
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, configs.Section):
+                walk(field.annotation, f"{path}{name}.")
+            elif not field.description:
+                undocumented.append(path + name)
+
+    walk(Config, "")
+    assert undocumented == []
+
+
+def test_overrides():
+    config, deepspeed = load(
+        "demo_256",
+        [
+            "steps=7",
+            "model.mask=none",
+            "optimizer.betas=[0.8,0.9]",
+            "optimizer.warmup_steps=3",
+            "data.path=/elsewhere",
+            "run_dir=out",
+            "deepspeed.train_batch_size=64",
+            "deepspeed.zero_optimization.overlap_comm=true",
+        ],
+    )
+    assert (config.steps, config.model.mask, config.optimizer.betas) == (7, "none", (0.8, 0.9))
+    assert (config.data.path, config.run_dir) == (Path("/elsewhere"), Path("out"))
+    assert config.optimizer.lr == 1e-3, "the YAML's other fields stay"
+    assert deepspeed["train_batch_size"] == 64
+    assert deepspeed["train_micro_batch_size_per_gpu"] == 32
+    assert deepspeed["zero_optimization"] == {"stage": 2, "overlap_comm": True, "contiguous_gradients": True}
+    assert load("demo_256")[0].steps == 600
+
+
+def test_the_model_section_changes_single_points_of_the_preset():
+    unchanged = load("demo_256")[0].model
+    assert unchanged.backbone() == PRESETS["focusdit_tiny"]
+    assert load("demo_512")[0].model.backbone().position_scale == 2
+    changed = load("demo_256", ["model.ffn=tapered", "model.mask=release", "model.mask_dropout=0"])[0].model.backbone()
+    assert (changed.ffn, changed.mask, changed.mask_dropout) == ("tapered", "release", 0.0)
+    assert changed.width == PRESETS["focusdit_tiny"].width
+    DiT(changed)
+
+
+def test_the_objective_is_built_by_its_name():
+    assert load("demo_256", ["objective.name=epsilon"])[0].objective.build() == EpsilonPrediction()
+    flow = load("demo_256", ["objective.mean=-0.5", "objective.std=2", "objective.shift=3"])[0].objective.build()
+    assert flow == RectifiedFlow(mean=-0.5, std=2.0, shift=3.0)
+
+
+def test_all_problems_of_fields_at_once():
+    lines = complaint(
+        "steps=-1",
+        "modle.preset=dit_tiny",
+        "model.preset_name=dit_tiny",
+        "data.resolution=big",
+        "optimizer.betas=[0.9,1.0]",
+        "objective.name=velocity",
+        "nonsense",
+        "deepspeed.train_batch_size=0",
+        "deepspeed.gradient_accumulation_steps=4",
+        "deepspeed.zero_optimization.stage=3",
+    )
+    assert starts(lines) == sorted(
+        [
+            "steps",
+            "modle",
+            "model.preset_name",
+            "data.resolution",
+            "optimizer.betas.1",
+            "objective.name",
+            "nonsense",
+            "deepspeed.train_batch_size",
+            "deepspeed.gradient_accumulation_steps",
+            "deepspeed.zero_optimization.stage",
+        ]
+    )
+    said = "\n".join(lines)
+    for mend in ("'big'", "'flow' or 'epsilon'", "less than 1", "greater than 0", "section.key=value", "must be 2"):
+        assert mend in said
+
+
+def test_all_contradictions_at_once():
+    lines = complaint(
+        "model.ffn=shared",
+        "model.shared_width=7",
+        "model.mask_dropout=1.5",
+        "data.resolution=250",
+        "carry_moments=true",
+        "preview.prompts=nowhere.txt",
+        "optimizer.warmup_steps=1000",
+    )
+    assert starts(lines) == [
+        "carry_moments",
+        "data.resolution",
+        "model.mask_dropout",
+        "model.shared_width",
+        "optimizer.warmup_steps",
+        "preview.prompts",
+    ]
+    said = "\n".join(lines)
+    for mend in ("must be 1, 2 or 3", "in [0, 1)", "divisible by 32", "needs init_from", "preview.every=0", "(600)"):
+        assert mend in said
+
+
+def test_problems_of_fields_do_not_hide_contradictions():
+    lines = complaint("logging.every=often", "model.preset=dit_huge", "optimizer.warmup_steps=1000")
+    assert starts(lines) == ["logging.every", "model.preset", "optimizer.warmup_steps"]
+
+
+def test_an_unknown_preset_names_the_known():
+    (line,) = complaint("model.preset=dit_huge")
+    assert line.startswith("model.preset: ")
+    assert all(name in line for name in PRESETS)
+
+
+def test_an_unknown_field_suggests_a_near_one_or_lists_the_known():
+    assert complaint("optimizer.weigth_decay=0.1") == [
+        "optimizer.weigth_decay: unknown field; did you mean 'weight_decay'?"
+    ]
+    (line,) = complaint("checkpoint.zzz=1")
+    assert line == "checkpoint.zzz: unknown field; known here: every, keep_last, keep_every"
+
+
+def test_a_missing_field_says_how_to_set_it(tmp_path, monkeypatch):
+    path = stage(tmp_path, monkeypatch, "model: {preset: dit_tiny}\ndata: {path: x}\n")
+    lines = complaint(name=path)
+    assert starts(lines) == ["data.resolution", "steps"]
+    assert "data.resolution: missing; set it in the YAML or as data.resolution=value" in lines
+    assert load(path, ["data.resolution=256", "steps=2000"])[0].steps == 2000
+
+
+def test_a_section_that_is_no_section():
+    (line,) = complaint("model=3")
+    assert line.startswith("model: ")
+    assert "3" in line
+
+
+def test_an_unknown_config_names_the_known():
+    with pytest.raises(ConfigError, match=r"no config 'stage9'; there are demo_256, .*stage2_512"):
+        load("stage9")
+
+
+def test_a_config_by_its_path(tmp_path, monkeypatch):
+    config, deepspeed = load(stage(tmp_path, monkeypatch, SMALLEST))
+    assert (config.name, config.run_dir) == ("own", Path("runs/own"))
+    assert deepspeed["train_batch_size"] == 8
+
+
+def test_a_missing_deepspeed_file_is_named(tmp_path, monkeypatch):
+    path = stage(tmp_path, monkeypatch, SMALLEST)
+    (tmp_path / "own.json").unlink()
+    (line,) = complaint(name=path)
+    assert "own.json" in line
+    assert "missing" in line
+
+
+def test_a_deepspeed_file_without_its_numbers(tmp_path, monkeypatch):
+    path = stage(tmp_path, monkeypatch, SMALLEST, deepspeed={"train_batch_size": 8.5})
+    assert starts(complaint(name=path)) == [
+        "deepspeed.train_batch_size",
+        "deepspeed.train_micro_batch_size_per_gpu",
+        "deepspeed.zero_optimization.stage",
+    ]
+
+
+@pytest.mark.parametrize("override", ["deepspeed=5", "deepspeed.zero_optimization=2"])
+def test_a_deepspeed_section_that_is_no_section(override):
+    (line,) = complaint(override)
+    assert line.startswith(override.partition("=")[0])
+
+
+@pytest.mark.parametrize("yaml", ["steps: [1\n", "- steps\n- data\n", "steps: 5\nsteps: 6\n" + SMALLEST])
+def test_a_broken_yaml_is_a_config_error(tmp_path, monkeypatch, yaml):
+    path = stage(tmp_path, monkeypatch, yaml)
+    with pytest.raises(ConfigError, match=r"own\.yaml"):
+        load(path)
+
+
+@pytest.mark.parametrize(("world", "steps"), [(1, 32), (2, 16), (16, 2), (32, 1)])
+def test_geometry(world, steps):
+    assert geometry({"train_batch_size": 2048, "train_micro_batch_size_per_gpu": 64}, world) == steps
+
+
+def numbers(text: str, start: str) -> list[int]:
+    """The numbers of the error's line that begins with `start`."""
+    (line,) = [line for line in text.splitlines() if line.strip().startswith(start)]
+    return [int(word) for word in line.rpartition(": ")[2].split(", ") if word != "none"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world"), [(48, 4, 5), (2048, 64, 24), (1280, 20, 48), (8, 16, 1), (8, 2, 9)]
+)
+def test_geometry_names_what_would_divide(batch, micro, world):
+    with pytest.raises(ConfigError) as refusal:
+        geometry({"train_batch_size": batch, "train_micro_batch_size_per_gpu": micro}, world)
+    said = str(refusal.value)
+    assert f"{world} processes × micro-batch {micro} do not divide the global batch of {batch}" in said
+    assert "deepspeed.train_micro_batch_size_per_gpu" in said
+    fits = [w for w in range(1, batch + 1) if batch % (w * micro) == 0]
+    assert numbers(said, f"with micro-batch {micro}") == fits
+    assert numbers(said, f"with {world} processes") == [m for m in range(1, batch + 1) if batch % (m * world) == 0]
+
+
+def test_a_config_is_frozen():
+    config, _ = load("demo_256")
+    with pytest.raises(ValueError, match="frozen"):
+        config.steps = 3
+
+
+def test_configs_ship_with_the_package():
+    setup = (ROOT / "setup.py").read_text()
+    assert "configs/*.yaml" in setup
+    assert "configs/*.txt" in setup
