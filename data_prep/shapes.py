@@ -37,7 +37,7 @@ COLOURS = {
     "black": (22, 22, 22),
 }
 SHAPES = ("circle", "square", "triangle")
-RADII = {"small": 0.14, "large": 0.22}  # half an object's extent, as a share of the picture's side
+RADII = {"small": 0.16, "large": 0.24}  # half an object's extent, as a share of the picture's side
 COUNTS = {2: "two", 3: "three"}
 PLACES = {  # centre (x, y) as shares of the side
     "in the centre": (0.5, 0.5),
@@ -56,7 +56,7 @@ KINDS = ("one", "count", "pair")
 # An object's area as a share of its bounding box, by which `check` tells the shapes apart.
 _FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}
 _SUPERSAMPLING = 2
-_LEAST_AREA = 0.01  # a colour that covers less of the picture is not an object; the smallest triangle covers 3.9%
+_LEAST_AREA = 0.01  # a colour that covers less of the picture is not an object; the smallest triangle covers 5.1%
 
 
 @dataclass(frozen=True)

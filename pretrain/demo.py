@@ -22,7 +22,7 @@ from data_prep.shapes import KINDS, Scene, check, random_scene
 from pretrain.pictures import labelled_grid
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")
-PICTURES = 1400
+PICTURES = 1200
 PROMPTS, PROMPT_SEED = 72, 1000  # not the seed of the training pictures
 
 
@@ -38,7 +38,7 @@ def main() -> int:
     commands = [
         [python, "data_prep/shapes.py", "--output", TARS, "--pictures", str(PICTURES)],
         [python, "data_prep/encode.py", "--input", f"{TARS}/*.tar", "--output", DATA, "--encoders", "tiny"],
-        *([python, "-m", "pretrain.train", stage] for stage in STAGES),
+        *([python, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "pretrain.train", s] for s in STAGES),
         [python, "-m", "pretrain.sample", "--run", "runs/demo_512", "--prompts", str(prompts), "--out", str(OUT)],
     ]
     if (Path(DATA) / "dataset.json").exists() and Path(TARS).exists():

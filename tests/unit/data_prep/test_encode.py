@@ -95,7 +95,7 @@ def test_records_come_back_as_they_were(data_set: Path) -> None:
             assert (min(row["width"], row["height"]) >= 512) == (resolutions == [256, 512])
             for r in resolutions:
                 latent = shards.latent_of(row, r)
-                assert latent.mean.shape == (8, r // 8, r // 8) and latent.std is not None
+                assert latent.mean.shape == (4, r // 8, r // 8) and latent.std is not None
                 assert 0.2 < latent.mean.std() < 2
                 assert latent.std.min() >= 0
             assert "latent_512_mean" in row or resolutions == [256]
