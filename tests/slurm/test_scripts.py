@@ -285,7 +285,9 @@ def test_the_chain_runs_in_order(cluster, recorder, schedule):
         expect(cluster.wait(job, timeout=180))
     notes = recorder.notes()
     assert [what(n) for n in notes] == ["encode", "encode", "demo_256", "demo_256", "demo_512", "demo_512"]
-    assert [n["arguments"][3:] for n in notes[2:]] == [[], [], ["run_dir=runs/b"], ["run_dir=runs/b"]]
+    assert [n["arguments"][3:] for n in notes[2:]] == [["data.path=/shards"]] * 2 + [
+        ["data.path=/shards", "run_dir=runs/b"]
+    ] * 2
     assert all(n["arguments"][-2:] == ["--limit", "5"] for n in notes[:2])
 
 

@@ -39,7 +39,7 @@ def test_tiny_vae_really_reconstructs(tiny_vae: Vae) -> None:
     some = list(scenes(9, seed=31))
     pictures = torch.from_numpy(np.stack([to_array(draw(s, 256)) for s in some]))
     latents = tiny_vae.encode(pictures)
-    assert latents.mean.shape == (9, 8, 32, 32)
+    assert latents.mean.shape == (9, 4, 32, 32)
     assert latents.mean.std(dim=(0, 2, 3)).sub(1).abs().max() < 0.4  # normalised per channel
     output = tiny_vae.decode(latents.mean)
     assert (output - pictures).square().mean() < 0.01

@@ -106,7 +106,7 @@ def test_the_papers_figures():
 
 
 def test_most_of_the_releases_query_mask_is_its_time():
-    """focusdit.md §2: tables 43.1M, their linears 132.2M, MLPs 24.0M: 88% is time conditioning."""
+    """Tables 43.1M, their linears 132.2M, MLPs 24.0M: 88% is time conditioning."""
     mask = on_meta(PRESETS["focusdit_release"])
     tables, linears = parameters_of(mask, "time_table"), parameters_of(mask, "time_linear")
     assert tables / 1e6 == pytest.approx(43.1, abs=0.05)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.models import DiT, DiTConfig, PackedText
+from pretrain.models.dit import TokenState
 
 PLAIN = DiTConfig(
     width=24, heads=2, depth=3, patch=2, latent_channels=3, text_width=10, shared_width=2, mask_hidden=(16, 12, 8, 4)
@@ -54,7 +55,7 @@ def pick(latent: Tensor, timestep: Tensor, text: PackedText, *which: int) -> tup
 
 
 def reference(model: DiT, latent_CHW: Tensor, timestep: Tensor, caption_LE: Tensor) -> Tensor:
-    """focusdit.md §1 and §8 for one image and `mask: none`, in plain torch, head by head and token by token."""
+    """The backbone for one image and `mask: none`, in plain torch, head by head and token by token."""
     heads, p = model.config.heads, model.config.patch
     C, H, W = latent_CHW.shape
     rows, columns = H // p, W // p
@@ -248,18 +249,21 @@ def test_position_scale_is_used():
     assert not torch.allclose(scaled(*given).sample_BCHW, model(*given).sample_BCHW)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(("mask", "ffn"), KINDS)
-def test_a_fresh_model_predicts_0(mask, ffn):
+def test_a_fresh_models_blocks_change_nothing(mask, ffn):
     torch.manual_seed(0)
-    model = DiT(replace(PLAIN, mask=mask, ffn=ffn)).double()
-    assert (model(*inputs()).sample_BCHW == 0).all()
+    model, (latent, timestep, text) = DiT(replace(PLAIN, mask=mask, ffn=ffn)).double(), inputs()
+    fresh = model(latent, timestep, text).sample_BCHW
+    assert fresh.std() > 0.1
+    untouched = TokenState(model.patch_embed(latent), (4, 6), torch.ones(3, 24, 1))
+    assert torch.equal(model.final(untouched, model.time_embed(timestep)), fresh)
 
 
 @torch.no_grad()
 def test_a_fresh_block_ignores_the_text_and_fresh_masks_are_near_0_88():
     torch.manual_seed(0)
     model = DiT(replace(PLAIN, mask="release")).double().eval()
-    torch.nn.init.xavier_uniform_(model.final.proj.weight)
     latent, timestep, text = inputs()
     got = model(latent, timestep, text)
     assert torch.equal(got.sample_BCHW, model(latent, timestep, text.with_tokens(-text.tokens_ME)).sample_BCHW)
@@ -276,10 +280,13 @@ def test_initialisation_is_as_the_table_says():
     for name, p in model.named_parameters():
         if name.endswith("query_mask.last.linear.bias"):
             assert (p == 2).all(), name
-        elif name.endswith(("bias", "premask", "cross_attention.out.weight")) or name == "final.proj.weight":
+        elif name.endswith(("bias", "premask", "attention.out.weight", ".value.weight")):
             assert (p == 0).all(), name
         elif name.endswith("scale_shift_table"):
-            assert p.std().item() == pytest.approx(D**-0.5, rel=0.15), name
+            gates = [2, 5] if len(p) == 6 else []
+            assert (p[gates] == 1).all(), name
+            rest = p[[i for i in range(len(p)) if i not in gates]]
+            assert rest.std().item() == pytest.approx(D**-0.5, rel=0.15), name
         elif name.endswith("time_table.weight"):
             assert p.std().item() == pytest.approx(0.02, rel=0.1), name
         else:

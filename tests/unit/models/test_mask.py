@@ -32,7 +32,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 def reference(
     module: QueryMask, x: torch.Tensor, previous: torch.Tensor, time: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
-    """focusdit.md §2, one image at a time: norm, then five linear maps, each of [h, previous mask]."""
+    """Eq. 2, one image at a time: norm, then five linear maps, each of [h, previous mask]."""
     results = []
     for b in range(len(x)):
         if module.kind == "release":
