@@ -145,7 +145,10 @@ def train_vae(steps: int) -> AutoencoderKL:
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            print(f"autoencoder: step {step}/{steps}, reconstruction {reconstruction.item():.4f}, averages {averages.item():.4f}", flush=True)
+            print(
+                f"autoencoder: step {step}/{steps}, reconstruction {reconstruction.item():.4f}, averages {averages.item():.4f}",
+                flush=True,
+            )
     vae.eval()
     mean, std = latent_statistics(vae, rng)
     vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)

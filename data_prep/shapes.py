@@ -109,26 +109,22 @@ def random_scene(rng: random.Random, kind: str | None = None) -> Scene:
     if kind == "one":
         place = rng.choice(list(PLACES))
         x, y = PLACES[place]
-        return Scene((_place(rng, shape, first, size, x, y),), background, f"a {size} {first} {shape} {place}")
+        return Scene((Shape(shape, first, size, x, y),), background, f"a {size} {first} {shape} {place}")
     if kind == "count":
         number = rng.choice(list(COUNTS))
         centres = [(0.29, 0.32), (0.71, 0.32), (0.5, 0.72)][:number] if number == 3 else [(0.27, 0.5), (0.73, 0.5)]
-        objects = tuple(_place(rng, shape, first, "small", x, y) for x, y in centres)
+        objects = tuple(Shape(shape, first, "small", x, y) for x, y in centres)
         return Scene(objects, background, f"{COUNTS[number]} small {first} {shape}s")
     if kind == "pair":
         relation = rng.choice(list(RELATIONS))
         dx, dy = RELATIONS[relation]
         other_shape, other_size = rng.choice(SHAPES), rng.choice(list(RADII))
         objects = (
-            _place(rng, shape, first, size, 0.5 + 0.25 * dx, 0.5 + 0.25 * dy),
-            _place(rng, other_shape, second, other_size, 0.5 - 0.25 * dx, 0.5 - 0.25 * dy),
+            Shape(shape, first, size, 0.5 + 0.25 * dx, 0.5 + 0.25 * dy),
+            Shape(other_shape, second, other_size, 0.5 - 0.25 * dx, 0.5 - 0.25 * dy),
         )
         return Scene(objects, background, f"a {size} {first} {shape} {relation} a {other_size} {second} {other_shape}")
     raise ValueError(f"unknown kind of scene {kind!r}; the kinds are {', '.join(KINDS)}")
-
-
-def _place(rng: random.Random, shape: str, colour: str, size: str, x: float, y: float) -> Shape:
-    return Shape(shape, colour, size, x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02))
 
 
 def draw(scene: Scene, side: int = 512) -> Image.Image:
@@ -200,7 +196,7 @@ def scenes(count: int, seed: int) -> Iterator[Scene]:
         yield random_scene(random.Random(f"{seed}/{i}"), KINDS[i % len(KINDS)])
 
 
-def write_tars(folder: Path, pictures: int, seed: int = 0, per_tar: int = 250, small_share: float = 0.15) -> list[Path]:
+def write_tars(folder: Path, pictures: int, seed: int = 0, per_tar: int = 250, small_share: float = 0.4) -> list[Path]:
     """Writes `pictures` scenes as JPEGs with captions into `folder/00000.tar`, …, and returns the tars' paths.
 
     `small_share` of them are 320 px wide, the others 512 px: the first serve 256 px training only, as in any real collection.

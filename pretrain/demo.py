@@ -23,7 +23,7 @@ from pretrain.pictures import labelled_grid
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")
 PICTURES = 1200
-PROMPTS, PROMPT_SEED = 72, 1000  # not the seed of the training pictures
+PROMPTS, PROMPT_SEED = 64, 1000  # not the seed of the training pictures
 
 
 def main() -> int:

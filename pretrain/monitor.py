@@ -76,7 +76,9 @@ class Monitor:
         self.config, self.backbone, self.world = config, backbone, engine.world
         self.writer = None
         if self.world.rank == 0:
-            self.writer = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=10)
+            self.writer = SummaryWriter(
+                str(config.run_dir / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=10
+            )
         peak = config.logging.peak_tflops or peak_tflops(self.world.device, engine.dtype)
         self.peak = peak * 1e12 * self.world.size
         self.image_tokens = tokens_of(backbone, config.data.resolution)

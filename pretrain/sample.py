@@ -74,13 +74,18 @@ class Trained:
     ) -> Iterator[Image.Image]:
         """One picture per prompt at the stage's resolution."""
         side = self.config.data.resolution // DOWNSAMPLE
-        for i in tqdm(range(0, len(prompts), batch), unit="batch", disable=None):
+        bar = tqdm(total=len(prompts), unit="picture", disable=None)
+        for i in range(0, len(prompts), batch):
             texts, cut = self.text.encode(prompts[i : i + batch], self.card.token_cap)
             if cut:
                 tqdm.write(f"warning: {cut} prompts were cut to the data set's cap of {self.card.token_cap} tokens")
             text = PackedText.pack(texts)
             out = generate(self.model, text, self.null, seeds[i : i + batch], (side, side), settings)
             yield from (to_image(p) for p in self.vae.decode(out.latent_BCHW))
+            bar.update(len(texts))
+            if bar.disable:  # no terminal: plain lines
+                print(f"{i + len(texts)} of {len(prompts)} pictures", flush=True)
+        bar.close()
 
 
 def main(argv: list[str] | None = None) -> int:

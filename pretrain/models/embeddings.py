@@ -78,7 +78,9 @@ def grid_coordinates(grid: tuple[int, int], scale: float, device: torch.device) 
     return row_N.flatten(), column_N.flatten()
 
 
-def sincos_positions(grid: tuple[int, int], width: int, scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+def sincos_positions(
+    grid: tuple[int, int], width: int, scale: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     """PixArt-alpha's absolute positions [N, D], to be added to the tokens: sines and cosines of the row, then the column."""
     frequency = 10000 ** -(torch.arange(width // 4, device=device, dtype=torch.float32) / (width // 4))
     angles = [c[:, None] * frequency for c in grid_coordinates(grid, scale, device)]
