@@ -53,6 +53,8 @@ class ModelSection(Section):
     """Vocabulary layout: uniform | shared | tapered."""
     shared_width: int | None = None
     """Entries of the shared expert, in widths D."""
+    absolute: str | None = None
+    """Positions added to the tokens: none (the authors' release) | sincos (PixArt-alpha)."""
     position_scale: float | None = None
     """Positions are divided by it: 2 lets 512 px start from what 256 px learned."""
     mask_dropout: float | None = None

@@ -7,6 +7,8 @@ stopped demo goes on where it was.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
 import resource
 import subprocess
@@ -23,6 +25,7 @@ from pretrain.pictures import labelled_grid
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")
 PICTURES = 1200
+PROCESSES = 2  # that train
 PROMPTS, PROMPT_SEED = 64, 1000  # not the seed of the training pictures
 
 
@@ -35,10 +38,11 @@ def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     prompts = OUT / "demo_prompts.txt"
     prompts.write_text("".join(f"{s.caption}\n" for s in scenes))
+    train = [python, "-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}", "-m", "pretrain.train"]
     commands = [
         [python, "data_prep/shapes.py", "--output", TARS, "--pictures", str(PICTURES)],
         [python, "data_prep/encode.py", "--input", f"{TARS}/*.tar", "--output", DATA, "--encoders", "tiny"],
-        *([python, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "pretrain.train", s] for s in STAGES),
+        *([*train, stage] for stage in STAGES),
         [python, "-m", "pretrain.sample", "--run", "runs/demo_512", "--prompts", str(prompts), "--out", str(OUT)],
     ]
     if (Path(DATA) / "dataset.json").exists() and Path(TARS).exists():
@@ -54,7 +58,10 @@ def run(command: list[str]) -> float:
     """Prints and runs a command; a failure ends the demo. Returns seconds."""
     print(f"\n$ {' '.join(['python', *command[1:]])}", flush=True)
     start = time.monotonic()
-    status = subprocess.run(command).returncode
+    # The training processes share the cores: threads beyond them would wait for each other.
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // PROCESSES))}
+    share = "torch.distributed.run" in command
+    status = subprocess.run(command, env={**os.environ, **threads} if share else None).returncode
     if status:
         sys.exit(f"demo: this command failed with exit code {status}; mend its cause and run `make demo` again")
     return time.monotonic() - start
@@ -62,7 +69,8 @@ def run(command: list[str]) -> float:
 
 def report(scenes: list[Scene], seconds: float) -> str:
     """What came out: colours and shapes read back from the pictures, the loss curves, and where to look."""
-    images = [Image.open(p).convert("RGB") for p in sorted(OUT.glob("[0-9]*.png"))]
+    drawn = [json.loads(line)["file"] for line in (OUT / "prompts.jsonl").read_text().splitlines()]
+    images = [Image.open(OUT / name).convert("RGB") for name in drawn]
     verdicts = [check(image, scene) for image, scene in zip(images, scenes, strict=True)]
     grid = OUT / "grid.png"
     shown = range(24)
@@ -76,7 +84,7 @@ def report(scenes: list[Scene], seconds: float) -> str:
         f"foreground and background colours as the prompt says: {_share([v.colours for v in verdicts])}",
         *(f"  {kind}: {_share([v.colours for v in verdicts[i :: len(KINDS)]])}" for i, kind in enumerate(KINDS)),
         f"shapes too (where each object has its own colour): {_share(countable)}",
-        f"time {seconds / 60:.1f} minutes, peak memory {memory:.1f} GiB",
+        f"time {seconds / 60:.1f} minutes, peak memory {memory:.1f} GiB in each of {PROCESSES} processes",
         "",
         f"pictures:    {grid}",
         f"TensorBoard: {Path(sys.executable).parent / 'tensorboard'} --logdir runs",
