@@ -11,7 +11,8 @@ from support import SMALL, scalars, start_training
 
 from pretrain.checkpoint import newest
 
-WORDS = (*SMALL, "steps=10", "checkpoint.every=4", "checkpoint.keep_last=2", "checkpoint.keep_every=0")
+RETENTION = ("checkpoint.every=4", "checkpoint.keep_last=2", "checkpoint.keep_every=0")
+WORDS = (*SMALL, *RETENTION, "steps=10", "model.mask_dropout=0.1")
 
 
 def state_of(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -72,7 +73,13 @@ def test_retention(uninterrupted: Path) -> None:
 
 
 def test_two_ranks_take_over_one_ranks_checkpoint(data_set: Path, uninterrupted: Path, train, tmp_path: Path) -> None:
-    words = [*WORDS, "model.mask_dropout=0", f"data.path={data_set}", f"run_dir={tmp_path}"]
+    words = [
+        *WORDS,
+        "model.mask_dropout=0",
+        "optimizer.schedule=constant",
+        f"data.path={data_set}",
+        f"run_dir={tmp_path}",
+    ]
     train("demo_256", *words, "steps=4")
     train("demo_256", *words, "steps=6", processes=2)
     losses = scalars(tmp_path, "train/loss")

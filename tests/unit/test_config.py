@@ -1,6 +1,7 @@
 """Configurations: every problem at once, each with its path and mend; overrides; the batch geometry; what ships."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,7 @@ def test_every_field_has_a_docstring():
 
 
 def test_overrides():
+    plain, shipped = load("demo_256")
     config, deepspeed = load(
         "demo_256",
         [
@@ -107,19 +109,21 @@ def test_overrides():
     )
     assert (config.steps, config.model.mask, config.optimizer.betas) == (7, "none", (0.8, 0.9))
     assert (config.data.path, config.run_dir) == (Path("/elsewhere"), Path("out"))
-    assert config.optimizer.lr == 1e-3, "the YAML's other fields stay"
+    assert config.optimizer.lr == plain.optimizer.lr, "the YAML's other fields stay"
     assert deepspeed["train_batch_size"] == 64
-    assert deepspeed["train_micro_batch_size_per_gpu"] == 32
+    assert deepspeed["train_micro_batch_size_per_gpu"] == shipped["train_micro_batch_size_per_gpu"]
     assert deepspeed["zero_optimization"] == {"stage": 2, "overlap_comm": True, "contiguous_gradients": True}
-    assert load("demo_256")[0].steps == 600
+    assert load("demo_256") == (plain, shipped)
 
 
 def test_the_model_section_changes_single_points_of_the_preset():
     unchanged = load("demo_256")[0].model
-    assert unchanged.backbone() == PRESETS["focusdit_tiny"]
+    assert unchanged.backbone() == replace(PRESETS["focusdit_tiny"], mask_dropout=0.0)
     assert load("demo_512")[0].model.backbone().position_scale == 2
-    changed = load("demo_256", ["model.ffn=tapered", "model.mask=release", "model.mask_dropout=0"])[0].model.backbone()
-    assert (changed.ffn, changed.mask, changed.mask_dropout) == ("tapered", "release", 0.0)
+    changed = load("demo_256", ["model.ffn=tapered", "model.mask=release", "model.mask_dropout=0.2"])[
+        0
+    ].model.backbone()
+    assert (changed.ffn, changed.mask, changed.mask_dropout) == ("tapered", "release", 0.2)
     assert changed.width == PRESETS["focusdit_tiny"].width
     DiT(changed)
 
@@ -180,8 +184,15 @@ def test_all_contradictions_at_once():
         "optimizer.warmup_steps",
         "preview.prompts",
     ]
-    said = "\n".join(lines)
-    for mend in ("must be 1, 2 or 3", "in [0, 1)", "divisible by 32", "needs init_from", "preview.every=0", "(600)"):
+    said, steps = "\n".join(lines), load("demo_256")[0].steps
+    for mend in (
+        "must be 1, 2 or 3",
+        "in [0, 1)",
+        "divisible by 32",
+        "needs init_from",
+        "preview.every=0",
+        f"({steps})",
+    ):
         assert mend in said
 
 
