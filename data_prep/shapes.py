@@ -37,38 +37,39 @@ COLOURS = {
     "black": (22, 22, 22),
 }
 SHAPES = ("circle", "square", "triangle")
-RADII = {"small": 0.18, "large": 0.25}  # half an object's extent, as a share of the picture's side
+# Half an object's extent, as a share of the picture's side: a pair's have less room.
+RADII = {"one": {"small": 0.23, "large": 0.36}, "count": {"small": 0.19}, "pair": {"small": 0.15, "large": 0.22}}
 COUNTS = {2: "two", 3: "three"}
-PLACES = {  # centre (x, y) as shares of the side
-    "in the centre": (0.5, 0.5),
-    "at the top": (0.5, 0.26),
-    "at the bottom": (0.5, 0.74),
-    "on the left": (0.26, 0.5),
-    "on the right": (0.74, 0.5),
+PLACES = {  # towards which edge (x, y), to within _MARGIN of it
+    "in the centre": (0.0, 0.0),
+    "at the top": (0.0, -1.0),
+    "at the bottom": (0.0, 1.0),
+    "on the left": (-1.0, 0.0),
+    "on the right": (1.0, 0.0),
 }
+_MARGIN = 0.03
 RELATIONS = {  # the first object's side of the second
     "above": (0.0, -1.0),
     "below": (0.0, 1.0),
     "left of": (-1.0, 0.0),
     "right of": (1.0, 0.0),
 }
-KINDS = ("one", "count", "pair")
-_ORDER = ("one", "pair", "count", "pair")
+KINDS = tuple(RADII)
 # An object's area as a share of its bounding box, by which `check` tells the shapes apart.
 _FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}
 _SUPERSAMPLING = 2
-_LEAST_AREA = 0.01  # a colour that covers less of the picture is not an object; the smallest triangle covers 6.5%
+_LEAST_AREA = 0.01  # a colour that covers less of the picture is not an object; the smallest triangle covers 4.5%
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One object: its centre (x, y) is a share of the picture's side, y downwards."""
+    """One object: its centre (x, y) and half its extent are shares of the picture's side, y downwards."""
 
     shape: str
     colour: str
-    size: str
     x: float
     y: float
+    radius: float
 
 
 @dataclass(frozen=True)
@@ -105,27 +106,28 @@ class Verdict:
 def random_scene(rng: random.Random, kind: str | None = None) -> Scene:
     """Draws a scene of `kind` ("one", "count" or "pair"; None: any)."""
     kind = kind or rng.choice(KINDS)
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of scene {kind!r}; the kinds are {', '.join(KINDS)}")
     background, first, second = rng.sample(list(COLOURS), 3)
-    shape, size = rng.choice(SHAPES), rng.choice(list(RADII))
+    radii = RADII[kind]
+    shape, size = rng.choice(SHAPES), rng.choice(list(radii))
     if kind == "one":
         place = rng.choice(list(PLACES))
-        x, y = PLACES[place]
-        return Scene((Shape(shape, first, size, x, y),), background, f"a {size} {first} {shape} {place}")
+        x, y = (0.5 + (0.5 - _MARGIN - radii[size]) * towards for towards in PLACES[place])
+        return Scene((Shape(shape, first, x, y, radii[size]),), background, f"a {size} {first} {shape} {place}")
     if kind == "count":
         number = rng.choice(list(COUNTS))
-        centres = [(0.29, 0.32), (0.71, 0.32), (0.5, 0.72)][:number] if number == 3 else [(0.27, 0.5), (0.73, 0.5)]
-        objects = tuple(Shape(shape, first, "small", x, y) for x, y in centres)
-        return Scene(objects, background, f"{COUNTS[number]} small {first} {shape}s")
-    if kind == "pair":
-        relation = rng.choice(list(RELATIONS))
-        dx, dy = RELATIONS[relation]
-        other_shape, other_size = rng.choice(SHAPES), rng.choice(list(RADII))
-        objects = (
-            Shape(shape, first, size, 0.5 + 0.25 * dx, 0.5 + 0.25 * dy),
-            Shape(other_shape, second, other_size, 0.5 - 0.25 * dx, 0.5 - 0.25 * dy),
-        )
-        return Scene(objects, background, f"a {size} {first} {shape} {relation} a {other_size} {second} {other_shape}")
-    raise ValueError(f"unknown kind of scene {kind!r}; the kinds are {', '.join(KINDS)}")
+        centres = [(0.26, 0.26), (0.74, 0.26), (0.5, 0.74)] if number == 3 else [(0.26, 0.5), (0.74, 0.5)]
+        objects = tuple(Shape(shape, first, x, y, radii[size]) for x, y in centres)
+        return Scene(objects, background, f"{COUNTS[number]} {size} {first} {shape}s")
+    relation = rng.choice(list(RELATIONS))
+    dx, dy = (0.25 * side for side in RELATIONS[relation])
+    other_shape, other_size = rng.choice(SHAPES), rng.choice(list(radii))
+    objects = (
+        Shape(shape, first, 0.5 + dx, 0.5 + dy, radii[size]),
+        Shape(other_shape, second, 0.5 - dx, 0.5 - dy, radii[other_size]),
+    )
+    return Scene(objects, background, f"a {size} {first} {shape} {relation} a {other_size} {second} {other_shape}")
 
 
 def draw(scene: Scene, side: int = 512) -> Image.Image:
@@ -134,7 +136,7 @@ def draw(scene: Scene, side: int = 512) -> Image.Image:
     image = Image.new("RGB", (full, full), COLOURS[scene.background])
     canvas = ImageDraw.Draw(image)
     for o in scene.objects:
-        x, y, r = o.x * full, o.y * full, RADII[o.size] * full
+        x, y, r = o.x * full, o.y * full, o.radius * full
         box = (x - r, y - r, x + r, y + r)
         if o.shape == "circle":
             canvas.ellipse(box, fill=COLOURS[o.colour])
@@ -192,9 +194,9 @@ def _shape_of(mask: np.ndarray) -> str:
 
 
 def scenes(count: int, seed: int) -> Iterator[Scene]:
-    """`count` scenes, the same for the same seed, of all kinds in turn; pairs, which have most to tell, twice as often."""
+    """`count` scenes, the same for the same seed, of all kinds in turn."""
     for i in range(count):
-        yield random_scene(random.Random(f"{seed}/{i}"), _ORDER[i % len(_ORDER)])
+        yield random_scene(random.Random(f"{seed}/{i}"), KINDS[i % len(KINDS)])
 
 
 def write_tars(folder: Path, pictures: int, seed: int = 0, per_tar: int = 250, small_share: float = 0.5) -> list[Path]:

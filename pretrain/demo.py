@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import resource
 import subprocess
 import sys
@@ -20,11 +19,11 @@ from pathlib import Path
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_prep.shapes import KINDS, Scene, check, random_scene
+from data_prep.shapes import KINDS, Scene, check, scenes
 from pretrain.pictures import labelled_grid
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")
-PICTURES = 1100
+PICTURES = 900
 PROCESSES = 2  # that train
 PROMPTS, PROMPT_SEED = 64, 1000  # not the seed of the training pictures
 
@@ -34,10 +33,10 @@ def main() -> int:
     parser.parse_args()
     start = time.monotonic()
     python = sys.executable
-    scenes = [random_scene(random.Random(f"{PROMPT_SEED}/{i}"), KINDS[i % len(KINDS)]) for i in range(PROMPTS)]
+    wanted = list(scenes(PROMPTS, PROMPT_SEED))
     OUT.mkdir(parents=True, exist_ok=True)
     prompts = OUT / "demo_prompts.txt"
-    prompts.write_text("".join(f"{s.caption}\n" for s in scenes))
+    prompts.write_text("".join(f"{s.caption}\n" for s in wanted))
     train = [python, "-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}", "-m", "pretrain.train"]
     commands = [
         [python, "data_prep/shapes.py", "--output", TARS, "--pictures", str(PICTURES)],
@@ -50,7 +49,7 @@ def main() -> int:
     for command in commands:
         took = run(command)
         print(f"  ({took:.0f} s)", flush=True)
-    print(report(scenes, time.monotonic() - start))
+    print(report(wanted, time.monotonic() - start))
     return 0
 
 
@@ -67,14 +66,14 @@ def run(command: list[str]) -> float:
     return time.monotonic() - start
 
 
-def report(scenes: list[Scene], seconds: float) -> str:
+def report(wanted: list[Scene], seconds: float) -> str:
     """What came out: colours and shapes read back from the pictures, the loss curves, and where to look."""
     drawn = [json.loads(line)["file"] for line in (OUT / "prompts.jsonl").read_text().splitlines()]
     images = [Image.open(OUT / name).convert("RGB") for name in drawn]
-    verdicts = [check(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    verdicts = [check(image, scene) for image, scene in zip(images, wanted, strict=True)]
     grid = OUT / "grid.png"
     shown = range(24)
-    labelled_grid([images[i] for i in shown], [scenes[i].caption for i in shown], side=224, columns=6).save(grid)
+    labelled_grid([images[i] for i in shown], [wanted[i].caption for i in shown], side=224, columns=6).save(grid)
     countable = [v.shapes for v in verdicts if v.shapes is not None]
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     lines = [

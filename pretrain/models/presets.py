@@ -13,7 +13,7 @@ _DIT_1B = DiTConfig(width=1536, heads=16, depth=28, patch=2, latent_channels=12,
 _DIT_TINY = DiTConfig(
     width=256,
     heads=4,
-    depth=4,
+    depth=2,
     patch=4,
     latent_channels=4,
     text_width=128,

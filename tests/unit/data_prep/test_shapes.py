@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_prep.shapes import COLOURS, SHAPES, check, draw, random_scene, scenes, write_tars
+from data_prep.shapes import COLOURS, RADII, SHAPES, check, draw, random_scene, scenes, write_tars
 from data_prep.tars import Sample, read_tar
 
 
@@ -38,10 +38,11 @@ def test_the_checker_sees_what_is_wrong() -> None:
 
 
 def test_captions_name_every_object_and_the_background() -> None:
+    sizes = {radius: size for radii in RADII.values() for size, radius in radii.items()}
     for scene in scenes(60, seed=11):
         assert scene.caption.endswith(f"on a {scene.background} background")
         for o in scene.objects:
-            assert o.colour in scene.caption and o.shape in scene.caption and o.size in scene.caption
+            assert f"{sizes[o.radius]} {o.colour} {o.shape}" in scene.caption
         assert scene.background not in scene.foreground
 
 
