@@ -23,7 +23,7 @@ from data_prep.shapes import KINDS, Scene, check, scenes
 from pretrain.pictures import labelled_grid
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")
-PICTURES = 900
+PICTURES = 800
 PROCESSES = 2  # that train
 PROMPTS, PROMPT_SEED = 64, 1000  # not the seed of the training pictures
 
