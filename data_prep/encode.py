@@ -49,9 +49,11 @@ class Tally:
     rejects: list[dict[str, str]] = field(default_factory=list)
 
     def drop(self, key: str, reason: str, detail: str) -> None:
+        """Counts a sample that will not be written."""
         self.rejects.append({"key": key, "reason": reason, "detail": detail})
 
     def report(self, tar: Path, written: dict[str, int]) -> dict[str, Any]:
+        """The part's report, with the samples written by data set."""
         assert self.read == sum(written.values()) + len(self.rejects)
         return {
             "tar": str(tar),
@@ -146,6 +148,7 @@ def encode_tar(
 
 
 def batched(items: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
+    """Lists of `size` items, the last one perhaps shorter (itertools.batched, which Python has from 3.12 on)."""
     batch: list[Picture] = []
     for item in items:
         batch.append(item)
@@ -204,6 +207,12 @@ def missing(tars: dict[str, Path], root: Path) -> dict[str, Path]:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Encodes what is missing of this worker's tars; the worker after whom nothing is missing finishes the data set.
+
+    Raises:
+        ValueError: the output was made with other settings or of other tars, or two tars have one name.
+        OSError: no such tars or encoders, or no place to write.
+    """
     tars, root = find_tars(args.input), args.output
     encoder = Encoder(args.encoders, args.resolutions, args.token_cap, args.posterior, args.device)
     card = open_data_set(root, encoder)
@@ -223,6 +232,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_summary(card: shards.Card, root: Path) -> None:
+    """Prints what was read, written and dropped, by data set and by reason."""
     counts = card.counts
     print(f"{root}: read {counts['read']} = written {counts['written']} + dropped {sum(counts['dropped'].values())}")
     for name, about in card.sets.items():
@@ -234,6 +244,7 @@ def print_summary(card: shards.Card, root: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; a wrong one ends the program with one line."""
     parser = argparse.ArgumentParser(description="Encodes webdataset tars into MDS shards.")
     parser.add_argument("--input", required=True, help="folder of tars, or a quoted pattern of them")
     parser.add_argument("--output", required=True, type=Path, help="the data set's folder")
@@ -261,6 +272,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     args = parse(argv)
     try:
         run(args)

@@ -63,9 +63,10 @@ def _folder(name: str, known: dict[str, str]) -> Path:
             repository, allow_patterns=[f"{inside}*.json", f"{inside}*.safetensors", f"{inside}*.model"]
         )
     except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FileNotFoundError(
-            f"{repository} could not be fetched from the hub ({type(error).__name__}); give a local folder instead, "
-            "or log in and check the network"
+            f"{repository} could not be fetched from the hub ({reason}); give a local folder instead, or log in and "
+            "check the network"
         ) from error
     return Path(root) / subfolder
 

@@ -66,6 +66,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train_text_encoder(tokenizer: PreTrainedTokenizerFast, steps: int) -> T5EncoderModel:
+    """A T5 encoder of width 128 whose every position can name its neighbours; `steps` of 64 captions."""
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=len(tokenizer),
@@ -118,6 +119,7 @@ def random_crops(rng: random.Random, count: int, side: int) -> Tensor:
 
 
 def train_vae(steps: int) -> AutoencoderKL:
+    """An 8×8 AutoencoderKL of 4 latent channels with their mean and std in its config; `steps` of 8 crops of 96 px."""
     torch.manual_seed(0)
     rng = random.Random("vae")
     vae = AutoencoderKL(
@@ -164,6 +166,7 @@ def latent_statistics(vae: AutoencoderKL, rng: random.Random) -> tuple[list[floa
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description="Trains the small encoders that ship with the package.")
     parser.add_argument("--output", type=Path, default=ASSETS)
     parser.add_argument("--text-steps", type=int, default=1000)

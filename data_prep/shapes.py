@@ -82,6 +82,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
+        """The whole caption."""
         return f"{self.phrase} on a {self.background} background"
 
     @property
@@ -100,6 +101,7 @@ class Verdict:
 
     @property
     def colours(self) -> bool:
+        """Whether background and objects both have the scene's colours."""
         return self.background and self.foreground
 
 
@@ -227,6 +229,7 @@ def write_tars(folder: Path, pictures: int, seed: int = 0, per_tar: int = 250, s
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description="Draws captioned shapes into webdataset tars.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the tars")
     parser.add_argument("--pictures", type=int, default=2000)

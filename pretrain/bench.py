@@ -114,6 +114,7 @@ def _theirs(
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description="Times things side by side.")
     commands = parser.add_subparsers(dest="command", required=True)
     for_step = commands.add_parser("step", help="a training step against diffusers' PixArt transformer")

@@ -283,9 +283,8 @@ def _deepspeed(name: str, changes: dict[str, Any], problems: list[str]) -> dict[
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
         if not isinstance(content.get(key), int) or content[key] < 1:
             problems.append(f"deepspeed.{key}: {content.get(key)!r} must be a whole number above 0 (in {path})")
-    for key in sorted(
-        changes.keys() - DEEPSPEED_KEYS - shipped.keys() - {"gradient_accumulation_steps"}
-    ):  # DeepSpeed itself ignores what it does not know
+    # DeepSpeed itself ignores what it does not know; the accumulation has a message of its own below.
+    for key in sorted(changes.keys() - DEEPSPEED_KEYS - shipped.keys() - {"gradient_accumulation_steps"}):
         near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1)
         problems.append(f"deepspeed.{key}: unknown field" + (f"; did you mean {near[0]!r}?" if near else ""))
     zero = content.get("zero_optimization")

@@ -29,6 +29,7 @@ PROMPTS, PROMPT_SEED = 64, 1000  # not the seed of the training pictures
 
 
 def main() -> int:
+    """Runs the commands in turn and prints what came out; a failing command ends the program."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.parse_args()
     start = time.monotonic()

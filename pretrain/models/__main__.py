@@ -59,6 +59,7 @@ def notes() -> str:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description="Prints parameters and FLOPs of every preset.")
     parser.add_argument("--text-tokens", type=int, default=120, help="caption length for the FLOPs (default 120)")
     args = parser.parse_args()
