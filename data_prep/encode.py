@@ -94,7 +94,7 @@ class Encoder:
     def records(self, batch: list[Picture], part: str, tally: Tally) -> list[shards.Record]:
         """Encodes a batch: captions together, pictures by resolution."""
         texts, cut = self.text.encode([p.caption for p in batch], self.token_cap)
-        tally.captions_cut += cut
+        tally.captions_cut += len(cut)
         latents: list[dict[int, shards.Latent]] = [{} for _ in batch]
         for resolution in self.resolutions:
             chosen = [i for i, p in enumerate(batch) if resolution in p.pictures]

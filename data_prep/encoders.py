@@ -1,5 +1,7 @@
 """The frozen encoders: a T5 for captions and a VAE for pictures, each with a fingerprint of what it computes with.
 
+`TextEncoder` and `Vae` load them; `encode_captions` and `decode_latents` work on any that is loaded already.
+
 Letters: B items, L tokens, E text width, C latent channels; H, W pixels, h, w latent pixels.
 
 `--encoders` names them as `tiny` (both ship with the package), or `TEXT+VAE`, where each is a name of the tables below, a
@@ -13,6 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -83,14 +86,34 @@ def fingerprint(module: nn.Module, about: dict) -> str:
     return digest.hexdigest()
 
 
+@torch.no_grad()
+def encode_captions(
+    tokenizer: Any, model: nn.Module, captions: Sequence[str], token_cap: int, device: torch.device
+) -> tuple[list[Tensor], dict[int, str]]:
+    """Captions to bf16 embeddings on the host, each [L, E] without padding.
+
+    Returns also, by number, what was cut off those captions that have more than `token_cap` tokens.
+    """
+    whole = tokenizer(list(captions), add_special_tokens=True, truncation=False, verbose=False).input_ids
+    # A cut caption keeps its end token.
+    ids = [i if len(i) <= token_cap else i[: token_cap - 1] + i[-1:] for i in whole]
+    cut = {n: tokenizer.decode(i[token_cap - 1 : -1]) for n, i in enumerate(whole) if len(i) > token_cap}
+    rows = [torch.tensor(i) for i in ids]
+    ids_BL = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    keep_BL = torch.arange(ids_BL.shape[1]) < torch.tensor([len(i) for i in ids])[:, None]
+    hidden = model(ids_BL.to(device), attention_mask=keep_BL.to(device)).last_hidden_state
+    hidden = hidden.to(torch.bfloat16).cpu()
+    return [row[: len(i)].clone() for row, i in zip(hidden, ids, strict=True)], cut
+
+
 class TextEncoder:
-    """A frozen T5 encoder. `width` is E; `fingerprint` covers weights and tokenizer."""
+    """A frozen T5 encoder, read from `folder`. `width` is E; `fingerprint` covers weights and tokenizer."""
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
         from transformers import AutoTokenizer, T5EncoderModel
 
         folder = _folder(name, TEXT_ENCODERS)
-        self.name = name
+        self.name, self.folder = name, folder
         self.device = torch.device(device)
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         try:
@@ -102,19 +125,9 @@ class TextEncoder:
         self.width = self.model.config.d_model
         self.fingerprint = fingerprint(self.model, {"vocabulary": self.tokenizer.get_vocab()})
 
-    @torch.no_grad()
-    def encode(self, captions: Sequence[str], token_cap: int) -> tuple[list[Tensor], int]:
-        """Captions to bf16 embeddings, each [L, E] without padding, and how many of them were cut to `token_cap` tokens."""
-        whole = self.tokenizer(list(captions), add_special_tokens=True, truncation=False, verbose=False).input_ids
-        cut = sum(len(ids) > token_cap for ids in whole)
-        # A cut caption keeps its end token.
-        ids = [i if len(i) <= token_cap else i[: token_cap - 1] + i[-1:] for i in whole]
-        rows = [torch.tensor(i) for i in ids]
-        ids_BL = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        keep_BL = torch.arange(ids_BL.shape[1]) < torch.tensor([len(i) for i in ids])[:, None]
-        hidden = self.model(ids_BL.to(self.device), attention_mask=keep_BL.to(self.device)).last_hidden_state
-        hidden = hidden.to(torch.bfloat16).cpu()
-        return [row[: len(i)].clone() for row, i in zip(hidden, ids, strict=True)], cut
+    def encode(self, captions: Sequence[str], token_cap: int) -> tuple[list[Tensor], dict[int, str]]:
+        """`encode_captions` with this encoder."""
+        return encode_captions(self.tokenizer, self.model, captions, token_cap, self.device)
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,40 @@ class Latents:
 
     mean: Tensor
     std: Tensor
+
+
+def _normalisation(model: Any) -> tuple[Tensor, Tensor]:
+    """A VAE's shift and scale [C, 1, 1] of `(z − shift)·scale`, from its own config."""
+    config = model.config
+    scaling = torch.tensor(float(config.scaling_factor))
+    if config.get("latents_mean") and config.get("latents_std"):
+        shift, scale = torch.tensor(config.latents_mean), scaling / torch.tensor(config.latents_std)
+    else:
+        shift = torch.full((config.latent_channels,), float(config.get("shift_factor") or 0.0))
+        scale = scaling.expand(config.latent_channels)
+    return shift.float()[:, None, None], scale.float()[:, None, None]
+
+
+def _has_frames(model: Any) -> bool:
+    """Whether pictures and latents have an axis of frames, of which one is used."""
+    return type(model).__name__ == "AutoencoderKLMochi"
+
+
+def arranged(vae: Any) -> Any:
+    """The VAE with its weights laid out for speed. Whoever decodes does so, else the same latents differ in their last bits."""
+    return vae if _has_frames(vae) else vae.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def decode_latents(model: Any, latent_BChw: Tensor, device: torch.device) -> Tensor:
+    """Normalised latents to pictures [B, 3, H, W] in −1..1, one at a time to bound memory, on the host."""
+    shift, scale = (v.to(device) for v in _normalisation(model))
+    frames, pictures = _has_frames(model), []
+    for latent in latent_BChw.to(device).float():
+        z = (latent / scale + shift).to(model.dtype)[None]
+        decoded = model.decode(z[:, :, None] if frames else z, return_dict=False)[0]
+        pictures.append((decoded[:, :, -1] if frames else decoded).float().clamp(-1, 1).cpu())
+    return torch.cat(pictures)
 
 
 class Vae:
@@ -145,7 +192,7 @@ class Vae:
         kind = json.loads(config_file.read_text()).get("_class_name")
         if kind not in classes:
             raise ValueError(f"{config_file}: _class_name {kind!r} is not supported; expected {' or '.join(classes)}")
-        self.name = name
+        self.name, self.folder = name, folder
         self.device = torch.device(device)
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         try:
@@ -154,23 +201,10 @@ class Vae:
             )
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} holds no {kind} that can be loaded: {error}".splitlines()[0]) from error
-        self.model = model.to(self.device, memory_format=torch.channels_last if kind == "AutoencoderKL" else None)
-        self.model.eval().requires_grad_(False)
-        self.frames = kind == "AutoencoderKLMochi"
-        config = self.model.config
-        self.channels: int = config.latent_channels
-        self.shift, self.scale = self._normalisation(config)
+        self.model = arranged(model).to(self.device).eval().requires_grad_(False)
+        self.channels: int = self.model.config.latent_channels
+        self.shift, self.scale = (v.to(self.device) for v in _normalisation(self.model))
         self.fingerprint = fingerprint(self.model, {"class": kind, **self.normalisation})
-
-    def _normalisation(self, config) -> tuple[Tensor, Tensor]:
-        """Shift and scale [C, 1, 1] of `(z − shift)·scale`."""
-        scaling = torch.tensor(float(config.scaling_factor))
-        if config.get("latents_mean") and config.get("latents_std"):
-            shift, scale = torch.tensor(config.latents_mean), scaling / torch.tensor(config.latents_std)
-        else:
-            shift = torch.full((self.channels,), float(config.get("shift_factor") or 0.0))
-            scale = scaling.expand(self.channels)
-        return shift.float()[:, None, None].to(self.device), scale.float()[:, None, None].to(self.device)
 
     @property
     def normalisation(self) -> dict[str, list[float]]:
@@ -180,17 +214,11 @@ class Vae:
     @torch.no_grad()
     def encode(self, pictures_B3HW: Tensor) -> Latents:
         """Pictures in −1..1 to normalised posteriors, in fp32 on the host."""
-        pictures = pictures_B3HW.to(self.device, self.model.dtype)
-        posterior = self.model.encode(pictures[:, :, None] if self.frames else pictures).latent_dist
-        mean, std = (v.squeeze(2) if self.frames else v for v in (posterior.mean, posterior.std))
+        pictures, frames = pictures_B3HW.to(self.device, self.model.dtype), _has_frames(self.model)
+        posterior = self.model.encode(pictures[:, :, None] if frames else pictures).latent_dist
+        mean, std = (v.squeeze(2) if frames else v for v in (posterior.mean, posterior.std))
         return Latents(((mean.float() - self.shift) * self.scale).cpu(), (std.float() * self.scale).cpu())
 
-    @torch.no_grad()
     def decode(self, latent_BChw: Tensor) -> Tensor:
-        """Normalised latents to pictures [B, 3, H, W] in −1..1, one at a time to bound memory, on the host."""
-        pictures = []
-        for latent in latent_BChw.to(self.device).float():
-            z = (latent / self.scale + self.shift).to(self.model.dtype)[None]
-            decoded = self.model.decode(z[:, :, None] if self.frames else z).sample
-            pictures.append((decoded[:, :, -1] if self.frames else decoded).float().clamp(-1, 1).cpu())
-        return torch.cat(pictures)
+        """`decode_latents` with this VAE."""
+        return decode_latents(self.model, latent_BChw, self.device)

@@ -5,19 +5,24 @@ Convention everywhere: t = 0 is data, t = 1 (timestep 1000) is noise.
 
 from pretrain.diffusion.ddpm import EpsilonPrediction
 from pretrain.diffusion.flow import RectifiedFlow
-from pretrain.diffusion.guidance import Guided
+from pretrain.diffusion.guidance import Guidance, Guided
 from pretrain.diffusion.objective import Draw, Loss, NoisySample, Objective, draw, measure
-from pretrain.diffusion.sampler import sample
+from pretrain.diffusion.sampler import FfnWork, Generated, generate, sample, start_noise
 
 __all__ = [
     "Draw",
     "EpsilonPrediction",
+    "FfnWork",
+    "Generated",
+    "Guidance",
     "Guided",
     "Loss",
     "NoisySample",
     "Objective",
     "RectifiedFlow",
     "draw",
+    "generate",
     "measure",
     "sample",
+    "start_noise",
 ]

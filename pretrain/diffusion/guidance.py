@@ -1,31 +1,62 @@
-"""Classifier-free guidance (arXiv 2207.12598): the null text is the encoded empty caption."""
+"""Classifier-free guidance (arXiv 2207.12598), where asked within an interval of noise levels only (arXiv 2404.07724).
+
+The null text is the encoded empty caption, or a negative prompt.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from pretrain.models.text import PackedText
+from pretrain.models.text import PackedText, TextMemory
+
+Captions = TypeVar("Captions", PackedText, TextMemory)
 
 
-class Guided:
-    """Predicts `null + scale · (text − null)`, both halves in one batch; a scale of 1 needs no null half."""
+@dataclass(frozen=True)
+class Guidance:
+    """How much, and when: `scale` 1 is none; `interval` is of t = timestep / 1000, from 0 (data) to 1 (noise)."""
+
+    scale: float
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"guidance interval {self.interval}: expected two times in 0..1, the first not above the second"
+            )
+
+    def at(self, t: float) -> bool:
+        """Whether the null half is needed at t."""
+        return self.scale != 1 and self.interval[0] <= t <= self.interval[1]
+
+
+class Guided(Generic[Captions]):
+    """Predicts `null + scale · (text − null)`, both halves in one batch; where there is no guidance, the text half alone."""
 
     def __init__(
-        self, backbone: Callable[[Tensor, Tensor, PackedText], Tensor], text: PackedText, null: PackedText, scale: float
+        self,
+        backbone: Callable[[Tensor, Tensor, Captions], Tensor],
+        text: Captions,
+        null: Captions,
+        guidance: Guidance,
     ):
-        self.backbone = backbone
-        self.scale = scale
-        self.text = text if scale == 1 else text + null * len(text)
+        """`null`: one caption for all, or one for each of `text`."""
+        self.backbone: Callable[[Tensor, Tensor, Captions], Tensor] = backbone
+        self.text: Captions = text
+        self.guidance = guidance
+        if guidance.scale != 1:
+            self.both: Captions = text + (null if len(null) == len(text) else null * len(text))
 
-    def __call__(self, latent_BCHW: Tensor, timestep: Tensor) -> Tensor:
-        """Latents [B, C, H, W] at one timestep (a scalar in 0..1000) to the guided prediction."""
-        times = 1 if self.scale == 1 else 2
-        latent = latent_BCHW.repeat(times, 1, 1, 1)
-        output = self.backbone(latent, timestep.expand(len(latent)), self.text)
-        if times == 1:
-            return output
-        with_text, without = output.chunk(2)
-        return torch.lerp(without, with_text, self.scale)
+    def __call__(self, latent_BCHW: Tensor, timestep: Tensor, t: float) -> Tensor:
+        """Latents [B, C, H, W] at one timestep (a scalar in 0..1000; t is the same in 0..1, on the host) to the prediction."""
+        if not self.guidance.at(t):
+            return self.backbone(latent_BCHW, timestep.expand(len(latent_BCHW)), self.text)
+        latent = latent_BCHW.repeat(2, 1, 1, 1)
+        with_text, without = self.backbone(latent, timestep.expand(len(latent)), self.both).chunk(2)
+        return torch.lerp(without, with_text, self.guidance.scale)

@@ -2,6 +2,7 @@
 
 from pretrain.models.dit import DiT, DiTConfig, Prediction
 from pretrain.models.presets import PRESETS, preset
-from pretrain.models.text import PackedText
+from pretrain.models.skip import Skip
+from pretrain.models.text import PackedText, TextMemory
 
-__all__ = ["PRESETS", "DiT", "DiTConfig", "PackedText", "Prediction", "preset"]
+__all__ = ["PRESETS", "DiT", "DiTConfig", "PackedText", "Prediction", "Skip", "TextMemory", "preset"]

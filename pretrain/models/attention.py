@@ -5,12 +5,13 @@ Letters: B images, N image tokens, M text tokens of all captions, L the longest 
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from pretrain.models.embeddings import Rotary
-from pretrain.models.text import PackedText
+from pretrain.models.text import PackedText, Runs
 
 
 class SelfAttention(nn.Module):
@@ -29,7 +30,11 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from [B, N, D] image tokens to each image's own caption; keys and values are made of real tokens only."""
+    """Attention from [B, N, D] image tokens to each image's own caption; keys and values are made of real tokens only.
+
+    The caption is given as its projected tokens, or as what `read` made of them: that spares their keys and values at
+    every sampling step but the first, and all padding.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -38,10 +43,26 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BND: Tensor, text: PackedText) -> Tensor:
+    def read(self, text: PackedText) -> Runs:
+        """The captions' keys and values, once and for all steps."""
+        runs = text.runs()
+        parts = self.kv(text.tokens_ME).split([captions * length for captions, length in runs])
+        pattern = "(b L) (two h d) -> two b h L d"
+        return tuple(
+            tuple(rearrange(part, pattern, two=2, h=self.heads, L=length).unbind())
+            for part, (_, length) in zip(parts, runs, strict=True)
+        )
+
+    def forward(self, x_BND: Tensor, text: PackedText | Runs) -> Tensor:
         q_BhNd = rearrange(self.q(x_BND), "B N (h d) -> B h N d", h=self.heads)
-        kv_BLX = text.pad(self.kv(text.tokens_ME))
-        k, v = rearrange(kv_BLX, "B L (two h d) -> two B h L d", two=2, h=self.heads)
-        keep = None if text.keep_BL is None else text.keep_BL[:, None, None, :]
-        y_BhNd = F.scaled_dot_product_attention(q_BhNd, k, v, attn_mask=keep)
+        if isinstance(text, PackedText):
+            kv_BLX = text.pad(self.kv(text.tokens_ME))
+            k, v = rearrange(kv_BLX, "B L (two h d) -> two B h L d", two=2, h=self.heads)
+            keep = None if text.keep_BL is None else text.keep_BL[:, None, None, :]
+            y_BhNd = F.scaled_dot_product_attention(q_BhNd, k, v, attn_mask=keep)
+        else:
+            queries = q_BhNd.split([len(keys) for keys, _ in text])
+            y_BhNd = torch.cat(
+                [F.scaled_dot_product_attention(q, k, v) for q, (k, v) in zip(queries, text, strict=True)]
+            )
         return self.out(rearrange(y_BhNd, "B h N d -> B N (h d)"))

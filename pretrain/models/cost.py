@@ -49,7 +49,9 @@ def _linear(inputs: int, outputs: int, bias: bool = True) -> int:
 
 
 def _vocabulary_sizes(c: DiTConfig) -> list[int]:
-    return [local_size(c.ffn, c.width, c.shared_width, block, c.depth) for block in range(c.depth)]
+    """Entries of each block's own expert; 0 where its FFN was pruned away."""
+    sizes = [local_size(c.ffn, c.width, c.shared_width, block, c.depth) for block in range(c.depth)]
+    return [0 if block in c.removed_ffns else size for block, size in enumerate(sizes)]
 
 
 def _mask_layers(c: DiTConfig) -> list[tuple[int, int]]:
@@ -61,7 +63,7 @@ def count_parameters(c: DiTConfig) -> Parameters:
     """The parameters that `DiT(c)` has."""
     D, K = c.width, c.depth
     attention = K * (_linear(D, 3 * D) + _linear(D, D) + _linear(D, D) + _linear(D, 2 * D) + _linear(D, D))
-    ffn = sum(_linear(D, size) + _linear(size, D) for size in _vocabulary_sizes(c))
+    ffn = sum(_linear(D, size) + _linear(size, D) for size in _vocabulary_sizes(c) if size)
     if c.ffn == "shared":
         ffn += _linear(D, c.shared_width * D) + _linear(c.shared_width * D, D, bias=False)
     query_mask = 0
@@ -95,14 +97,19 @@ def count_flops(c: DiTConfig, image_tokens: int, text_tokens: float) -> Flops:
     D, K, N, L = c.width, c.depth, image_tokens, text_tokens
     self_attention = N * 4 * D * D + 2 * N * N * D
     cross_attention = N * 2 * D * D + L * 2 * D * D + 2 * N * L * D
-    entries = sum(_vocabulary_sizes(c)) + (K * c.shared_width * D if c.ffn == "shared" else 0)
     query_mask = 0
     if c.mask != "none":
         query_mask = N * sum(i * o for i, o in _mask_layers(c)) + (2 * D * D if c.mask == "release" else 0)
     patch = c.latent_channels * c.patch**2 * D
     rest = 2 * N * patch + L * (c.text_width * D + D * D) + 256 * D + D * D + 6 * D * D
-    macs = (K * (self_attention + cross_attention), N * 2 * D * entries, K * query_mask, rest)
-    return Flops(*(round(2 * m) for m in macs))
+    attention, query_mask, rest = (round(2 * m) for m in (K * (self_attention + cross_attention), K * query_mask, rest))
+    return Flops(attention, N * sum(ffn_flops(c)), query_mask, rest)
+
+
+def ffn_flops(c: DiTConfig) -> list[int]:
+    """FLOPs of each block's FFN for one token, the shared expert's part included."""
+    shared = c.shared_width * c.width if c.ffn == "shared" else 0
+    return [4 * c.width * (size + shared) if size else 0 for size in _vocabulary_sizes(c)]
 
 
 def training_flops(c: DiTConfig, images: int, image_tokens: int, text_tokens: int) -> float:

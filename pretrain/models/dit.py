@@ -29,7 +29,10 @@ With the last, the tiny DiT's loss stood still for its first 150 steps; with Xav
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import repeat
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +46,14 @@ from pretrain.models.embeddings import (
     ROTARY_PARTS,
     PatchEmbed,
     Rotary,
+    Scale,
     TextProjection,
     TimeEmbed,
     rotary_positions,
     sincos_positions,
 )
-from pretrain.models.text import PackedText
+from pretrain.models.skip import Skip, on_kept
+from pretrain.models.text import PackedText, Runs, TextMemory
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,11 @@ class DiTConfig:
         shared_width: entries of the shared expert, in widths D (1, 2 or 3); only for `ffn: shared`.
         rotary: what the head's width turns by: halves (row, column) | thirds (time, row, column).
         absolute: positions added to the tokens: none (the release) | sincos (PixArt-alpha).
-        position_scale: positions are divided by it.
+        position_scale: positions are divided by it; one number, or one for rows and one for columns.
         mask_hidden: hidden widths of the query mask's MLP.
         mask_dropout: dropout of the mask itself while training.
+        norm_eps: of the blocks' LayerNorms.
+        removed_ffns: numbers of the blocks whose FFN was pruned away; their query masks stay, as the next ones read them.
     """
 
     width: int
@@ -83,9 +90,11 @@ class DiTConfig:
     shared_width: int = 2
     rotary: str = "halves"
     absolute: str = "none"
-    position_scale: float = 1.0
+    position_scale: Scale = 1.0
     mask_hidden: tuple[int, ...] = (512, 128, 32, 16)
     mask_dropout: float = 0.1
+    norm_eps: float = 1e-6
+    removed_ffns: tuple[int, ...] = ()
 
     def problems(self) -> list[str]:
         """Everything that keeps this shape from being built, each with the mend."""
@@ -99,9 +108,14 @@ class DiTConfig:
         for field, names in choices:
             if getattr(self, field) not in names:
                 found.append(f"{field}: {getattr(self, field)!r} is none of {', '.join(names)}")
-        for field in ("width", "heads", "depth", "patch", "latent_channels", "text_width", "position_scale"):
+        for field in ("width", "heads", "depth", "patch", "latent_channels", "text_width", "norm_eps"):
             if getattr(self, field) <= 0:
                 found.append(f"{field}: {getattr(self, field)} must be above 0")
+        if min(self.position_scale if isinstance(self.position_scale, tuple) else (self.position_scale,)) <= 0:
+            found.append(f"position_scale: {self.position_scale} must be above 0")
+        removed = self.removed_ffns
+        if len(set(removed)) < len(removed) or not all(0 <= block < self.depth for block in removed):
+            found.append(f"removed_ffns: {list(removed)} must be different blocks of 0..{self.depth - 1}")
         if self.absolute == "sincos" and self.width % 4:
             found.append(f"width: {self.width} must be divisible by 4 (sines and cosines of row and column)")
         if self.ffn == "shared" and self.shared_width not in (1, 2, 3):
@@ -124,9 +138,9 @@ class Context:
     time_BD: Tensor
     modulation_B6D: Tensor
     timestep_B: Tensor
-    text: PackedText
     rotary: Rotary
     shared_expert: ffn.Vocabulary | None
+    skip: Skip | None
 
 
 @dataclass(frozen=True)
@@ -146,39 +160,50 @@ class Prediction:
     masks_KBN: Tensor | None
 
 
-def modulate(x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """LN(x)·(1 + scale) + shift, with a LayerNorm (eps 1e-6) that has no parameters of its own."""
-    return torch.addcmul(shift_B1D, F.layer_norm(x_BND, x_BND.shape[-1:], eps=1e-6), 1 + scale_B1D)
+def modulate(x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, eps: float = 1e-6) -> Tensor:
+    """LN(x)·(1 + scale) + shift, with a LayerNorm that has no parameters of its own."""
+    return torch.addcmul(shift_B1D, F.layer_norm(x_BND, x_BND.shape[-1:], eps=eps), 1 + scale_B1D)
 
 
 class Block(nn.Module):
-    """A transformer block: a token state in, a token state out."""
+    """A transformer block: a token state in, a token state out. `ffn` is None where it was pruned away."""
 
     def __init__(self, config: DiTConfig, index: int):
         super().__init__()
         D = config.width
+        self.eps = config.norm_eps
         self.scale_shift_table = nn.Parameter(torch.empty(6, D))
         self.self_attention = SelfAttention(D, config.heads)
         self.cross_attention = CrossAttention(D, config.heads)
         self.query_mask = None
         if config.mask != "none":
             self.query_mask = mask.QueryMask(D, config.mask, config.mask_hidden, config.mask_dropout)
-        self.ffn = ffn.Vocabulary(D, ffn.local_size(config.ffn, D, config.shared_width, index, config.depth))
+        self.ffn = None
+        if index not in config.removed_ffns:
+            self.ffn = ffn.Vocabulary(D, ffn.local_size(config.ffn, D, config.shared_width, index, config.depth))
 
-    def forward(self, state: TokenState, context: Context) -> TokenState:
+    def forward(self, state: TokenState, context: Context, text: PackedText | Runs) -> TokenState:
         x, m = state.x_BND, state.mask_BN1
         modulation = (self.scale_shift_table + context.modulation_B6D).chunk(6, dim=1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = torch.addcmul(x, gate_msa, self.self_attention(modulate(x, shift_msa, scale_msa), context.rotary))
-        x = x + self.cross_attention(x, context.text)
+        attended = self.self_attention(modulate(x, shift_msa, scale_msa, self.eps), context.rotary)
+        x = torch.addcmul(x, gate_msa, attended)
+        x = x + self.cross_attention(x, text)
         if self.query_mask is not None:
             m = self.query_mask(x, m, context.time_BD, context.timestep_B)
-        z = modulate(x, shift_mlp, scale_mlp)
-        update = self.ffn(z)
-        if context.shared_expert is not None:
-            update = update + context.shared_expert(z)
-        gate = gate_mlp if self.query_mask is None else m * gate_mlp
-        return replace(state, x_BND=torch.addcmul(x, gate, update), mask_BN1=m)
+        if self.ffn is not None:
+            z, vocabulary = modulate(x, shift_mlp, scale_mlp, self.eps), self._vocabulary(context.shared_expert)
+            skip = context.skip
+            update = vocabulary(z) if skip is None else on_kept(vocabulary, z, skip.keep(m.squeeze(-1)))
+            gate = gate_mlp if self.query_mask is None else m * gate_mlp
+            x = torch.addcmul(x, gate, update)
+        return replace(state, x_BND=x, mask_BN1=m)
+
+    def _vocabulary(self, shared: ffn.Vocabulary | None) -> Callable[[Tensor], Tensor]:
+        """The block's own expert, plus the shared one where there is one."""
+        own = self.ffn
+        assert own is not None
+        return own if shared is None else lambda z: own(z) + shared(z)
 
 
 class FinalLayer(nn.Module):
@@ -242,11 +267,23 @@ class DiT(nn.Module):
             elif isinstance(module, mask.QueryMask):
                 nn.init.constant_(module.last.linear.bias, 2.0)
 
-    def forward(self, latent_BCHW: Tensor, timestep_B: Tensor, text: PackedText) -> Prediction:
+    def read(self, text: PackedText) -> TextMemory:
+        """Captions to what the blocks' cross-attentions see of them: once per prompt, for all sampling steps."""
+        projected = text.with_tokens(self.text_projection(text.tokens_ME))
+        return TextMemory(tuple(block.cross_attention.read(projected) for block in cast(list[Block], self.blocks)))
+
+    def forward(
+        self, latent_BCHW: Tensor, timestep_B: Tensor, text: PackedText | TextMemory, skip: Skip | None = None
+    ) -> Prediction:
         """Predicts for latents [B, C, H, W] at timesteps [B] in 0..1000 (0 is data), each with its caption.
 
+        Args:
+            text: the captions, or what `read` made of them.
+            skip: leaves the FFN out where the query mask weighs it little.
+
         Raises:
-            ValueError: the latent's sides are not divisible by the patch, or latents, timesteps and captions differ in number.
+            ValueError: the latent's sides are not divisible by the patch, latents, timesteps and captions differ in number,
+                or there are no query masks to skip by.
         """
         p = self.config.patch
         if not len(latent_BCHW) == len(timestep_B) == len(text):
@@ -257,6 +294,10 @@ class DiT(nn.Module):
         columns, rest_w = divmod(latent_BCHW.shape[-1], p)
         if rest_h or rest_w:
             raise ValueError(f"a latent of {tuple(latent_BCHW.shape[-2:])} is not divisible by the patch of {p}")
+        if skip is not None and self.config.mask == "none":
+            raise ValueError(
+                "this model has no query masks, so no FFN can be skipped by them; leave the skip threshold out"
+            )
         x_BND = self.patch_embed(latent_BCHW)
         if self.config.absolute == "sincos":
             scale = self.config.position_scale
@@ -266,17 +307,22 @@ class DiT(nn.Module):
             time_BD=time_BD,
             modulation_B6D=self.time_modulation(F.silu(time_BD)).unflatten(-1, (6, -1)),
             timestep_B=timestep_B,
-            text=text.with_tokens(self.text_projection(text.tokens_ME)),
             rotary=self._positions((rows, columns), x_BND),
             shared_expert=self.shared_expert,
+            skip=skip,
         )
+        seen: Iterable[PackedText | Runs]
+        if isinstance(text, PackedText):
+            seen = repeat(text.with_tokens(self.text_projection(text.tokens_ME)), len(self.blocks))
+        else:
+            seen = text.blocks
         state = TokenState(x_BND, (rows, columns), x_BND.new_ones(x_BND.shape[0], x_BND.shape[1], 1))
         masks = []
-        for block in self.blocks:
+        for block, its_text in zip(self.blocks, seen, strict=True):
             if self.recompute and torch.is_grad_enabled():
-                state = checkpoint(block, state, context, use_reentrant=False)
+                state = checkpoint(block, state, context, its_text, use_reentrant=False)
             else:
-                state = block(state, context)
+                state = block(state, context, its_text)
             masks.append(state.mask_BN1.squeeze(-1))
         masks_KBN = None if self.config.mask == "none" else torch.stack(masks)
         return Prediction(self.final(state, time_BD), masks_KBN)

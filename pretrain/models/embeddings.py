@@ -71,15 +71,20 @@ class Rotary:
         return x_BhNd * self.cos_Nd + swapped.flatten(-3) * self.sin_Nd
 
 
-def grid_coordinates(grid: tuple[int, int], scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
+# Positions are divided by it: one number, or one for rows and one for columns.
+Scale = float | tuple[float, float]
+
+
+def grid_coordinates(grid: tuple[int, int], scale: Scale, device: torch.device) -> tuple[Tensor, Tensor]:
     """Row and column [N] of each token of a grid of (rows, columns), divided by `scale`."""
-    rows, columns = (torch.arange(n, device=device, dtype=torch.float32) / scale for n in grid)
+    scales = scale if isinstance(scale, tuple) else (scale, scale)
+    rows, columns = (torch.arange(n, device=device, dtype=torch.float32) / s for n, s in zip(grid, scales, strict=True))
     row_N, column_N = torch.meshgrid(rows, columns, indexing="ij")
     return row_N.flatten(), column_N.flatten()
 
 
 def sincos_positions(
-    grid: tuple[int, int], width: int, scale: float, device: torch.device, dtype: torch.dtype
+    grid: tuple[int, int], width: int, scale: Scale, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """PixArt-alpha's absolute positions [N, D], to be added to the tokens: sines and cosines of the row, then the column."""
     frequency = 10000 ** -(torch.arange(width // 4, device=device, dtype=torch.float32) / (width // 4))
@@ -92,7 +97,7 @@ ROTARY_PARTS = {"halves": ("row", "column"), "thirds": ("time", "row", "column")
 
 
 def rotary_positions(
-    layout: str, grid: tuple[int, int], head_width: int, scale: float, device: torch.device, dtype: torch.dtype
+    layout: str, grid: tuple[int, int], head_width: int, scale: Scale, device: torch.device, dtype: torch.dtype
 ) -> Rotary:
     """Positions of a grid of (rows, columns) tokens.
 

@@ -1,15 +1,17 @@
-"""Unpadded text: the captions of a batch, laid end to end.
+"""Unpadded text: the captions of a batch, laid end to end, and what a backbone remembers of them while it samples.
 
-Letters: B captions, M tokens of all captions together, L the longest caption's tokens, E the text encoder's width, X any width.
+Letters: B captions, M tokens of all captions together, L the longest caption's tokens, E the text encoder's width, X any width,
+h heads, d a head's width.
 
-Projections run on the M real tokens. Only attention, whose cost in text is small, sees a [B, L] rectangle, and a mask
-keeps it from the empty places.
+Projections run on the M real tokens. In training attention, whose cost in text is small, sees a [B, L] rectangle, and a
+mask keeps it from the empty places. In sampling each run of equally long captions is attended to by itself: no padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -58,6 +60,10 @@ class PackedText:
         """The captions one by one, each [length, E]."""
         return self.tokens_ME.split(self.lengths)
 
+    def runs(self) -> list[tuple[int, int]]:
+        """(captions, their length) of each run of neighbouring captions of one length."""
+        return [(len(list(group)), length) for length, group in groupby(self.lengths)]
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -81,3 +87,33 @@ class PackedText:
         return (
             values_MX.new_zeros(B * L, values_MX.shape[-1]).index_copy(0, self.slot_M, values_MX).unflatten(0, (B, L))
         )
+
+
+# Keys and values [b, h, L, d] of each run of b neighbouring captions of one length L.
+Runs = tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class TextMemory:
+    """Captions as the backbone's cross-attentions see them: made once per prompt, read at every sampling step.
+
+    Attributes:
+        blocks: each block's keys and values.
+    """
+
+    blocks: tuple[Runs, ...]
+
+    def __len__(self) -> int:
+        return sum(len(keys) for keys, _ in self.blocks[0])
+
+    def __add__(self, other: TextMemory) -> TextMemory:
+        """The captions of both, this one's first."""
+        return TextMemory(tuple(mine + others for mine, others in zip(self.blocks, other.blocks, strict=True)))
+
+    def __mul__(self, times: int) -> TextMemory:
+        """One caption repeated `times` times, without a copy."""
+        assert len(self) == 1, "only a single caption can be repeated"
+        expanded = (
+            ((k.expand(times, -1, -1, -1), v.expand(times, -1, -1, -1)) for k, v in runs) for runs in self.blocks
+        )
+        return TextMemory(tuple(tuple(runs) for runs in expanded))

@@ -39,16 +39,25 @@ def test_self_attention_is_softmax_attention():
     torch.testing.assert_close(attention(x, still), expected)
 
 
-@pytest.mark.parametrize("lengths", [(5, 1, 3), (4, 4, 4)])
-def test_cross_attention_of_packed_captions_equals_one_at_a_time(lengths):
+@pytest.mark.parametrize("lengths", [(5, 1, 3), (4, 4, 4), (2, 2, 5)])
+@pytest.mark.parametrize("read", [False, True])
+def test_cross_attention_of_packed_captions_equals_one_at_a_time(lengths, read):
     attention = seeded(CrossAttention(WIDTH, HEADS))
     texts, x = captions(*lengths), torch.randn(3, 6, WIDTH, dtype=torch.float64)
-    got = attention(x, PackedText.pack(texts))
+    packed = PackedText.pack(texts)
+    got = attention(x, attention.read(packed) if read else packed)
     for image, text, result in zip(x, texts, got, strict=True):
         alone = attention(image[None], PackedText.pack([text]))[0]
         torch.testing.assert_close(result, alone)
         keys, values = attention.kv(text).chunk(2, dim=-1)
         torch.testing.assert_close(result, attention.out(attend(attention.q(image), keys, values)))
+
+
+def test_what_is_read_has_no_padding():
+    """Keys and values [b, h, L, d] of each run: as many as there are tokens."""
+    runs = seeded(CrossAttention(WIDTH, HEADS)).read(PackedText.pack(captions(5, 2, 2, 3)))
+    expected = [(b, HEADS, length, WIDTH // HEADS) for b, length in ((1, 5), (2, 2), (1, 3))]
+    assert [tuple(keys.shape) for keys, _ in runs] == [tuple(values.shape) for _, values in runs] == expected
 
 
 def test_padding_is_never_attended_to():

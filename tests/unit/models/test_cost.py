@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.models import PRESETS, DiT, DiTConfig, PackedText
 from pretrain.models import __main__ as printed
-from pretrain.models.cost import count_flops, count_parameters, tokens_of, training_flops
+from pretrain.models.cost import count_flops, count_parameters, ffn_flops, tokens_of, training_flops
 
 SMALL = DiTConfig(
     width=48, heads=2, depth=5, patch=2, latent_channels=3, text_width=20, shared_width=3, mask_hidden=(16, 8, 4)
@@ -36,18 +36,29 @@ def inputs(config: DiTConfig, rows: int, columns: int) -> tuple[torch.Tensor, to
     return latent, torch.zeros(IMAGES, device="meta"), PackedText.pack(captions)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_parameters_of_every_preset(name):
-    model, counted = on_meta(PRESETS[name]), count_parameters(PRESETS[name])
+def assert_parameters_are_counted(config: DiTConfig) -> None:
+    model, counted = on_meta(config), count_parameters(config)
     assert counted.total == sum(p.numel() for p in model.parameters())
     assert counted.attention == parameters_of(model, "self_attention", "cross_attention")
     assert counted.ffn == parameters_of(model, "ffn", "shared_expert")
     assert counted.query_mask == parameters_of(model, "query_mask")
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_of_every_preset(name):
+    assert_parameters_are_counted(PRESETS[name])
+
+
+@pytest.mark.parametrize("removed", [(3,), (0, 1, 4)])
 @pytest.mark.parametrize(("mask", "ffn"), KINDS)
-def test_flops_of_a_forward_and_a_training_step(mask, ffn):
-    config = replace(SMALL, mask=mask, ffn=ffn)
+def test_parameters_without_some_ffns(mask, ffn, removed):
+    assert_parameters_are_counted(replace(SMALL, mask=mask, ffn=ffn, removed_ffns=removed))
+
+
+@pytest.mark.parametrize("removed", [(), (0, 3)])
+@pytest.mark.parametrize(("mask", "ffn"), KINDS)
+def test_flops_of_a_forward_and_a_training_step(mask, ffn, removed):
+    config = replace(SMALL, mask=mask, ffn=ffn, removed_ffns=removed)
     model = on_meta(config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         output = model(*inputs(config, 4, 6)).sample_BCHW
@@ -67,6 +78,21 @@ def test_flops_of_a_forward_and_a_training_step(mask, ffn):
 
     sinusoids = 2 * IMAGES * 256 * config.width  # the only product whose input needs no gradient
     assert counter.get_total_flops() == training_flops(config, IMAGES, 4 * 6, IMAGES * CAPTION) - sinusoids
+
+
+@pytest.mark.parametrize("removed", [(), (1, 4)])
+@pytest.mark.parametrize("ffn", ["uniform", "shared", "tapered"])
+def test_ffn_flops_of_each_block(ffn, removed):
+    """Against the counter, block by block; the shared expert's are spread over the blocks that use it."""
+    config = replace(SMALL, ffn=ffn, removed_ffns=removed)
+    with FlopCounterMode(display=False) as counter:
+        on_meta(config)(*inputs(config, 4, 6))
+    modules, tokens = counter.get_flop_counts(), IMAGES * 4 * 6
+    used = [block for block in range(config.depth) if block not in removed]
+    shared = sum(modules.get("DiT.shared_expert", {}).values()) // len(used)
+    counted = [sum(modules[f"DiT.blocks.{b}.ffn"].values()) + shared if b in used else 0 for b in range(config.depth)]
+    assert [tokens * flops for flops in ffn_flops(config)] == counted
+    assert sum(ffn_flops(config)) == count_flops(config, 4 * 6, CAPTION).ffn / (4 * 6)
 
 
 def test_flops_of_a_mean_caption_length():
@@ -103,6 +129,14 @@ def test_the_papers_figures():
     for name in ("focusdit_1b", "focusdit_1b_shared2d"):
         saved = count_parameters(replace(base, mask="release")).total - count_parameters(PRESETS[name]).total
         assert saved / 1e9 == pytest.approx(saving(PRESETS[name].shared_width))
+
+
+def test_parameters_without_8_ffns():
+    """Fig. 10: 88% of the parameters are left."""
+    whole = replace(PRESETS["dit_1b"], mask="release")
+    for removed in (range(8), range(10, 18)):
+        pruned = replace(whole, removed_ffns=tuple(removed))
+        assert count_parameters(pruned).total / count_parameters(whole).total == pytest.approx(0.882, abs=0.001)
 
 
 def test_most_of_the_releases_query_mask_is_its_time():

@@ -5,7 +5,7 @@ Letters: B images, C latent channels, D width.
 
 import cmath
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -64,9 +64,9 @@ def reference(model: DiT, latent_CHW: Tensor, timestep: Tensor, caption_LE: Tens
         module = model.get_submodule(name)
         return x @ module.weight.T + (0 if module.bias is None else module.bias)
 
-    def norm(x: Tensor) -> Tensor:
+    def norm(x: Tensor, eps: float = model.config.norm_eps) -> Tensor:
         x = x - x.mean(-1, keepdim=True)
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
     def turn(x_Nd: Tensor) -> Tensor:
         """Each token's first half turns by its row, its second half by its column."""
@@ -111,7 +111,7 @@ def reference(model: DiT, latent_CHW: Tensor, timestep: Tensor, caption_LE: Tens
         x = x + gate_mlp * update
 
     shift, scale = model.final.scale_shift_table + time
-    output, result = linear("final.proj", norm(x) * (1 + scale) + shift), torch.empty_like(latent_CHW)
+    output, result = linear("final.proj", norm(x, 1e-6) * (1 + scale) + shift), torch.empty_like(latent_CHW)
     for token, (row, column, channel) in product(range(len(output)), product(range(p), range(p), range(C))):
         y, z = token // columns * p + row, token % columns * p + column
         result[channel, y, z] = output[token, (row * p + column) * C + channel]
@@ -119,8 +119,10 @@ def reference(model: DiT, latent_CHW: Tensor, timestep: Tensor, caption_LE: Tens
 
 
 @torch.no_grad()
-def test_the_adaln_single_backbone_against_the_reference():
-    model, (latent, _, text) = build(), inputs()
+@pytest.mark.parametrize("norm_eps", [1e-6, 0.5])
+def test_the_adaln_single_backbone_against_the_reference(norm_eps):
+    """`norm_eps` is of the blocks' LayerNorms, not of the last one."""
+    model, (latent, _, text) = build(replace(PLAIN, norm_eps=norm_eps)), inputs()
     timestep = torch.tensor([3.5, 0.0, 11.0])  # small: the sinusoids' angles are made in fp32
     got = model(latent, timestep, text)
     assert got.masks_KBN is None
@@ -229,6 +231,41 @@ def test_a_result_does_not_depend_on_batch_order_or_neighbours(mask, ffn):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("lengths", [(5, 1, 3), (4, 4, 4), (2, 2, 5)])
+@pytest.mark.parametrize(("mask", "ffn"), KINDS)
+def test_reading_the_captions_first_changes_nothing(mask, ffn, lengths):
+    model, (latent, timestep, text) = build(replace(PLAIN, mask=mask, ffn=ffn)), inputs(lengths=lengths)
+    memory = model.read(text)
+    assert len(memory) == 3
+    got, expected = model(latent, timestep, memory), model(latent, timestep, text)
+    torch.testing.assert_close(got.sample_BCHW, expected.sample_BCHW)
+    torch.testing.assert_close(got.masks_KBN, expected.masks_KBN)
+
+
+@torch.no_grad()
+def test_memories_add_up_to_the_memory_of_all_captions():
+    """Text and repeated null text, as guidance needs them."""
+    model, (latent, timestep, text) = build(replace(PLAIN, mask="release")), inputs()
+    null = PackedText.pack([torch.randn(3, 10, dtype=torch.float64)])  # as long as its neighbour: one run or two
+    both = latent.repeat(2, 1, 1, 1), timestep.repeat(2)
+    expected = model(*both, text + null * 3).sample_BCHW
+    assert (expected[:3] - expected[3:]).abs().max() > 1e-3
+    for memory in (model.read(text) + model.read(null) * 3, model.read(text + null * 3)):
+        torch.testing.assert_close(model(*both, memory).sample_BCHW, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(5, 1, 3), (4, 4, 4)])
+def test_what_was_read_of_a_prompt_does_not_depend_on_the_others(lengths):
+    model, given = build(replace(PLAIN, mask="release", ffn="shared")), inputs(lengths=lengths)
+    latent, timestep, text = given
+    together = model(latent, timestep, model.read(text)).sample_BCHW
+    for b in range(3):
+        image, time, caption = pick(*given, b)
+        torch.testing.assert_close(model(image, time, model.read(caption)).sample_BCHW, together[b : b + 1])
+
+
+@torch.no_grad()
 def test_everything_given_matters():
     model, (latent, timestep, text) = build(), inputs()
     base = model(latent, timestep, text).sample_BCHW
@@ -242,11 +279,38 @@ def test_everything_given_matters():
 
 
 @torch.no_grad()
-def test_position_scale_is_used():
-    model, given = build(), inputs()
-    scaled = DiT(replace(PLAIN, position_scale=2.0)).double().eval()
-    scaled.load_state_dict(model.state_dict())
-    assert not torch.allclose(scaled(*given).sample_BCHW, model(*given).sample_BCHW)
+@pytest.mark.parametrize("absolute", ["none", "sincos"])
+def test_position_scale_is_used(absolute):
+    """Of rows and columns each; twice the same is that one number."""
+    model = build(replace(PLAIN, absolute=absolute))
+
+    def scaled(scale: float | tuple[float, float]) -> Tensor:
+        other = DiT(replace(model.config, position_scale=scale)).double().eval()
+        other.load_state_dict(model.state_dict())
+        return other(*inputs()).sample_BCHW
+
+    assert torch.equal(scaled((2.0, 2.0)), scaled(2.0))
+    results = [scaled(scale) for scale in (1.0, 2.0, (1.0, 2.0), (2.0, 1.0))]
+    for one, other in combinations(results, 2):
+        assert (one - other).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("mask", "ffn"), KINDS)
+def test_a_removed_ffn_is_one_that_adds_nothing(mask, ffn):
+    """Its own expert's parameters are gone; its block's query mask still goes on to the next."""
+    whole = build(replace(PLAIN, mask=mask, ffn=ffn))
+    pruned = DiT(replace(whole.config, removed_ffns=(1,))).double().eval()
+    rest = pruned.load_state_dict(whole.state_dict(), strict=False)
+    assert not rest.missing_keys
+    assert rest.unexpected_keys == [f"blocks.1.ffn.{n}" for n in whole.blocks[1].ffn.state_dict()]
+    got = pruned(*inputs())
+    assert not torch.allclose(got.sample_BCHW, whole(*inputs()).sample_BCHW)
+
+    whole.blocks[1]._vocabulary = lambda shared: torch.zeros_like
+    expected = whole(*inputs())
+    torch.testing.assert_close(got.sample_BCHW, expected.sample_BCHW, rtol=0, atol=0)
+    torch.testing.assert_close(got.masks_KBN, expected.masks_KBN, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -368,6 +432,13 @@ def test_refuses_a_latent_that_the_patch_does_not_divide(height, width):
         build()(latent[:, :, :1, :1].expand(-1, -1, height, width), timestep, text)
 
 
+@pytest.mark.parametrize("read", [False, True])
+def test_refuses_latents_and_captions_that_differ_in_number(read):
+    model, (latent, timestep, text) = build(), inputs()
+    with pytest.raises(ValueError, match="2 latents, 2 timesteps and 3 captions do not match"):
+        model(latent[:2], timestep[:2], model.read(text) if read else text)
+
+
 @pytest.mark.parametrize(
     ("change", "fields"),
     [
@@ -382,6 +453,12 @@ def test_refuses_a_latent_that_the_patch_does_not_divide(height, width):
             ("mask", "mask_dropout", "shared_width"),
         ),
         ({"rotary": "thirds", "width": 32}, ("width",)),
+        (
+            {"position_scale": (2.0, 0.0), "norm_eps": 0.0, "removed_ffns": (1, 1)},
+            ("position_scale", "norm_eps", "removed_ffns"),
+        ),
+        ({"position_scale": (-1.0, 2.0), "removed_ffns": (0, 3)}, ("position_scale", "removed_ffns")),
+        ({"removed_ffns": (-1,)}, ("removed_ffns",)),
     ],
 )
 def test_refuses_a_wrong_config_with_all_its_problems(change, fields):
@@ -396,6 +473,6 @@ def test_refuses_a_wrong_config_with_all_its_problems(change, fields):
 @pytest.mark.parametrize("heads_width", [(2, 16), (3, 24), (2, 24)])
 def test_accepts_what_it_says_it_accepts(heads_width):
     heads, width = heads_width
-    config = replace(PLAIN, heads=heads, width=width)
+    config = replace(PLAIN, heads=heads, width=width, position_scale=(0.5, 3.0), removed_ffns=(2, 0))
     assert config.problems() == []
     DiT(config)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.models.embeddings import PatchEmbed, TextProjection, TimeEmbed, rotary_positions
+from pretrain.models.embeddings import PatchEmbed, TextProjection, TimeEmbed, rotary_positions, sincos_positions
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def test_patch_embed_is_a_strided_convolution():
     torch.testing.assert_close(embed(latent), expected)
 
 
-def turned(layout: str, x_BhNd: torch.Tensor, grid: tuple[int, int], scale: float) -> torch.Tensor:
+def turned(layout: str, x_BhNd: torch.Tensor, grid: tuple[int, int], scales: tuple[float, float]) -> torch.Tensor:
     """Rotary positions as a product of complex numbers, token by token: entry k of a part turns with entry k + half."""
     coordinates = {"halves": ("row", "column"), "thirds": ("time", "row", "column")}[layout]
     parts = []
@@ -28,7 +28,8 @@ def turned(layout: str, x_BhNd: torch.Tensor, grid: tuple[int, int], scale: floa
         width = part.shape[-1]
         z = torch.complex(*part.double().chunk(2, dim=-1))
         for token in range(grid[0] * grid[1]):
-            position = {"time": 0, "row": token // grid[1], "column": token % grid[1]}[name] / scale
+            row, column = token // grid[1] / scales[0], token % grid[1] / scales[1]
+            position = {"time": 0, "row": row, "column": column}[name]
             for k in range(width // 2):
                 angle = position / 10000 ** (2 * k / width)
                 z[..., token, k] *= complex(math.cos(angle), math.sin(angle))
@@ -36,13 +37,14 @@ def turned(layout: str, x_BhNd: torch.Tensor, grid: tuple[int, int], scale: floa
     return torch.cat(parts, dim=-1)
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize(("scale", "scales"), [(1.0, (1, 1)), (2.0, (2, 2)), ((2.0, 0.75), (2, 0.75))])
 @pytest.mark.parametrize("layout", ["halves", "thirds"])
-def test_rotary_against_complex_numbers(layout, scale):
+def test_rotary_against_complex_numbers(layout, scale, scales):
+    """Rows and columns are divided by the scale, or each by its own."""
     torch.manual_seed(0)
     x = torch.randn(2, 3, 5 * 4, 24)
     rotary = rotary_positions(layout, (5, 4), 24, scale, CPU, torch.float32)
-    torch.testing.assert_close(rotary(x).double(), turned(layout, x, (5, 4), scale), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rotary(x).double(), turned(layout, x, (5, 4), scales), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["halves", "thirds"])
@@ -68,6 +70,23 @@ def test_position_scale_2_on_a_doubled_grid(layout):
     for name in ("cos_Nd", "sin_Nd"):
         every_second = getattr(large, name).unflatten(0, (6, 8))[::2, ::2]
         assert torch.equal(every_second, getattr(small, name).unflatten(0, (3, 4)))
+
+
+@pytest.mark.parametrize(("scale", "scales"), [(1.0, (1, 1)), ((2.0, 0.75), (2, 0.75))])
+def test_absolute_positions_written_out(scale, scales):
+    """Sines and cosines of the row, then of the column, each divided by its scale."""
+    got = sincos_positions((3, 5), 16, scale, CPU, torch.float64)
+    frequencies = [10000 ** (-k / 4) for k in range(4)]
+    expected = [
+        [
+            wave(position * f)
+            for position in (token // 5 / scales[0], token % 5 / scales[1])
+            for wave in (math.sin, math.cos)
+            for f in frequencies
+        ]
+        for token in range(15)
+    ]
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
 def test_rotary_angles_stay_exact_in_bf16():

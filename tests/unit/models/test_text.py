@@ -1,9 +1,9 @@
-"""PackedText: captions of unequal length without padding."""
+"""PackedText: captions of unequal length without padding; and what a backbone remembers of them, put together."""
 
 import pytest
 import torch
 
-from pretrain.models import PackedText
+from pretrain.models import PackedText, TextMemory
 
 LENGTHS = (3, 1, 5, 2)
 
@@ -80,6 +80,39 @@ def test_adds_and_repeats():
     assert same(PackedText.pack(make((2, 2))) + PackedText.pack(make((3,))), make((2, 2)) + make((3,)))
     assert same(PackedText.pack(first) * 3, first * 3)
     assert same(PackedText.pack(first) * 1, first)
+
+
+def test_runs_are_of_neighbours_of_one_length():
+    assert PackedText.pack(make((3, 3, 1, 3, 2, 2, 2))).runs() == [(2, 3), (1, 1), (1, 3), (3, 2)]
+    assert PackedText.pack(make((4, 4))).runs() == [(2, 4)]
+    assert PackedText.pack(make((6,))).runs() == [(1, 6)]
+
+
+def remembered(*runs: tuple[int, int]) -> TextMemory:
+    """Random keys and values of two blocks, for runs of (captions, their length)."""
+    return TextMemory(
+        tuple(tuple((torch.randn(b, 2, n, 3), torch.randn(b, 2, n, 3)) for b, n in runs) for _ in range(2))
+    )
+
+
+def test_memories_are_added_block_by_block():
+    first, second = remembered((2, 3), (1, 5)), remembered((4, 1))
+    both = first + second
+    assert (len(first), len(second), len(both)) == (3, 4, 7)
+    for block in range(2):
+        assert both.blocks[block] == (*first.blocks[block], *second.blocks[block])
+
+
+def test_a_memory_of_one_caption_is_repeated_without_a_copy():
+    one = remembered((1, 4))
+    many = one * 3
+    assert len(many) == 3
+    for (before,), (after,) in zip(one.blocks, many.blocks, strict=True):
+        for tensor, repeated in zip(before, after, strict=True):
+            assert torch.equal(repeated, torch.cat([tensor] * 3))
+            assert repeated.data_ptr() == tensor.data_ptr()
+    with pytest.raises(AssertionError, match="single caption"):
+        many * 2
 
 
 def test_to_changes_the_embeddings_only():

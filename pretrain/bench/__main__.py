@@ -1,0 +1,37 @@
+"""Benchmarks: ratios of things timed side by side in one run.
+
+python -m pretrain.bench step        a training step against diffusers' PixArt transformer
+python -m pretrain.bench sample      sampling: FocusDiT against the plain DiT and against PixArt
+python -m pretrain.bench skip        leaving FFNs out by their query masks
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pretrain.bench import sample, skip, step
+from pretrain.train import quiet
+
+BENCHMARKS = {"step": step, "sample": sample, "skip": skip}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description="Times things side by side.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in BENCHMARKS.items():
+        about = " ".join((module.__doc__ or "").split("\n\n")[0].split())
+        module.arguments(commands.add_parser(name, help=about, description=about))
+    args = parser.parse_args(argv)
+    quiet()
+    try:
+        print(BENCHMARKS[args.command].run(args))
+    except (ValueError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Sampling: FocusDiT against the plain DiT, and both against the transformer of diffusers' PixArtAlphaPipeline of the same size.
+
+Timed is what a sampling step asks of the backbone, both halves of guidance in one batch, and, apart, what is done once per
+prompt (ours: the captions' keys and values). PixArt's is given captions padded to 300 tokens, as its pipeline does, and, to tell
+padding from the rest, unpadded ones of the same length in both halves.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pretrain.bench.timing import model_arguments, padded, pixart, side_by_side
+from pretrain.models import DiT, DiTConfig, PackedText, preset
+
+CAP = 300
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One line of the table: a step, and what a prompt costs once."""
+
+    name: str
+    step: Callable[[], object]
+    prompt: Callable[[], object] | None
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    model_arguments(parser, preset="dit_1b", batch=1, rounds=5)
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps that a prompt's own cost is spread over")
+    parser.add_argument("--caption-tokens", type=int, default=80, help="tokens of each caption; the null text has one")
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace) -> str:
+    """The table."""
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    base = replace(preset(args.preset), depth=args.depth) if args.depth else preset(args.preset)
+    side = args.tokens_per_side * base.patch
+    latent = torch.randn(2 * args.batch, base.latent_channels, side, side, device=device, dtype=dtype)
+    timestep = torch.full((2 * args.batch,), 500.0, device=device)
+    text = [torch.randn(args.caption_tokens, base.text_width, device=device, dtype=dtype) for _ in range(args.batch)]
+    null = [torch.randn(1, base.text_width, device=device, dtype=dtype)] * args.batch
+    equal = [torch.randn_like(text[0])] * args.batch
+
+    rows = [
+        _ours("DiT", base, latent, timestep, text + null),
+        _ours("FocusDiT, release mask", replace(base, mask="release"), latent, timestep, text + null),
+        _ours(
+            "FocusDiT, and shared FFN of 2D", replace(base, mask="release", ffn="shared"), latent, timestep, text + null
+        ),
+        _ours("DiT, both halves of equal length", base, latent, timestep, text + equal),
+        *_pixart(
+            base, latent, timestep, {f"padded to {CAP}": (text + null, CAP), "unpadded, equal": (text + equal, None)}
+        ),
+    ]
+    runs = {row.name: row.step for row in rows} | {f"{row.name}: prompt": row.prompt for row in rows if row.prompt}
+    took = side_by_side(runs, args.rounds, device)
+    per_step = {row.name: took[row.name] + took.get(f"{row.name}: prompt", 0.0) / args.steps for row in rows}
+    title = f"{args.preset}: width {base.width}, depth {base.depth}, {args.tokens_per_side**2} tokens, {args.batch} pictures with"
+    lines = [
+        f"{title} guidance, captions of {args.caption_tokens} tokens, {args.steps} steps, {device.type}",
+        f"  {'':<44}{'step':>10}{'prompt':>10}{'a step, with its share':>24}",
+    ]
+    for row in rows:
+        once = took.get(f"{row.name}: prompt", 0.0)
+        lines.append(
+            f"  {row.name:<44}{took[row.name] * 1e3:>7.1f} ms{once * 1e3:>7.1f} ms{per_step[row.name] * 1e3:>21.1f} ms"
+        )
+    dit, focus, shared, dit_equal, pix, pix_equal = (per_step[row.name] for row in rows)
+    lines += [
+        f"  FocusDiT / DiT                       {focus / dit:.2f}   (with the shared FFN {shared / dit:.2f})",
+        f"  DiT / PixArt padded to {CAP}           {dit / pix:.2f}   (FocusDiT {focus / pix:.2f})",
+        f"  DiT / PixArt unpadded, equal         {dit_equal / pix_equal:.2f}",
+    ]
+    return "\n".join(lines)
+
+
+def _ours(name: str, config: DiTConfig, latent: Tensor, timestep: Tensor, captions: list[Tensor]) -> Timed:
+    model = DiT(config).to(latent.device, latent.dtype).eval()
+    packed = PackedText.pack(captions)
+    memory = model.read(packed)
+    return Timed(name, lambda: model(latent, timestep, memory), lambda: model.read(packed))
+
+
+def _pixart(
+    config: DiTConfig, latent: Tensor, timestep: Tensor, cases: dict[str, tuple[list[Tensor], int | None]]
+) -> list[Timed]:
+    model = pixart(config).to(latent.device, latent.dtype).eval()
+    conditions = {"resolution": None, "aspect_ratio": None}
+
+    def timed(name: str, captions: list[Tensor], cap: int | None) -> Timed:
+        text, keep = padded(captions, cap) if cap else (torch.stack(captions), None)
+        return Timed(
+            f"PixArtTransformer2DModel, {name}",
+            lambda: model(latent, text, timestep, conditions, encoder_attention_mask=keep),
+            None,
+        )
+
+    return [timed(name, captions, cap) for name, (captions, cap) in cases.items()]
