@@ -25,9 +25,11 @@ setup(
         "diffusers>=0.33",
         "sentencepiece>=0.2",  # the tokenizer of T5
         "tensorboard>=2.16",
+        "accelerate>=1.0",  # diffusers' CPU offload
         "safetensors>=0.4.3",
         "numpy>=1.26,<2.2",  # the upper bound is mosaicml-streaming's
         "pillow>=10.3",
+        "matplotlib>=3.8",
         "einops>=0.8",
         "omegaconf>=2.3",
         "pydantic>=2.6",

@@ -39,11 +39,12 @@ def main() -> int:
     prompts = OUT / "demo_prompts.txt"
     prompts.write_text("".join(f"{s.caption}\n" for s in wanted))
     train = [python, "-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}", "-m", "pretrain.train"]
+    draw = [python, "-m", "pretrain.sample", "--run", f"runs/{STAGES[-1]}"]
     commands = [
         [python, "data_prep/shapes.py", "--output", TARS, "--pictures", str(PICTURES)],
         [python, "data_prep/encode.py", "--input", f"{TARS}/*.tar", "--output", DATA, "--encoders", "tiny"],
         *([*train, stage] for stage in STAGES),
-        [python, "-m", "pretrain.sample", "--run", "runs/demo_512", "--prompts", str(prompts), "--out", str(OUT)],
+        [*draw, "--prompts", str(prompts), "--out", str(OUT), "--overwrite"],
     ]
     if (Path(DATA) / "dataset.json").exists() and Path(TARS).exists():
         commands.pop(0)

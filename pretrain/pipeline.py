@@ -1,101 +1,414 @@
-"""From captions to latents with a trained backbone: diffusers' schedulers around the objective's prediction.
+"""diffusers' way to a trained FocusDiT: the backbone as a `ModelMixin`, and the pipeline from prompts to pictures.
 
-Letters: B images, C latent channels, S sampling steps, K blocks, N tokens.
+    from pretrain.pipeline import FocusDiTPipeline
+
+    pipe = FocusDiTPipeline.from_pretrained("exports/stage2_512")       # made by pretrain.export
+    pipe("a large red circle on the left on a white background").images[0].save("circle.png")
+
+Letters: B images, C latent channels, H, W latent pixels, L text tokens, E the text encoder's width, S sampling steps, K blocks,
+N tokens. Weights are read from safetensors files only; nothing is unpickled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    ConfigMixin,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+)
+from diffusers.configuration_utils import register_to_config
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput, logging
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from torch import Tensor
 
-from pretrain.diffusion import Guided, sample
+from data_prep.encoders import DOWNSAMPLE, TextEncoder, Vae, arranged, decode_latents, encode_captions
+from pretrain.diffusion import FfnWork, Guidance, generate
 from pretrain.diffusion.ddpm import BETA_END, BETA_START, STEPS
-from pretrain.models import DiT, PackedText
+from pretrain.folders import check_export, check_transformer, only_safetensors, read_backbone
+from pretrain.models import DiT, PackedText, Skip, TextMemory
+from pretrain.models.dit import Prediction
+
+logger = logging.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are drawn.
-
-    Attributes:
-        objective: flow (Euler) | epsilon (DPM-Solver++).
-        steps: evaluations of the backbone.
-        guidance: classifier-free guidance scale; 1 is none.
-        shift: flow: shift of the times towards noise.
-    """
-
-    objective: str
-    steps: int
-    guidance: float
-    shift: float
+# ---- the transformer ----
 
 
-@dataclass(frozen=True)
-class Generated:
-    """Latents in fp32, and the query masks of the pictures with text, where the backbone has them."""
+@dataclass
+class FocusDiTTransformer2DModelOutput(BaseOutput):
+    """The prediction [B, C, H, W], and each block's query mask [K, B, N] (None without query masks)."""
 
-    latent_BCHW: Tensor
-    masks_BSKN: Tensor | None
-    timesteps: tuple[float, ...]
-
-
-def scheduler(settings: Sampling, device: torch.device) -> Any:
-    """diffusers' scheduler of the objective, with its timesteps set."""
-    if settings.objective == "flow":
-        euler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=settings.shift)
-        euler.set_timesteps(sigmas=np.linspace(1.0, 1 / settings.steps, settings.steps), device=device)
-        return euler
-    solver = DPMSolverMultistepScheduler(
-        num_train_timesteps=STEPS, beta_start=BETA_START, beta_end=BETA_END, beta_schedule="linear", solver_order=2
-    )
-    solver.set_timesteps(settings.steps, device=device)
-    return solver
+    sample: Tensor
+    query_masks: Tensor | None = None
 
 
-def start_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """Normal noise [B, C, H, W], each picture's from its own seed; drawn on the CPU, so the same on every device."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
-
-
-@torch.no_grad()
-def generate(
-    model: DiT,
-    text: PackedText,
-    null: PackedText,
-    seeds: Sequence[int],
-    latent_size: tuple[int, int],
-    settings: Sampling,
-    keep_masks: bool = False,
-) -> Generated:
-    """Draws one latent per caption.
+class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
+    """The backbone in diffusers' form.
 
     Args:
-        text: B captions; `null`: the one empty caption.
-        seeds: one per caption.
-        latent_size: (H, W) in latent pixels.
+        backbone: the fields of `pretrain.models.DiTConfig`.
     """
-    device, dtype = model.final.proj.weight.device, model.final.proj.weight.dtype
-    masks: list[Tensor] = []
 
-    def backbone(latent: Tensor, timestep: Tensor, captions: PackedText) -> Tensor:
-        prediction = model(latent.to(dtype), timestep, captions)
-        if keep_masks and prediction.masks_KBN is not None:
-            masks.append(prediction.masks_KBN[:, : len(text)].transpose(0, 1).float().cpu())
-        return prediction.sample_BCHW
+    _repeated_blocks: ClassVar[list[str]] = ["Block"]
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
 
-    steps = scheduler(settings, device)
-    guided = Guided(backbone, text.to(device, dtype), null.to(device, dtype), settings.guidance)
-    noise = start_noise(seeds, (model.config.latent_channels, *latent_size)).to(device)
-    was_training = model.training
-    model.eval()
-    try:
-        latent = sample(guided, noise, steps)
-    finally:
-        model.train(was_training)
-    return Generated(latent, torch.stack(masks, dim=1) if masks else None, tuple(steps.timesteps.tolist()))
+    @register_to_config
+    def __init__(self, backbone: dict[str, Any]):
+        super().__init__()
+        self.dit = DiT(read_backbone(backbone))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | TextMemory,
+        timestep: Tensor | float,
+        encoder_attention_mask: Tensor | None = None,
+        skip: Skip | None = None,
+        return_dict: bool = True,
+    ) -> FocusDiTTransformer2DModelOutput | tuple[Tensor, Tensor | None]:
+        """Predicts for latents [B, C, H, W] at timesteps [B] (or one for all) in 0..1000.
+
+        Args:
+            encoder_hidden_states: text embeddings [B, L, E], or what `read` made of them.
+            encoder_attention_mask: [B, L], not 0 where there is a token; None where all are.
+            skip: leaves FFNs out where the query mask weighs them little.
+        """
+        text: PackedText | TextMemory
+        if isinstance(encoder_hidden_states, TextMemory):
+            text = encoder_hidden_states
+        else:
+            text = unpadded(encoder_hidden_states, encoder_attention_mask)
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
+        prediction = self.dit(hidden_states, timestep, text, skip)
+        if not return_dict:
+            return prediction.sample_BCHW, prediction.masks_KBN
+        return FocusDiTTransformer2DModelOutput(prediction.sample_BCHW, prediction.masks_KBN)
+
+    @apply_forward_hook
+    def read(self, text: PackedText) -> TextMemory:
+        """Captions to what the blocks' cross-attentions see of them: once per prompt, for all sampling steps."""
+        return self.dit.read(text)
+
+    @classmethod
+    def of(cls, dit: DiT) -> FocusDiTTransformer2DModel:
+        """The shell around a backbone that is there already."""
+        with torch.device("meta"):
+            shell = cls(backbone=vars(dit.config).copy())
+        shell.dit = dit
+        return shell
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> FocusDiTTransformer2DModel:
+        """diffusers' loading, from safetensors alone.
+
+        Raises:
+            ValueError: the folder's config or weights are not those of a FocusDiT; one line says what is wrong.
+        """
+        only_safetensors(kwargs)
+        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            check_transformer(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+def unpadded(embeds_BLE: Tensor, keep_BL: Tensor | None) -> PackedText:
+    """Padded text embeddings to packed ones; asks the device for the mask."""
+    if keep_BL is None:
+        return PackedText.pack(list(embeds_BLE))
+    return PackedText.pack([row[keep.bool()] for row, keep in zip(embeds_BLE, keep_BL, strict=True)])
+
+
+# ---- the scheduler ----
+
+
+def build_scheduler(objective: str, shift: float) -> Any:
+    """diffusers' scheduler of an objective: flow (Euler, its times shifted towards noise) | epsilon (DPM-Solver++)."""
+    if objective == "flow":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=STEPS, beta_start=BETA_START, beta_end=BETA_END, beta_schedule="linear", solver_order=2
+    )
+
+
+def set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
+    """Prepares `steps` evaluations; flow matching starts at pure noise and ends at 1/steps before the shift."""
+    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and "shift" in scheduler.config:
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device)
+    else:
+        scheduler.set_timesteps(steps, device=device)
+
+
+# ---- the pipeline ----
+
+
+@dataclass
+class FocusDiTPipelineOutput(BaseOutput):
+    """The pictures (or latents); the query masks [B, S, K, N] if asked for; what skipping left of the FFNs' work."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    query_masks: Tensor | None = None
+    ffn_work: FfnWork | None = None
+
+
+class FocusDiTPipeline(DiffusionPipeline):
+    """From prompts to pictures.
+
+    Args:
+        tokenizer, text_encoder: the T5 that the training data was encoded with; vae: likewise.
+        transformer, scheduler: what was trained, and how its objective is sampled.
+        token_cap: longer prompts are cut, with a warning that shows what was cut.
+        resolution: default height and width, in pixels.
+        steps, guidance: default `num_inference_steps` and `guidance_scale`.
+        references: encoders that stand elsewhere, by component: name and fingerprint.
+        data_fingerprint: of the card of the data set that the model was trained on.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder", "vae"]
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        vae: Any,
+        transformer: FocusDiTTransformer2DModel,
+        scheduler: Any,
+        token_cap: int = 300,
+        resolution: int = 512,
+        steps: int = 30,
+        guidance: float = 5.5,
+        references: dict[str, dict[str, str]] | None = None,
+        data_fingerprint: str | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=None if vae is None else arranged(vae),
+            transformer=transformer,
+            scheduler=scheduler,
+        )
+        self.register_to_config(
+            token_cap=token_cap,
+            resolution=resolution,
+            steps=steps,
+            guidance=guidance,
+            references=references,
+            data_fingerprint=data_fingerprint,
+        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=DOWNSAMPLE)
+        self._interrupt = False
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        skip_threshold: float | None = None,
+        skip_unit: str = "token",
+        output_query_masks: bool = False,
+    ) -> FocusDiTPipelineOutput | tuple:
+        """Draws pictures.
+
+        Args:
+            prompt: one or several; or `prompt_embeds` [B, L, E] with their mask [B, L].
+            height, width: in pixels; divisible by 8 × the patch. The training's resolution by default.
+            guidance_scale: of classifier-free guidance; 1 is none.
+            guidance_interval: the times in 0 (data) .. 1 (noise) where guidance acts (arXiv 2404.07724).
+            negative_prompt: one for all, or one per prompt; the empty caption by default.
+            generator: one per picture makes each picture independent of the batch.
+            latents: starting noise [B, C, H, W].
+            output_type: pil | np | pt | latent.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": …}); may give other latents.
+                Setting `pipeline.interrupt = True` in it ends the sampling.
+            skip_threshold: leave out FFN work where the query mask is under it; None computes all.
+            skip_unit: token | layer, what the threshold judges.
+            output_query_masks: give the query masks too.
+
+        Raises:
+            ValueError: for arguments that contradict each other or the model, with the mend.
+        """
+        self._check(prompt, prompt_embeds, callback_on_step_end_tensor_inputs, output_type)
+        low, high = guidance_interval
+        guidance = Guidance(self.config.guidance if guidance_scale is None else guidance_scale, (low, high))
+        skip = None if skip_threshold is None else Skip(skip_threshold, skip_unit)
+        device, dtype = self._execution_device, self.transformer.dtype
+        text = self._text(prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt).to(device, dtype)
+        null = self._text(negative_prompt or "", negative_prompt_embeds, negative_prompt_attention_mask, 1)
+        if len(null) not in (1, len(text)):
+            null = PackedText.pack([c for c in null.captions() for _ in range(num_images_per_prompt)])
+        if len(null) not in (1, len(text)):
+            raise ValueError(f"{len(null)} negative prompts for {len(text)} pictures: give one, or one per prompt")
+        noise = self._noise(len(text), self.latent_size(height, width), generator, latents).to(device)
+        steps = self.config.steps if num_inference_steps is None else num_inference_steps
+        if steps < 1:
+            raise ValueError(f"num_inference_steps: {steps} must be at least 1")
+        set_timesteps(self.scheduler, steps, device)
+        self._interrupt = False
+
+        with self.progress_bar(total=steps) as bar:
+
+            def on_step(i: int, timestep: Tensor, latent: Tensor) -> Tensor | None:
+                bar.update()
+                if callback_on_step_end is not None:
+                    latent = callback_on_step_end(self, i, timestep, {"latents": latent}).get("latents", latent)
+                return None if self._interrupt else latent
+
+            drawn = generate(
+                self._predict,
+                self.transformer.read(text),
+                self.transformer.read(null.to(device, dtype)),
+                noise,
+                self.scheduler,
+                guidance,
+                dtype,
+                skip,
+                output_query_masks,
+                on_step,
+            )
+        images: Any = drawn.latent_BCHW
+        if output_type != "latent":
+            pictures = decode_latents(self.vae, drawn.latent_BCHW, device)
+            images = self.image_processor.postprocess(pictures, output_type)
+        self.maybe_free_model_hooks()
+        output = FocusDiTPipelineOutput(images, drawn.masks_BSKN, drawn.work)
+        return output if return_dict else output.to_tuple()
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the sampling shall end after the step at hand."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
+
+    def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Pixels to latent pixels. Raises ValueError for sizes that the VAE and the patch do not divide."""
+        sides = [self.config.resolution if side is None else side for side in (height, width)]
+        unit = DOWNSAMPLE * self.transformer.dit.config.patch
+        for name, side in zip(("height", "width"), sides, strict=True):
+            if side < unit or side % unit:
+                near = max(unit, round(side / unit) * unit)
+                raise ValueError(
+                    f"{name}: {side} px must be divisible by {unit} (8 of the VAE × the patch of {unit // DOWNSAMPLE}); "
+                    f"{near} is the nearest that is"
+                )
+        return sides[0] // DOWNSAMPLE, sides[1] // DOWNSAMPLE
+
+    def encode_prompt(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Prompts to embeddings [L, E] in bf16 on the host, each encoded by itself: the same in every batch."""
+        texts = []
+        for prompt in prompts:
+            (text,), cut = encode_captions(
+                self.tokenizer, self.text_encoder, [prompt], self.config.token_cap, self._execution_device
+            )
+            if cut:
+                logger.warning(
+                    f"a prompt has more than {self.config.token_cap} tokens; this was cut off its end: {cut[0]!r}"
+                )
+            texts.append(text)
+        return texts
+
+    def _predict(self, latent: Tensor, timestep: Tensor, text: TextMemory, skip: Skip | None) -> Prediction:
+        sample, masks = self.transformer(latent, text, timestep, skip=skip, return_dict=False)
+        return Prediction(sample, masks)
+
+    def _text(self, prompt: Any, embeds: Tensor | None, keep: Tensor | None, times: int) -> PackedText:
+        """The captions, each repeated `times` times."""
+        if embeds is not None:
+            captions = list(unpadded(embeds, keep).captions())
+        else:
+            captions = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt)
+        return PackedText.pack([caption for caption in captions for _ in range(times)])
+
+    def _noise(self, pictures: int, size: tuple[int, int], generator: Any, latents: Tensor | None) -> Tensor:
+        shape = (pictures, self.transformer.dit.config.latent_channels, *size)
+        if latents is not None:
+            if latents.shape != shape:
+                raise ValueError(f"latents: {tuple(latents.shape)}, but {shape} are to be drawn")
+            return latents.float()
+        if isinstance(generator, list) and len(generator) != pictures:
+            raise ValueError(f"{len(generator)} generators for {pictures} pictures: give one, or one per picture")
+        return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+
+    def _check(self, prompt: Any, embeds: Tensor | None, tensor_inputs: Sequence[str], output_type: str) -> None:
+        if (prompt is None) == (embeds is None):
+            raise ValueError("give either prompt or prompt_embeds")
+        if (
+            prompt is not None
+            and not isinstance(prompt, str)
+            and not (prompt and all(isinstance(p, str) for p in prompt))
+        ):
+            raise ValueError("prompt: expected a text or a list of texts with at least one")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type: {output_type!r} is none of pil, np, pt, latent")
+        if unknown := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: {unknown} are none of {self._callback_tensor_inputs}"
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> FocusDiTPipeline:
+        """diffusers' loading, from safetensors alone; encoders that the export only names are loaded from where they are.
+
+        Raises:
+            ValueError, FileNotFoundError: the folder is no whole export; one line says what is wrong.
+        """
+        only_safetensors(kwargs)
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            references = check_export(folder)
+            kwargs = _referenced(references, kwargs) | kwargs
+        elif folder.exists() or str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
+            raise FileNotFoundError(f"no export at {folder}: make one with python -m pretrain.export")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+def _referenced(references: dict[str, dict[str, str]], given: dict[str, Any]) -> dict[str, Any]:
+    """Loads the encoders that an export names, unless they were given. Raises ValueError for others than those meant."""
+    found: dict[str, Any] = {}
+    dtype = given.get("torch_dtype") or torch.float32
+    for component, about in references.items():
+        if component in given:
+            continue
+        encoder = (TextEncoder if component == "text_encoder" else Vae)(about["name"], "cpu", dtype)
+        if encoder.fingerprint != about["fingerprint"]:
+            raise ValueError(
+                f"the {component} {about['name']} is not the one that this model was trained with: its fingerprint is "
+                f"{encoder.fingerprint[:12]}, the export's is {about['fingerprint'][:12]}; put the same weights there"
+            )
+        found[component] = encoder.model
+        if isinstance(encoder, TextEncoder):
+            found["tokenizer"] = encoder.tokenizer
+    return found

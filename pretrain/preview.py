@@ -7,53 +7,22 @@ text encoder. Each process draws its share; process 0 decodes.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from data_prep.encoders import DOWNSAMPLE, TextEncoder, Vae
+from data_prep.encoders import DOWNSAMPLE, Vae
 from data_prep.shards import Card, load_null_text
 from pretrain.config import Config
+from pretrain.diffusion import Generated, Guidance, generate, start_noise
 from pretrain.ema import Ema
 from pretrain.engine import World
 from pretrain.models import DiT, PackedText
 from pretrain.monitor import Monitor
 from pretrain.pictures import labelled_grid, mask_map, to_image
-from pretrain.pipeline import Sampling, generate
-
-
-def read_prompts(path: Path) -> list[str]:
-    """A prompt a line; empty lines do not count. Raises ValueError for a file without any."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no prompts file {path}")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts; write one a line")
-    return prompts
-
-
-def load_text_encoder(card: Card, device: torch.device) -> TextEncoder:
-    """The data set's text encoder. Raises ValueError where it is not the one that encoded the data set."""
-    encoder = TextEncoder(card.text_encoder["name"], device)
-    _same("text encoder", card.text_encoder, encoder.fingerprint)
-    return encoder
-
-
-def load_vae(card: Card, device: torch.device) -> Vae:
-    """The data set's VAE. Raises ValueError where it is not the one that encoded the data set."""
-    vae = Vae(card.vae["name"], device)
-    _same("VAE", card.vae, vae.fingerprint)
-    return vae
-
-
-def _same(what: str, about: dict, fingerprint: str) -> None:
-    if about["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"the {what} {about['name']} is not the one that encoded the data set: its fingerprint is "
-            f"{fingerprint[:12]}, the card's is {about['fingerprint'][:12]}; put the same weights where the card says"
-        )
+from pretrain.pipeline import build_scheduler, set_timesteps
+from pretrain.trained import load_text_encoder, load_vae, read_prompts
 
 
 class Preview:
@@ -62,7 +31,6 @@ class Preview:
     def __init__(self, config: Config, card: Card, world: World):
         p = config.preview
         self.config, self.card, self.world = config, card, world
-        self.settings = Sampling(config.objective.name, p.steps, p.guidance, p.shift)
         self.vae: Vae | None = None
         if p.every:
             self.prompts = read_prompts(p.file())
@@ -88,13 +56,10 @@ class Preview:
     def draw(self, model: DiT, ema: Ema, monitor: Monitor, step: int) -> None:
         """Writes the sample grid and the first prompt's mask map. All processes call it."""
         mine = list(range(len(self.prompts)))[self.world.rank :: self.world.size]
-        side = self.config.data.resolution // DOWNSAMPLE
         drawn = {}
         with ema.applied():
             if mine:
-                text = PackedText.pack([self.texts[i] for i in mine])
-                seeds = [self.config.preview.seed + i for i in mine]
-                out = generate(model, text, self.null, seeds, (side, side), self.settings, keep_masks=True)
+                out = self._generate(model, mine)
                 masks = None if out.masks_BSKN is None else out.masks_BSKN[0]
                 drawn = {i: out.latent_BCHW[k].cpu() for k, i in enumerate(mine)}
         everyone = [drawn]
@@ -108,5 +73,23 @@ class Preview:
         pictures = self.vae.decode(torch.stack([latents[i] for i in range(len(self.prompts))]))
         monitor.image("samples/ema", labelled_grid([to_image(p) for p in pictures], self.prompts, columns=4), step)
         if masks is not None:
-            tokens = side // model.config.patch
+            tokens = self.config.data.resolution // DOWNSAMPLE // model.config.patch
             monitor.image("masks/first_prompt", mask_map(masks, (tokens, tokens), out.timesteps), step)
+
+    @torch.no_grad()
+    def _generate(self, model: DiT, mine: list[int]) -> Generated:
+        """The latents of the prompts with these numbers."""
+        p, weight = self.config.preview, model.final.proj.weight
+        side = self.config.data.resolution // DOWNSAMPLE
+        noise = start_noise([p.seed + i for i in mine], (model.config.latent_channels, side, side)).to(weight.device)
+        scheduler = build_scheduler(self.config.objective.name, p.shift)
+        set_timesteps(scheduler, p.steps, weight.device)
+        text = PackedText.pack([self.texts[i] for i in mine])
+        was_training = model.training
+        model.eval()
+        try:
+            seen, null = (model.read(t.to(weight.device, weight.dtype)) for t in (text, self.null))
+            guidance = Guidance(p.guidance)
+            return generate(model, seen, null, noise, scheduler, guidance, weight.dtype, keep_masks=True)
+        finally:
+            model.train(was_training)

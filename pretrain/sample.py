@@ -1,8 +1,13 @@
-"""Pictures from a trained run, with its averaged weights.
+"""Pictures from a trained run or an exported model.
 
     python -m pretrain.sample --run runs/demo_512 --prompt "a large red circle on the left on a white background" --out samples
+    torchrun --nproc-per-node=8 -m pretrain.sample --model exports/stage2_512 --prompts prompts.txt --out samples --batch-size 16
 
-Writes one PNG per prompt (its number and a hash, never the prompt itself), `prompts.jsonl`, and a labelled grid.
+Writes one PNG per prompt (its number and a hash, never the prompt itself), each with its prompt, seed and settings inside;
+then `prompts.jsonl`, a contact sheet `grid.png`, and `index.html`, which holds the pictures and opens without a server.
+
+Each picture starts from its own seed and is drawn alike in every batch and by any number of processes. Started again, the
+command draws what is missing.
 """
 
 from __future__ import annotations
@@ -10,82 +15,62 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 from tqdm import tqdm
 
-from data_prep.encoders import DOWNSAMPLE, TextEncoder, Vae
-from data_prep.shards import Card, load_null_text
-from pretrain import checkpoint
-from pretrain.config import Config
-from pretrain.models import DiT, PackedText
-from pretrain.pictures import labelled_grid, to_image
-from pretrain.pipeline import Sampling, generate
-from pretrain.preview import load_text_encoder, load_vae, read_prompts
+from data_prep.encoders import fingerprint
+from data_prep.shards import write_whole
+from pretrain.page import Entry, page
+from pretrain.pictures import labelled_grid, mask_map
+from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
 from pretrain.train import quiet
+from pretrain.trained import load_run, read_prompts
+
+ABOUT = "focusdit"  # the PNG's text chunk
+SHOWN = 256  # pictures on the contact sheet and the page
 
 
 @dataclass(frozen=True)
-class Trained:
-    """All that draws pictures: a run's backbone, the encoders of its data set, and its configuration."""
+class Job:
+    """One picture to draw: its place in the list, and all that it follows from."""
 
-    config: Config
-    step: int
-    card: Card
-    model: DiT
-    text: TextEncoder
-    vae: Vae
-    null: PackedText
+    index: int
+    prompt: str
+    seed: int
+    settings: dict[str, Any]
 
-    @classmethod
-    def load(cls, run: Path, weights: str, device: torch.device) -> Trained:
-        """Reads a run directory. `weights`: ema | master."""
-        found = checkpoint.newest(checkpoint.find_run(str(run)))
-        if found is None:
-            raise ValueError(f"{run} has no complete checkpoint yet; train it first")
-        found.verify()
-        config = Config.model_validate(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
-        card = Card.load(run)
-        model = DiT(config.model.backbone())
-        model.load_state_dict(found.parameters(weights))
-        model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
-        null = PackedText.pack([load_null_text(run)])
-        text, vae = load_text_encoder(card, device), load_vae(card, device)
-        return cls(config, found.progress.step, card, model, text, vae, null)
+    @property
+    def name(self) -> str:
+        return f"{self.index:06d}_{hashlib.sha256(self.prompt.encode()).hexdigest()[:8]}"
 
-    def sampling(self, steps: int | None = None, guidance: float | None = None, shift: float | None = None) -> Sampling:
-        """The preview's settings, changed where given."""
-        p = self.config.preview
-        return Sampling(
-            self.config.objective.name,
-            p.steps if steps is None else steps,
-            p.guidance if guidance is None else guidance,
-            p.shift if shift is None else shift,
-        )
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "seed": self.seed, "settings": self.settings}
 
-    def draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], settings: Sampling, batch: int
-    ) -> Iterator[Image.Image]:
-        """One picture per prompt at the stage's resolution."""
-        side = self.config.data.resolution // DOWNSAMPLE
-        bar = tqdm(total=len(prompts), unit="picture", disable=None)
-        for i in range(0, len(prompts), batch):
-            texts, cut = self.text.encode(prompts[i : i + batch], self.card.token_cap)
-            if cut:
-                tqdm.write(f"warning: {cut} prompts were cut to the data set's cap of {self.card.token_cap} tokens")
-            text = PackedText.pack(texts)
-            out = generate(self.model, text, self.null, seeds[i : i + batch], (side, side), settings)
-            yield from (to_image(p) for p in self.vae.decode(out.latent_BCHW))
-            bar.update(len(texts))
-            if bar.disable:  # no terminal: plain lines
-                print(f"{i + len(texts)} of {len(prompts)} pictures", flush=True)
-        bar.close()
+    def picture(self, out: Path) -> Path:
+        return out / f"{self.name}.png"
+
+    def masks(self, out: Path) -> Path:
+        return out / f"{self.name}_masks.png"
+
+    def found(self, out: Path) -> dict[str, Any] | None:
+        """What the picture that is there says of itself; None where there is no whole one."""
+        try:
+            with Image.open(self.picture(out)) as image:
+                image.load()
+                return json.loads(image.text[ABOUT])  # type: ignore[attr-defined]
+        except (OSError, SyntaxError, KeyError, ValueError):  # absent, cut off, or not ours
+            return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,41 +84,199 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> Path:
-    """Draws and writes the pictures; returns the grid's path."""
+def run(args: argparse.Namespace) -> str:
+    """Draws this process's share; whoever finds all pictures there sums them up. Returns a closing line."""
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
-    trained = Trained.load(args.run, args.weights, torch.device(args.device))
-    settings = trained.sampling(args.steps, args.guidance, args.shift)
-    seeds = [args.seed + i for i in range(len(prompts))]
+    pipeline, origin = load_pipeline(args, device_of(args.device))
+    settings = settings_of(args, pipeline)
+    jobs = [Job(i, prompt, args.seed + i, settings) for i, prompt in enumerate(prompts)]
     args.out.mkdir(parents=True, exist_ok=True)
-    images = []
-    with (args.out / "prompts.jsonl").open("w", encoding="utf-8") as about:
-        for i, image in enumerate(trained.draw(prompts, seeds, settings, args.batch)):
-            name = f"{i:06d}_{hashlib.sha256(prompts[i].encode()).hexdigest()[:8]}.png"
-            image.save(args.out / name)
-            about.write(json.dumps({"file": name, "prompt": prompts[i], "seed": seeds[i], "step": trained.step}) + "\n")
-            images.append(image)
-    grid = args.out / "grid.png"
-    labelled_grid(images, prompts).save(grid)
-    return grid
+    todo = [job for job in missing(jobs, args) if job.index % processes == rank]
+    speed_up(pipeline, args.compile)
+    draw(pipeline, todo, args)
+    left = [job for job in jobs if not done(job, args)]
+    if left:
+        return (
+            f"{len(todo)} pictures in {args.out}; {len(left)} of {len(jobs)} are still to be drawn by other processes"
+        )
+    return sum_up(jobs, origin, args)
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device asked for; else this process's own GPU, or the CPU."""
+    if name is not None:
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[FocusDiTPipeline, dict[str, Any]]:
+    """The pipeline of `--run` or `--model`, and where it comes from."""
+    if args.run:
+        trained = load_run(args.run, args.weights, device)
+        pipeline, origin = trained.pipeline, {"run": str(args.run), "step": trained.step, "weights": args.weights}
+    else:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        pipeline = FocusDiTPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
+        origin = {"model": str(args.model)}
+    if args.shift is not None:
+        if "shift" not in pipeline.scheduler.config:
+            raise ValueError("--shift: this model was trained with the epsilon objective, whose sampler has no shift")
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, shift=args.shift)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, origin
+
+
+def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[str, Any]:
+    """All that a picture follows from beside its prompt and seed."""
+    height, width = (side * 8 for side in pipeline.latent_size(args.height, args.width))
+    return {
+        "weights": fingerprint(pipeline.transformer, {"backbone": str(pipeline.transformer.dit.config)})[:16],
+        "height": height,
+        "width": width,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "shift": pipeline.scheduler.config.get("shift"),
+        "steps": pipeline.config.steps if args.steps is None else args.steps,
+        "guidance": pipeline.config.guidance if args.guidance is None else args.guidance,
+        "guidance_interval": list(args.guidance_interval),
+        "negative_prompt": args.negative_prompt,
+        "skip_threshold": args.skip_threshold,
+        "skip_unit": args.skip_unit if args.skip_threshold is not None else None,
+    }
+
+
+def done(job: Job, args: argparse.Namespace) -> bool:
+    """Whether the job's picture, and its masks where they are wanted, are there."""
+    return job.found(args.out) == job.about and (not args.save_masks or job.masks(args.out).is_file())
+
+
+def missing(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
+    """The jobs without a picture. Raises ValueError where one of other settings is in its place."""
+    todo = []
+    for job in jobs:
+        there = job.found(args.out)
+        if there is not None and there != job.about and not args.overwrite:
+            old, new = there.get("settings", {}), job.settings
+            changed = [f"{k} {old.get(k)!r}, now {v!r}" for k, v in new.items() if old.get(k) != v]
+            changed += [f"seed {there.get('seed')}, now {job.seed}"] if there.get("seed") != job.seed else []
+            raise ValueError(
+                f"{job.picture(args.out)} was drawn with other settings ({'; '.join(changed)}): "
+                "choose another --out, or replace it with --overwrite"
+            )
+        if not done(job, args):
+            todo.append(job)
+    return todo
+
+
+def speed_up(pipeline: FocusDiTPipeline, how: str | None) -> None:
+    """`blocks`: one block compiled for all; `graphs`: the whole backbone, replayed as CUDA graphs."""
+    if how == "blocks":
+        pipeline.transformer.compile_repeated_blocks()
+    elif how == "graphs":
+        pipeline.transformer.dit.compile(mode="reduce-overhead")
+
+
+def draw(pipeline: FocusDiTPipeline, todo: Sequence[Job], args: argparse.Namespace) -> None:
+    """Draws the jobs in batches and writes each picture whole."""
+    bar = tqdm(total=len(todo), unit="picture", disable=None)
+    for i in range(0, len(todo), args.batch_size):
+        jobs = todo[i : i + args.batch_size]
+        settings = jobs[0].settings
+        output = pipeline(
+            [job.prompt for job in jobs],
+            height=settings["height"],
+            width=settings["width"],
+            num_inference_steps=settings["steps"],
+            guidance_scale=settings["guidance"],
+            guidance_interval=settings["guidance_interval"],
+            negative_prompt=settings["negative_prompt"],
+            generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
+            skip_threshold=settings["skip_threshold"],
+            skip_unit=args.skip_unit,
+            output_query_masks=args.save_masks,
+        )
+        assert isinstance(output, FocusDiTPipelineOutput)
+        masks = output.query_masks
+        if args.save_masks and masks is None:
+            raise ValueError("--save-masks: this model has no query masks")
+        for k, (job, image) in enumerate(zip(jobs, output.images, strict=True)):
+            if masks is not None:
+                save_masks(job, image, masks[k], pipeline, args.out)
+            info = PngInfo()
+            info.add_itxt(ABOUT, json.dumps(job.about))
+            _save(image, job.picture(args.out), info)
+        bar.update(len(jobs))
+        if bar.disable:  # no terminal: plain lines
+            print(f"{i + len(jobs)} of {len(todo)} pictures", flush=True)
+    bar.close()
+
+
+def save_masks(job: Job, image: Image.Image, masks_SKN: Tensor, pipeline: FocusDiTPipeline, out: Path) -> None:
+    """Writes the picture of the query masks."""
+    unit = 8 * pipeline.transformer.dit.config.patch
+    grid = (image.height // unit, image.width // unit)
+    _save(mask_map(masks_SKN, grid, pipeline.scheduler.timesteps.tolist(), image), job.masks(out))
+
+
+def _save(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """Writes a PNG so that it is either absent, old, or whole."""
+    writing = path.with_name(f".{path.name}.{os.getpid()}")
+    image.save(writing, format="PNG", pnginfo=info)
+    writing.replace(path)
+
+
+def sum_up(jobs: Sequence[Job], origin: dict[str, Any], args: argparse.Namespace) -> str:
+    """Writes the list, the contact sheet and the page of all pictures. Returns a closing line."""
+    out, shown = args.out, jobs[:SHOWN]
+    lines = [{"file": job.picture(out).name, **job.about, **origin} for job in jobs]
+    write_whole(out / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    images = [Image.open(job.picture(out)).convert("RGB") for job in shown]
+    _save(labelled_grid(images, [job.prompt for job in shown]), out / "grid.png")
+    masks = [job.masks(out) if args.save_masks else None for job in shown]
+    entries = [Entry(job.prompt, job.seed, job.picture(out), m) for job, m in zip(shown, masks, strict=True)]
+    settings = {**origin, **{k: v for k, v in jobs[0].settings.items() if v is not None}}
+    write_whole(out / "index.html", page(f"{len(jobs)} pictures", settings, entries, len(jobs) - len(shown)))
+    return f"{len(jobs)} pictures in {out}: see {out / 'grid.png'} or {out / 'index.html'}"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draws pictures with a trained run.")
-    parser.add_argument("--run", type=Path, required=True, help="run directory")
+    parser = argparse.ArgumentParser(description="Draws pictures with a trained run or an exported model.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="run directory")
+    source.add_argument("--model", type=Path, help="folder made by pretrain.export")
     parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
     parser.add_argument("--prompts", type=Path, help="file of captions, one a line")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; each next prompt has the next seed")
+    parser.add_argument("--height", type=int, help="in pixels (default: the training's resolution)")
+    parser.add_argument("--width", type=int, help="in pixels (default: the training's resolution)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the config's preview.steps)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the config's preview.guidance)")
+    parser.add_argument(
+        "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+        help="times in 0 (data) .. 1 (noise) where guidance acts (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--negative-prompt", help="for all pictures (default: the empty caption)")
     parser.add_argument("--shift", type=float, help="shift of the times (default: the config's preview.shift)")
-    parser.add_argument("--weights", choices=("ema", "master"), default="ema")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--skip-threshold", type=float, help="leave out FFN work where the query mask is under it (0..1)"
+    )
+    parser.add_argument("--skip-unit", choices=("token", "layer"), default="token", help="what the threshold judges")
+    parser.add_argument("--save-masks", action="store_true", help="maps of the query masks over blocks and steps")
+    parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="of --run")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures drawn together")
+    parser.add_argument(
+        "--compile", choices=("blocks", "graphs"), help="torch.compile: each block, or all as CUDA graphs"
+    )
+    parser.add_argument("--device", help="default: this process's own GPU, or the CPU")
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures that were drawn with other settings")
     args = parser.parse_args(argv)
     if not args.prompt and not args.prompts:
         parser.error("give --prompt or --prompts")
+    if args.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
     return args
 
 

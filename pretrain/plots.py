@@ -1,0 +1,68 @@
+"""Figures as pictures: matplotlib without a display.
+
+Letters: S sampling steps, K blocks.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from torch import Tensor
+
+
+def to_picture(figure: Figure) -> Image.Image:
+    """A figure as an image."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return Image.open(buffer).convert("RGB")
+
+
+def plot_mask_means(means_SK: Tensor, timesteps: Sequence[float], removed: Sequence[int]) -> Image.Image:
+    """Mean query mask by block and step, and by block with the removed FFNs marked (FocusDiT, Fig. 10)."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    heat, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    steps, blocks = means_SK.shape
+    shown = heat.imshow(means_SK.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    heat.set(title="mean query mask", xlabel="block", ylabel="timestep")
+    rows = sorted({round(i * (steps - 1) / 7) for i in range(8)})
+    heat.set_yticks(rows, [f"{timesteps[row]:.0f}" for row in rows])
+    heat.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(shown, ax=heat)
+    colours = ["tab:red" if block in removed else "tab:blue" for block in range(blocks)]
+    bars.bar(range(blocks), means_SK.mean(0).tolist(), color=colours)
+    bars.set(title="over all steps (red: FFN removed)", xlabel="block", ylim=(0, 1))
+    bars.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return to_picture(figure)
+
+
+@dataclass(frozen=True)
+class SkipPoint:
+    """One threshold: seconds, share of the FFNs' FLOPs that were saved, and the latents' deviation from no skipping."""
+
+    threshold: float
+    seconds: float
+    saved: float
+    deviation: float
+
+
+def plot_skip(curves: Mapping[str, Sequence[SkipPoint]]) -> Image.Image:
+    """Time, saved FFN FLOPs and deviation over the threshold, by unit (FocusDiT, Fig. 9)."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for unit, points in curves.items():
+        thresholds = [p.threshold for p in points]
+        columns = ([p.seconds for p in points], [100 * p.saved for p in points], [p.deviation for p in points])
+        for panel, values in zip(panels, columns, strict=True):
+            panel.plot(thresholds, values, marker="o", label=unit)
+    titles = ("seconds", "FFN FLOPs saved, %", "relative deviation of the latents")
+    for panel, title in zip(panels, titles, strict=True):
+        panel.set(title=title, xlabel="threshold")
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    return to_picture(figure)
