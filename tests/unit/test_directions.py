@@ -19,8 +19,8 @@ ROOMS = {
         "data_prep/encoders.py",
         "data_prep/make_tiny_encoders.py",
         "pretrain/pipeline.py",
-        "pretrain/export.py",
-        "pretrain/bench.py",
+        "pretrain/bench/timing.py",
+        "pretrain/bench/step.py",
     },
 }
 ROOMS["diffusers"] = ROOMS["transformers"]

@@ -1,0 +1,174 @@
+"""A trained run's ways out: export and pruning, by their commands, and the pictures that come from them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import ROOT, SMALL, start_training
+
+from pretrain import export, prune, sample
+from pretrain.checkpoint import newest
+from pretrain.models.cost import count_parameters
+from pretrain.pipeline import FocusDiTPipeline
+
+PROMPTS = ["a large red circle on the left on a white background", "a small blue square on a black background"]
+
+
+@pytest.fixture(scope="module")
+def run(data_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of five real steps."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    words = [*SMALL, f"data.path={data_set}", f"run_dir={folder}", "steps=5", "optimizer.lr=0.01", "preview.steps=3"]
+    (process,) = start_training("demo_256", *words)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def drawn(folder: Path) -> list[np.ndarray]:
+    """The pictures of a sampling run, in order."""
+    return [pixels(folder / json.loads(line)["file"]) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("encoders", ["copy", "reference"])
+def test_an_export_gives_the_runs_pixels_in_a_new_process(run, prompts, tmp_path, encoders):
+    assert sample.main(["--run", str(run), "--prompts", str(prompts), "--out", str(tmp_path / "from_run")]) == 0
+    out = tmp_path / "export"
+    assert export.main(["--run", str(run), "--out", str(out), "--encoders", encoders]) == 0
+    assert (out / "text_encoder").exists() == (out / "vae").exists() == (encoders == "copy")
+    program = f"""
+import torch
+from pretrain.pipeline import FocusDiTPipeline
+pipe = FocusDiTPipeline.from_pretrained({str(out)!r})
+seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+for i, image in enumerate(pipe({PROMPTS!r}, generator=seeds).images):
+    image.save({str(tmp_path)!r} + f"/{{i}}.png")
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    for i, expected in enumerate(drawn(tmp_path / "from_run")):
+        assert np.array_equal(pixels(tmp_path / f"{i}.png"), expected)
+
+
+def test_the_export_says_where_it_comes_from(run, tmp_path):
+    out = tmp_path / "export"
+    assert export.main(["--run", str(run), "--out", str(out), "--dtype", "bf16", "--weights", "master"]) == 0
+    origin = json.loads((out / "training.json").read_text())
+    assert (origin["step"], origin["images"], origin["weights"]) == (5, 20, "master")
+    fingerprint = json.loads((run / "dataset.json").read_text())["fingerprint"]
+    assert origin["data"]["fingerprint"] == fingerprint
+    card = (out / "README.md").read_text()
+    for words in (fingerprint, "5 steps (20 images)", f'from_pretrained("{out}")', "last (not averaged)", "lr: 0.01"):
+        assert words in card, words
+    transformer = FocusDiTPipeline.from_pretrained(out, torch_dtype=torch.bfloat16).transformer
+    expected = newest(run).parameters("master")
+    for name, value in transformer.dit.state_dict().items():
+        assert torch.equal(value, expected[name].bfloat16()), name
+
+
+def test_other_encoders_than_the_referenced_ones_are_refused(run, tmp_path):
+    out = tmp_path / "export"
+    assert export.main(["--run", str(run), "--out", str(out), "--encoders", "reference"]) == 0
+    index = json.loads((out / "model_index.json").read_text())
+    index["references"]["vae"]["fingerprint"] = "0" * 64
+    (out / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"the vae tiny is not the one that this model was trained with"):
+        FocusDiTPipeline.from_pretrained(out)
+
+
+def test_pruning_by_its_command(run, prompts, tmp_path, capsys):
+    out = tmp_path / "pruned"
+    words = ["--run", str(run), "--prompts", str(prompts), "--remove", "1", "--out", str(out)]
+    assert prune.main(words) == 0
+    report = json.loads((out / "prune.json").read_text())
+    means = report["mean_by_block"]
+    assert report["removed_ffns"] == [means.index(min(means))]
+    per_step = torch.tensor(report["mean_by_step_and_block"])
+    assert per_step.shape == (3, 2)
+    assert per_step.mean(0).tolist() == pytest.approx(means)
+
+    pipe = FocusDiTPipeline.from_pretrained(out)
+    dit = pipe.transformer.dit
+    assert dit.config.removed_ffns == tuple(report["removed_ffns"])
+    assert sum(p.numel() for p in dit.parameters()) == report["parameters_after"] == count_parameters(dit.config).total
+    assert report["parameters_after"] < report["parameters_before"]
+    assert Image.open(out / "before_after.png").size[0] > 700
+    assert Image.open(out / "prune.png").size[0] > 700
+    assert f"{100 * report['share_left']:.1f}%" in capsys.readouterr().out
+    assert f"{100 * report['share_left']:.1f}%" in (out / "README.md").read_text()
+
+    # what is left computes what the whole model computes with those FFNs' updates at zero
+    whole = sample.load_pipeline(sample.parse(["--run", str(run), "--prompt", "x", "--out", "x"]), torch.device("cpu"))[
+        0
+    ]
+    for block in report["removed_ffns"]:
+        whole.transformer.dit.blocks[block].scale_shift_table.data[5] = 0
+        whole.transformer.dit.time_modulation.weight.data[5 * 256 :] = 0
+        whole.transformer.dit.time_modulation.bias.data[5 * 256 :] = 0
+    smaller = pipe.transformer.dit
+    smaller.time_modulation.load_state_dict(whole.transformer.dit.time_modulation.state_dict())
+    pictures = [
+        p(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="pt", num_inference_steps=2).images
+        for p in (whole, pipe)
+    ]
+    torch.testing.assert_close(*pictures, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("export", "no run"),
+        ("export", "out is there"),
+        ("prune", "no run"),
+        ("prune", "out is there"),
+        ("prune", "too many"),
+    ],
+)
+def test_bad_input_is_one_line(run, prompts, tmp_path, capsys, command, problem):
+    out = tmp_path / "out"
+    words = ["--run", str(run), "--out", str(out)]
+    if command == "prune":
+        words += ["--prompts", str(prompts), "--remove", "3" if problem == "too many" else "1", "--steps", "1"]
+    if problem == "no run":
+        words[1] = str(tmp_path / "nowhere")
+    elif problem == "out is there":
+        out.mkdir()
+    assert {"export": export, "prune": prune}[command].main(words) == 1
+    complaint = capsys.readouterr().err
+    assert complaint.startswith(f"{command}: ")
+    assert complaint.count("\n") == 1
+    expected = {
+        "no run": "no run at",
+        "out is there": "is there already",
+        "too many": "--remove 3: the model has 2 FFNs",
+    }
+    assert expected[problem] in complaint
+    assert not list(tmp_path.glob(".writing*"))
+
+
+@pytest.mark.parametrize(("means", "removed", "count", "expected"), [
+    ([0.5, 0.1, 0.3], [], 1, [1]),
+    ([0.5, 0.1, 0.3], [], 2, [1, 2]),
+    ([0.5, 0.1, 0.3], [1], 1, [2]),
+    ([0.5, 0.1, 0.3], [], 3, [0, 1, 2]),
+])  # fmt: skip
+def test_the_least_are_of_the_lowest_mean(means, removed, count, expected):
+    steps = torch.tensor(means) + torch.tensor([[0.05], [-0.05]])
+    assert prune.least(steps, removed, count) == expected
