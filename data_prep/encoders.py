@@ -52,13 +52,14 @@ def parse_encoders(spec: str) -> tuple[str, str]:
     return text, vae
 
 
-def _folder(name: str, known: dict[str, str]) -> Path:
-    """The local folder of an encoder, downloaded from the hub where it is not local."""
+def local_folder(name: str, known: dict[str, str]) -> Path:
+    """The local folder of weights, downloaded from the hub where it is not local; `known` are short names."""
     source = known.get(name, name)
     if Path(source).is_dir():
         return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise FileNotFoundError(f"no encoder at {source}: neither a known name ({', '.join(known)}) nor a local folder")
+        names = f"a known name ({', '.join(known)})" if known else "a hub name"
+        raise FileNotFoundError(f"no weights at {source}: neither {names} nor a local folder")
     repository, _, subfolder = source.partition(":")
     inside = f"{subfolder}/" if subfolder else ""
     try:
@@ -106,22 +107,64 @@ def encode_captions(
     return [row[: len(i)].clone() for row, i in zip(hidden, ids, strict=True)], cut
 
 
+def read_text_model(folder: Path, dtype: torch.dtype) -> Any:
+    """A folder's T5 encoder. Raises ValueError with one line where it is damaged or incomplete."""
+    from transformers import T5EncoderModel
+
+    try:
+        model, info = T5EncoderModel.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises many kinds for damaged files
+        raise ValueError(f"{folder} holds no T5 encoder that can be loaded: {error}".splitlines()[0]) from error
+    return _complete(model, folder, info)
+
+
+def read_vae(folder: Path, dtype: torch.dtype) -> Any:
+    """A folder's VAE. Raises ValueError with one line where it is of another class, damaged or incomplete."""
+    from diffusers import AutoencoderKL, AutoencoderKLMochi
+
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLMochi": AutoencoderKLMochi}
+    config_file = folder / "config.json"
+    if not config_file.exists():
+        raise FileNotFoundError(f"{folder} holds no VAE: {config_file.name} is missing (diffusers' layout is expected)")
+    try:
+        kind = json.loads(config_file.read_text())["_class_name"]
+        if kind not in classes:
+            raise ValueError(f"_class_name {kind!r} is not supported; expected {' or '.join(classes)}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config_file}: {error}") from error
+    try:
+        model, info = classes[kind].from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except Exception as error:  # diffusers raises many kinds for damaged files
+        raise ValueError(f"{folder} holds no {kind} that can be loaded: {error}".splitlines()[0]) from error
+    return arranged(_complete(model, folder, info))
+
+
+def _complete(model: Any, folder: Path, info: dict[str, Any]) -> Any:
+    """The model, if its files held all of it: what they lack has been filled at random."""
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} of its tensors: {', '.join(missing[:10])}; copy it again")
+    return model
+
+
 class TextEncoder:
     """A frozen T5 encoder, read from `folder`. `width` is E; `fingerprint` covers weights and tokenizer."""
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
-        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers import AutoTokenizer
 
-        folder = _folder(name, TEXT_ENCODERS)
+        folder = local_folder(name, TEXT_ENCODERS)
         self.name, self.folder = name, folder
         self.device = torch.device(device)
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.model = read_text_model(folder, dtype).to(self.device).eval().requires_grad_(False)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = T5EncoderModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} holds no T5 encoder that can be loaded: {error}".splitlines()[0]) from error
-        self.model = model.to(self.device).eval().requires_grad_(False)
+            raise ValueError(f"{folder} holds no tokenizer that can be loaded: {error}".splitlines()[0]) from error
         self.width = self.model.config.d_model
         self.fingerprint = fingerprint(self.model, {"vocabulary": self.tokenizer.get_vocab()})
 
@@ -180,31 +223,14 @@ class Vae:
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
-        from diffusers import AutoencoderKL, AutoencoderKLMochi
-
-        classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLMochi": AutoencoderKLMochi}
-        folder = _folder(name, VAES)
-        config_file = folder / "config.json"
-        if not config_file.exists():
-            raise FileNotFoundError(
-                f"{folder} holds no VAE: {config_file.name} is missing (diffusers' layout is expected)"
-            )
-        kind = json.loads(config_file.read_text()).get("_class_name")
-        if kind not in classes:
-            raise ValueError(f"{config_file}: _class_name {kind!r} is not supported; expected {' or '.join(classes)}")
+        folder = local_folder(name, VAES)
         self.name, self.folder = name, folder
         self.device = torch.device(device)
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        try:
-            model = classes[kind].from_pretrained(
-                folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} holds no {kind} that can be loaded: {error}".splitlines()[0]) from error
-        self.model = arranged(model).to(self.device).eval().requires_grad_(False)
+        self.model = read_vae(folder, dtype).to(self.device).eval().requires_grad_(False)
         self.channels: int = self.model.config.latent_channels
         self.shift, self.scale = (v.to(self.device) for v in _normalisation(self.model))
-        self.fingerprint = fingerprint(self.model, {"class": kind, **self.normalisation})
+        self.fingerprint = fingerprint(self.model, {"class": type(self.model).__name__, **self.normalisation})
 
     @property
     def normalisation(self) -> dict[str, list[float]]:

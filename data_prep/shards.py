@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -31,6 +29,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from streaming import MDSWriter
 from torch import Tensor
+
+from data_prep.files import temporary_name, write_whole
 
 CARD, NULL_TEXT, REPORTS, INDEX = "dataset.json", "null_text.safetensors", "reports", "index.json"
 FORMAT = 1
@@ -102,21 +102,6 @@ class Card:
         return card
 
 
-def _temporary(name: str) -> str:
-    """A name that no other writer, on any node, uses."""
-    return f".tmp-{name}-{secrets.token_hex(4)}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small file so that it is either absent, old, or whole."""
-    temporary = path.with_name(_temporary(path.name))
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 # ---- the record ----
 
 
@@ -185,7 +170,7 @@ class PartWriter:
         self.root, self.part, self.card = root, part, card
         self.written: dict[str, int] = {}
         self._writers: dict[str, MDSWriter] = {}
-        self._temporary = root / _temporary(part)
+        self._temporary = root / temporary_name(part)
 
     def __enter__(self) -> PartWriter:
         _remove_leftovers(self.root, self.part, self.card)
@@ -278,7 +263,7 @@ def _shards(root: Path, name: str, part: str) -> list[dict[str, Any]]:
 
 def save_null_text(root: Path, text: Tensor) -> None:
     """Keeps the encoded empty caption [L, E] beside the card."""
-    temporary = root / _temporary(NULL_TEXT)
+    temporary = root / temporary_name(NULL_TEXT)
     save_file({"text": text}, temporary)
     temporary.replace(root / NULL_TEXT)
 

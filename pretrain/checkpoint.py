@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_prep.shards import write_whole
+from data_prep.files import write_whole
 from pretrain.config import CheckpointSection
 from pretrain.data import Position
 from pretrain.ema import Ema

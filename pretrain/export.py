@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 import yaml
 
+from pretrain.console import quiet
 from pretrain.folders import new_folder
 from pretrain.models.cost import count_parameters
-from pretrain.train import quiet
 from pretrain.trained import Trained, load_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

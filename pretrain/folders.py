@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from pretrain.models import DiT, DiTConfig
@@ -29,6 +30,14 @@ COMPONENTS = {
         ("diffusers", "FlowMatchEulerDiscreteScheduler"),
         ("diffusers", "DPMSolverMultistepScheduler"),
     },
+}
+# Each component's own description.
+CONFIGS = {
+    "transformer": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
 }
 
 
@@ -55,10 +64,8 @@ def tensor_shapes(folder: Path, weights: str = WEIGHTS) -> dict[str, tuple[int, 
     Raises:
         ValueError: they are missing, pickled, truncated or damaged.
     """
-    index = folder / f"{weights}.index.json"
-    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else [weights]
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in names:
+    for name in _weight_files(folder, weights):
         path = folder / name
         if Path(name).name != name or not path.is_file():
             pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
@@ -72,21 +79,35 @@ def tensor_shapes(folder: Path, weights: str = WEIGHTS) -> dict[str, tuple[int, 
     return shapes
 
 
+def _weight_files(folder: Path, weights: str) -> list[str]:
+    """The one file, and those that an index names: of both, diffusers and transformers do not prefer the same."""
+    index = folder / f"{weights}.index.json"
+    if not index.is_file():
+        return [weights]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index}: weight_map must be an object of file names; copy it again")
+    return sorted({*names.values(), *([weights] if (folder / weights).is_file() else [])})
+
+
 def check_transformer(folder: Path) -> None:
     """Compares a transformer folder's weights with what its config asks for. Raises ValueError with one line."""
-    config = read_json(folder / "config.json")
+    path = folder / "config.json"
+    config = read_json(path)
     if "backbone" not in config:
         hint = "; import the authors' release with python -m pretrain.import_release" if "use_q_mask" in config else ""
-        raise ValueError(f"{folder / 'config.json'} is not of a FocusDiTTransformer2DModel: it has no backbone{hint}")
+        raise ValueError(f"{path} is not of a FocusDiTTransformer2DModel: it has no backbone{hint}")
+    found = tensor_shapes(folder)
     try:
+        backbone = read_backbone(config["backbone"])
+        blocks = {name.split(".")[2] for name in found if name.startswith("dit.blocks.")}
+        if len(blocks) != backbone.depth:
+            raise ValueError(f"backbone: depth is {backbone.depth}, but the weights have {len(blocks)} blocks")
         with torch.device("meta"):
-            wanted = {
-                f"dit.{k}": tuple(v.shape) for k, v in DiT(read_backbone(config["backbone"])).state_dict().items()
-            }
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    problems = differences(wanted, tensor_shapes(folder))
-    if problems:
+            wanted = {f"dit.{k}": tuple(v.shape) for k, v in DiT(backbone).state_dict().items()}
+    except (ValueError, RuntimeError) as error:  # torch's own for sizes beyond any memory
+        raise ValueError(f"{path}: {'; '.join(line.strip() for line in str(error).splitlines())}") from error
+    if problems := differences(wanted, found):
         raise ValueError(f"{folder} holds weights of another model: {problems}")
 
 
@@ -118,30 +139,48 @@ def check_export(folder: Path) -> dict[str, dict[str, str]]:
     if index.get("_class_name") != "FocusDiTPipeline":
         raise ValueError(f"{path} is of a {index.get('_class_name')}, not of a FocusDiTPipeline")
     references = index.get("references") or {}
+    if not _are_references(references):
+        raise ValueError(
+            f"{path}: references must give name and fingerprint of text_encoder and vae, not {references!r}"
+        )
+    absent = {*references, "tokenizer"} if "text_encoder" in references else {*references}
     for component, classes in COMPONENTS.items():
-        named = tuple(index.get(component) or ())
-        if component in references or (component == "tokenizer" and "text_encoder" in references):
-            continue
-        if named not in classes:
-            raise ValueError(
-                f"{path}: {component} is {list(named)}; expected {' or '.join(str(list(c)) for c in sorted(classes))}"
-            )
-        if not (folder / component).is_dir():
-            raise ValueError(f"{folder} is no whole export: {component}/ is missing; export again")
+        named = index.get(component) or []
+        allowed = [[None, None]] if component in absent else sorted(list(c) for c in classes)
+        if named not in allowed:
+            raise ValueError(f"{path}: {component} is {named}; expected {' or '.join(map(str, allowed))}")
+        if component not in absent:
+            if not (folder / component).is_dir():
+                raise ValueError(f"{folder} is no whole export: {component}/ is missing; export again")
+            for file in {folder / component / CONFIGS[component], *(folder / component).glob("*.json")}:
+                read_json(file)
     check_transformer(folder / "transformer")
     for component, weights in (("vae", WEIGHTS), ("text_encoder", "model.safetensors")):
-        if component not in references:
+        if component not in absent:
             tensor_shapes(folder / component, weights)
     return references
 
 
+def _are_references(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        component in ("text_encoder", "vae")
+        and isinstance(about, dict)
+        and all(isinstance(about.get(key), str) for key in ("name", "fingerprint"))
+        for component, about in value.items()
+    )
+
+
 def read_backbone(fields: dict[str, Any]) -> DiTConfig:
-    """DiTConfig from a JSON's fields. Raises ValueError for unknown or missing ones."""
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    """DiTConfig from a JSON's fields. Raises ValueError for those that are unknown, missing or of another type."""
+    problems = []
     try:
-        return DiTConfig(**values)
-    except TypeError as error:
-        raise ValueError(f"backbone: {error}; the fields are those of pretrain.models.DiTConfig") from error
+        config = TypeAdapter(DiTConfig).validate_json(json.dumps(fields), strict=True)
+        problems = [f"{name!r}: unknown" for name in fields if name not in vars(config)]
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))!r}: {e['msg']}" for e in error.errors()]
+    if problems:
+        raise ValueError(f"backbone: {'; '.join(problems)}; the fields are those of pretrain.models.DiTConfig")
+    return config
 
 
 @contextmanager

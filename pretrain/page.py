@@ -24,12 +24,12 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #1a1a1a; back
 table { border-collapse: collapse; margin: 1rem 0 2rem; font-size: 13px; }
 td { padding: .15rem 1rem .15rem 0; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1.5rem; align-items: start; }
+main:has(details) { grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); }
 figure { margin: 0; }
 figure > img { width: 100%; height: auto; border-radius: 4px; }
 figcaption { margin-top: .4rem; }
 small { color: #666; }
 details img { max-width: 100%; height: auto; }
-figure:has(details[open]) { grid-column: 1 / -1; max-width: 900px; }
 """
 
 
@@ -47,7 +47,8 @@ def page(title: str, settings: Mapping[str, object], entries: Sequence[Entry], l
 def _figure(entry: Entry) -> str:
     masks = ""
     if entry.masks is not None:
-        masks = f"<details><summary>query masks</summary>{_image(entry.masks, 'query masks')}</details>"
+        image = _image(entry.masks, "query masks")
+        masks = f"<details open><summary>query masks over blocks and steps</summary>{image}</details>"
     return (
         f"<figure>{_image(entry.picture, entry.prompt)}<figcaption>{escape(entry.prompt)}<br>"
         f"<small>seed {entry.seed} · {escape(entry.picture.name)}</small></figcaption>{masks}</figure>\n"

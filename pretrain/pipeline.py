@@ -34,7 +34,17 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from data_prep.encoders import DOWNSAMPLE, TextEncoder, Vae, arranged, decode_latents, encode_captions
+from data_prep.encoders import (
+    DOWNSAMPLE,
+    TextEncoder,
+    Vae,
+    arranged,
+    decode_latents,
+    encode_captions,
+    local_folder,
+    read_text_model,
+    read_vae,
+)
 from pretrain.diffusion import FfnWork, Guidance, generate
 from pretrain.diffusion.ddpm import BETA_END, BETA_START, STEPS
 from pretrain.folders import check_export, check_transformer, only_safetensors, read_backbone
@@ -118,10 +128,9 @@ class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
             ValueError: the folder's config or weights are not those of a FocusDiT; one line says what is wrong.
         """
         only_safetensors(kwargs)
-        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
-        if folder.is_dir():
-            check_transformer(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder = local_folder(str(pretrained_model_name_or_path), {}) / (kwargs.pop("subfolder", None) or "")
+        check_transformer(folder)
+        return super().from_pretrained(folder, **kwargs)
 
 
 def unpadded(embeds_BLE: Tensor, keep_BL: Tensor | None) -> PackedText:
@@ -265,10 +274,11 @@ class FocusDiTPipeline(DiffusionPipeline):
         device, dtype = self._execution_device, self.transformer.dtype
         text = self._text(prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt).to(device, dtype)
         null = self._text(negative_prompt or "", negative_prompt_embeds, negative_prompt_attention_mask, 1)
-        if len(null) not in (1, len(text)):
+        if len(null) not in (1, len(text) // num_images_per_prompt):
+            given = len(text) // num_images_per_prompt
+            raise ValueError(f"{len(null)} negative prompts for {given} prompts: give one, or one per prompt")
+        if len(null) > 1:
             null = PackedText.pack([c for c in null.captions() for _ in range(num_images_per_prompt)])
-        if len(null) not in (1, len(text)):
-            raise ValueError(f"{len(null)} negative prompts for {len(text)} pictures: give one, or one per prompt")
         noise = self._noise(len(text), self.latent_size(height, width), generator, latents).to(device)
         steps = self.config.steps if num_inference_steps is None else num_inference_steps
         if steps < 1:
@@ -281,7 +291,8 @@ class FocusDiTPipeline(DiffusionPipeline):
             def on_step(i: int, timestep: Tensor, latent: Tensor) -> Tensor | None:
                 bar.update()
                 if callback_on_step_end is not None:
-                    latent = callback_on_step_end(self, i, timestep, {"latents": latent}).get("latents", latent)
+                    changed = callback_on_step_end(self, i, timestep, {"latents": latent}) or {}
+                    latent = changed.get("latents", latent)
                 return None if self._interrupt else latent
 
             drawn = generate(
@@ -386,19 +397,16 @@ class FocusDiTPipeline(DiffusionPipeline):
             ValueError, FileNotFoundError: the folder is no whole export; one line says what is wrong.
         """
         only_safetensors(kwargs)
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir():
-            references = check_export(folder)
-            kwargs = _referenced(references, kwargs) | kwargs
-        elif folder.exists() or str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
-            raise FileNotFoundError(f"no export at {folder}: make one with python -m pretrain.export")
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder = local_folder(str(pretrained_model_name_or_path), {})
+        references = check_export(folder)
+        return super().from_pretrained(folder, **_encoders(folder, references, kwargs), **kwargs)
 
 
-def _referenced(references: dict[str, dict[str, str]], given: dict[str, Any]) -> dict[str, Any]:
-    """Loads the encoders that an export names, unless they were given. Raises ValueError for others than those meant."""
+def _encoders(folder: Path, references: dict[str, dict[str, str]], given: dict[str, Any]) -> dict[str, Any]:
+    """An export's encoders, copied or named, unless they were given. Raises ValueError where they are not whole, or others."""
     found: dict[str, Any] = {}
-    dtype = given.get("torch_dtype") or torch.float32
+    asked = given.get("torch_dtype")
+    dtype = asked if isinstance(asked, torch.dtype) else torch.float32
     for component, about in references.items():
         if component in given:
             continue
@@ -411,4 +419,9 @@ def _referenced(references: dict[str, dict[str, str]], given: dict[str, Any]) ->
         found[component] = encoder.model
         if isinstance(encoder, TextEncoder):
             found["tokenizer"] = encoder.tokenizer
+    # Settings that diffusers shall apply to every component leave the loading of the copies to it.
+    if not given.keys() & {"device_map", "quantization_config", "variant"} and not isinstance(asked, dict):
+        for component, read in (("text_encoder", read_text_model), ("vae", read_vae)):
+            if component not in {*references, *given}:
+                found[component] = read(folder / component, dtype).eval()
     return found

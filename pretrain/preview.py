@@ -22,7 +22,8 @@ from pretrain.models import DiT, PackedText
 from pretrain.monitor import Monitor
 from pretrain.pictures import labelled_grid, mask_map, to_image
 from pretrain.pipeline import build_scheduler, set_timesteps
-from pretrain.trained import load_text_encoder, load_vae, read_prompts
+from pretrain.prompts import read_prompts
+from pretrain.trained import load_text_encoder, load_vae
 
 
 class Preview:

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from pretrain.console import Progress, quiet
 from pretrain.export import DTYPES, add_arguments, write_export
 from pretrain.folders import new_folder
 from pretrain.models import DiT
@@ -30,8 +30,9 @@ from pretrain.models.cost import count_parameters
 from pretrain.pictures import side_by_side
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput, FocusDiTTransformer2DModel
 from pretrain.plots import plot_mask_means
-from pretrain.train import quiet
-from pretrain.trained import Trained, load_run, read_prompts
+from pretrain.prompts import read_prompts
+from pretrain.sample import device_of
+from pretrain.trained import Trained, load_run
 
 SHOWN = 8  # pictures of before_after.png
 
@@ -48,27 +49,24 @@ class Measured:
 def measure(pipeline: FocusDiTPipeline, prompts: Sequence[str], steps: int | None, batch: int, seed: int) -> Measured:
     """Draws the prompts and averages their query masks; prompt number i starts from seed + i."""
     total, pictures = None, []
-    bar = tqdm(total=len(prompts), unit="prompt", disable=None)
-    for i in range(0, len(prompts), batch):
-        some = prompts[i : i + batch]
-        output = pipeline(
-            list(some),
-            num_inference_steps=steps,
-            generator=[torch.Generator().manual_seed(seed + i + k) for k in range(len(some))],
-            output_type="pil" if i < SHOWN else "latent",
-            output_query_masks=True,
-        )
-        assert isinstance(output, FocusDiTPipelineOutput)
-        if output.query_masks is None:
-            raise ValueError("this model has no query masks (mask: none), so nothing says which FFN matters least")
-        sums_SK = output.query_masks.mean(-1).sum(0)
-        total = sums_SK if total is None else total + sums_SK
-        if i < SHOWN:
-            pictures += list(output.images)[: SHOWN - i]
-        bar.update(len(some))
-        if bar.disable:  # no terminal: plain lines
-            print(f"{i + len(some)} of {len(prompts)} prompts", flush=True)
-    bar.close()
+    with Progress(len(prompts), "prompt") as progress:
+        for i in range(0, len(prompts), batch):
+            some = prompts[i : i + batch]
+            output = pipeline(
+                list(some),
+                num_inference_steps=steps,
+                generator=[torch.Generator().manual_seed(seed + i + k) for k in range(len(some))],
+                output_type="pil" if i < SHOWN else "latent",
+                output_query_masks=True,
+            )
+            assert isinstance(output, FocusDiTPipelineOutput)
+            if output.query_masks is None:
+                raise ValueError("this model has no query masks (mask: none), so nothing says which FFN matters least")
+            sums_SK = output.query_masks.mean(-1).sum(0)
+            total = sums_SK if total is None else total + sums_SK
+            if i < SHOWN:
+                pictures += list(output.images)[: SHOWN - i]
+            progress.update(len(some))
     assert total is not None
     return Measured(total / len(prompts), pipeline.scheduler.timesteps.tolist(), pictures)
 
@@ -133,13 +131,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="sampling steps (default: the config's preview.steps)")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts drawn together")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; each next prompt has the next seed")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: the GPU, or the CPU")
     add_arguments(parser)
     args = parser.parse_args(argv)
     quiet()
     try:
         with new_folder(args.out) as writing:
-            trained = load_run(args.run, args.weights, args.device)
+            trained = load_run(args.run, args.weights, device_of(args.device))
             trained.pipeline.set_progress_bar_config(disable=True)
             line = prune(trained, read_prompts(args.prompts), args, writing)
     except (ValueError, OSError) as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
@@ -25,16 +26,14 @@ from typing import Any
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
-from tqdm import tqdm
 
 from data_prep.encoders import fingerprint
-from data_prep.shards import write_whole
+from data_prep.files import write_whole
+from pretrain.console import Progress, quiet
 from pretrain.page import Entry, page
 from pretrain.pictures import labelled_grid, mask_map
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
-from pretrain.train import quiet
-from pretrain.trained import load_run, read_prompts
+from pretrain.prompts import read_prompts
 
 ABOUT = "focusdit"  # the PNG's text chunk
 SHOWN = 256  # pictures on the contact sheet and the page
@@ -63,14 +62,16 @@ class Job:
     def masks(self, out: Path) -> Path:
         return out / f"{self.name}_masks.png"
 
-    def found(self, out: Path) -> dict[str, Any] | None:
-        """What the picture that is there says of itself; None where there is no whole one."""
-        try:
-            with Image.open(self.picture(out)) as image:
-                image.load()
-                return json.loads(image.text[ABOUT])  # type: ignore[attr-defined]
-        except (OSError, SyntaxError, KeyError, ValueError):  # absent, cut off, or not ours
-            return None
+
+def found(path: Path) -> dict[str, Any] | None:
+    """What a picture that is there says of itself; None where there is no whole one."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            about = json.loads(image.text[ABOUT])  # type: ignore[attr-defined]
+    except (OSError, SyntaxError, KeyError, ValueError):  # absent, cut off, or not ours
+        return None
+    return about if isinstance(about, dict) and isinstance(about.get("settings"), dict) else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> str:
     """Draws this process's share; whoever finds all pictures there sums them up. Returns a closing line."""
+    check_numbers(args)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
     pipeline, origin = load_pipeline(args, device_of(args.device))
@@ -103,10 +105,25 @@ def run(args: argparse.Namespace) -> str:
     return sum_up(jobs, origin, args)
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises ValueError for numbers without a meaning, before anything is loaded."""
+    least = {"--batch-size": (args.batch_size, 1), "--steps": (args.steps, 1), "--seed": (args.seed, 0)}
+    for name, (value, lowest) in least.items():
+        if value is not None and value < lowest:
+            raise ValueError(f"{name} {value}: must be at least {lowest}")
+    if args.seed >= 1 << 62:
+        raise ValueError(f"--seed {args.seed}: must be under 2**62")
+    if args.shift is not None and not 0 < args.shift < float("inf"):
+        raise ValueError(f"--shift {args.shift}: must be above 0")
+
+
 def device_of(name: str | None) -> torch.device:
-    """The device asked for; else this process's own GPU, or the CPU."""
+    """The device asked for; else this process's own GPU, or the CPU. Raises ValueError for one that is not there."""
     if name is not None:
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # torch's own, by kind of device
+            raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -115,10 +132,14 @@ def device_of(name: str | None) -> torch.device:
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[FocusDiTPipeline, dict[str, Any]]:
     """The pipeline of `--run` or `--model`, and where it comes from."""
     if args.run:
+        from pretrain.trained import load_run  # imports DeepSpeed, which an export does not need
+
         trained = load_run(args.run, args.weights, device)
         pipeline, origin = trained.pipeline, {"run": str(args.run), "step": trained.step, "weights": args.weights}
     else:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        if not args.model.is_dir():
+            raise FileNotFoundError(f"no export at {args.model}: make one with python -m pretrain.export")
         pipeline = FocusDiTPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
         origin = {"model": str(args.model)}
     if args.shift is not None:
@@ -133,7 +154,10 @@ def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[st
     """All that a picture follows from beside its prompt and seed."""
     height, width = (side * 8 for side in pipeline.latent_size(args.height, args.width))
     return {
-        "weights": fingerprint(pipeline.transformer, {"backbone": str(pipeline.transformer.dit.config)})[:16],
+        "data_fingerprint": (pipeline.config.data_fingerprint or "")[:16],  # of the encoders, too
+        "weights_fingerprint": fingerprint(pipeline.transformer, {"backbone": str(pipeline.transformer.dit.config)})[
+            :16
+        ],
         "height": height,
         "width": width,
         "scheduler": type(pipeline.scheduler).__name__,
@@ -149,16 +173,17 @@ def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[st
 
 def done(job: Job, args: argparse.Namespace) -> bool:
     """Whether the job's picture, and its masks where they are wanted, are there."""
-    return job.found(args.out) == job.about and (not args.save_masks or job.masks(args.out).is_file())
+    wanted = [job.picture(args.out), *([job.masks(args.out)] if args.save_masks else [])]
+    return all(found(path) == job.about for path in wanted)
 
 
 def missing(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
     """The jobs without a picture. Raises ValueError where one of other settings is in its place."""
     todo = []
     for job in jobs:
-        there = job.found(args.out)
+        there = found(job.picture(args.out))
         if there is not None and there != job.about and not args.overwrite:
-            old, new = there.get("settings", {}), job.settings
+            old, new = there["settings"], job.settings
             changed = [f"{k} {old.get(k)!r}, now {v!r}" for k, v in new.items() if old.get(k) != v]
             changed += [f"seed {there.get('seed')}, now {job.seed}"] if there.get("seed") != job.seed else []
             raise ValueError(
@@ -179,52 +204,51 @@ def speed_up(pipeline: FocusDiTPipeline, how: str | None) -> None:
 
 
 def draw(pipeline: FocusDiTPipeline, todo: Sequence[Job], args: argparse.Namespace) -> None:
-    """Draws the jobs in batches and writes each picture whole."""
-    bar = tqdm(total=len(todo), unit="picture", disable=None)
-    for i in range(0, len(todo), args.batch_size):
-        jobs = todo[i : i + args.batch_size]
-        settings = jobs[0].settings
-        output = pipeline(
-            [job.prompt for job in jobs],
-            height=settings["height"],
-            width=settings["width"],
-            num_inference_steps=settings["steps"],
-            guidance_scale=settings["guidance"],
-            guidance_interval=settings["guidance_interval"],
-            negative_prompt=settings["negative_prompt"],
-            generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
-            skip_threshold=settings["skip_threshold"],
-            skip_unit=args.skip_unit,
-            output_query_masks=args.save_masks,
-        )
-        assert isinstance(output, FocusDiTPipelineOutput)
-        masks = output.query_masks
-        if args.save_masks and masks is None:
-            raise ValueError("--save-masks: this model has no query masks")
-        for k, (job, image) in enumerate(zip(jobs, output.images, strict=True)):
-            if masks is not None:
-                save_masks(job, image, masks[k], pipeline, args.out)
-            info = PngInfo()
-            info.add_itxt(ABOUT, json.dumps(job.about))
-            _save(image, job.picture(args.out), info)
-        bar.update(len(jobs))
-        if bar.disable:  # no terminal: plain lines
-            print(f"{i + len(jobs)} of {len(todo)} pictures", flush=True)
-    bar.close()
+    """Draws the jobs in batches; each picture is written whole."""
+    with Progress(len(todo), "picture") as progress:
+        for i in range(0, len(todo), args.batch_size):
+            jobs = todo[i : i + args.batch_size]
+            draw_batch(pipeline, jobs, args)
+            progress.update(len(jobs))
 
 
-def save_masks(job: Job, image: Image.Image, masks_SKN: Tensor, pipeline: FocusDiTPipeline, out: Path) -> None:
-    """Writes the picture of the query masks."""
-    unit = 8 * pipeline.transformer.dit.config.patch
-    grid = (image.height // unit, image.width // unit)
-    _save(mask_map(masks_SKN, grid, pipeline.scheduler.timesteps.tolist(), image), job.masks(out))
+def draw_batch(pipeline: FocusDiTPipeline, jobs: Sequence[Job], args: argparse.Namespace) -> None:
+    """Draws some jobs together. They share all settings."""
+    settings = jobs[0].settings
+    output = pipeline(
+        [job.prompt for job in jobs],
+        height=settings["height"],
+        width=settings["width"],
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance"],
+        guidance_interval=settings["guidance_interval"],
+        negative_prompt=settings["negative_prompt"],
+        generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
+        skip_threshold=settings["skip_threshold"],
+        skip_unit=args.skip_unit,
+        output_query_masks=args.save_masks,
+    )
+    assert isinstance(output, FocusDiTPipelineOutput)
+    masks = output.query_masks
+    if args.save_masks and masks is None:
+        raise ValueError("--save-masks: this model has no query masks")
+    for k, (job, image) in enumerate(zip(jobs, output.images, strict=True)):
+        if masks is not None:
+            unit = 8 * pipeline.transformer.dit.config.patch
+            grid = (image.height // unit, image.width // unit)
+            sheet = mask_map(masks[k], grid, pipeline.scheduler.timesteps.tolist(), image)
+            write_png(sheet, job.masks(args.out), job.about)
+        write_png(image, job.picture(args.out), job.about)
 
 
-def _save(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
-    """Writes a PNG so that it is either absent, old, or whole."""
-    writing = path.with_name(f".{path.name}.{os.getpid()}")
-    image.save(writing, format="PNG", pnginfo=info)
-    writing.replace(path)
+def write_png(image: Image.Image, path: Path, about: dict[str, Any] | None = None) -> None:
+    """Writes a picture, and what it says of itself, so that it is either absent, old, or whole."""
+    info = PngInfo()
+    if about is not None:
+        info.add_itxt(ABOUT, json.dumps(about))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    write_whole(path, buffer.getvalue())
 
 
 def sum_up(jobs: Sequence[Job], origin: dict[str, Any], args: argparse.Namespace) -> str:
@@ -233,11 +257,14 @@ def sum_up(jobs: Sequence[Job], origin: dict[str, Any], args: argparse.Namespace
     lines = [{"file": job.picture(out).name, **job.about, **origin} for job in jobs]
     write_whole(out / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     images = [Image.open(job.picture(out)).convert("RGB") for job in shown]
-    _save(labelled_grid(images, [job.prompt for job in shown]), out / "grid.png")
+    write_png(labelled_grid(images, [job.prompt for job in shown]), out / "grid.png")
     masks = [job.masks(out) if args.save_masks else None for job in shown]
     entries = [Entry(job.prompt, job.seed, job.picture(out), m) for job, m in zip(shown, masks, strict=True)]
     settings = {**origin, **{k: v for k, v in jobs[0].settings.items() if v is not None}}
-    write_whole(out / "index.html", page(f"{len(jobs)} pictures", settings, entries, len(jobs) - len(shown)))
+    write_whole(
+        out / "index.html",
+        page(f"{len(jobs)} pictures from {args.run or args.model}", settings, entries, len(jobs) - len(shown)),
+    )
     return f"{len(jobs)} pictures in {out}: see {out / 'grid.png'} or {out / 'index.html'}"
 
 
@@ -275,8 +302,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.prompt and not args.prompts:
         parser.error("give --prompt or --prompts")
-    if args.batch_size < 1:
-        parser.error("--batch-size must be at least 1")
     return args
 
 

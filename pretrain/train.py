@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -23,10 +21,12 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from data_prep.shards import CARD, NULL_TEXT, write_whole
+from data_prep.files import write_whole
+from data_prep.shards import CARD, NULL_TEXT
 from pretrain import checkpoint, engine, optim
 from pretrain.checkpoint import Progress
 from pretrain.config import Config, geometry, load
+from pretrain.console import quiet
 from pretrain.data import Batch, Loader, sample_seed
 from pretrain.diffusion import Objective, draw, measure
 from pretrain.ema import Ema
@@ -197,14 +197,6 @@ def _git(*words: str) -> str | None:
         return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def quiet() -> None:
-    """Keeps the libraries' chatter out of the log; their warnings of consequence stay."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
-    for name in ("DeepSpeed", "streaming"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def log(world: World, line: str) -> None:

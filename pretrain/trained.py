@@ -64,16 +64,6 @@ def load_run(run: Path, weights: str = "ema", device: torch.device | str = "cpu"
     return Trained(pipeline, config, card, found.progress.step, found.progress.images, weights, text, vae)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """A prompt a line; empty lines do not count. Raises ValueError for a file without any."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no prompts file {path}")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts; write one a line")
-    return prompts
-
-
 def load_text_encoder(card: Card, device: torch.device) -> TextEncoder:
     """The data set's text encoder. Raises ValueError where it is not the one that encoded the data set."""
     encoder = TextEncoder(card.text_encoder["name"], device)

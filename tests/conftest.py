@@ -1,4 +1,4 @@
-"""Fixtures of many tests: a small data set made by the real data prep, and real training processes."""
+"""Fixtures of many tests: a small data set made by the real data prep, real training processes, and a small pipeline."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from support import ROOT, Finished, start_training
+
+if TYPE_CHECKING:
+    from pretrain.pipeline import FocusDiTPipeline
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +50,32 @@ def train() -> Callable[..., Finished]:
         return finished
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline() -> FocusDiTPipeline:
+    """The tiny FocusDiT with random weights, as after some training: its pictures depend on all that it is given."""
+    import torch
+
+    from data_prep.encoders import TextEncoder, Vae
+    from pretrain.models import DiT, preset
+    from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel, build_scheduler
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        dit = DiT(preset("focusdit_tiny")).eval()
+        for parameter in dit.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    text, vae, transformer = TextEncoder("tiny"), Vae("tiny"), FocusDiTTransformer2DModel.of(dit)
+    parts = (text.tokenizer, text.model, vae.model, transformer, build_scheduler("flow", 3.0))
+    pipeline = FocusDiTPipeline(*parts, resolution=64, steps=3, guidance=3.0)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_folder(tiny_pipeline: FocusDiTPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_pipeline`, saved."""
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
+    tiny_pipeline.save_pretrained(folder)
+    return folder

@@ -1,4 +1,4 @@
-"""Helpers of many tests: real training processes, and what they left in event files."""
+"""Helpers of many tests: real training processes and what they left in event files; pictures side by side; pages."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 # Small steps of the demo's stage, for tests: 4 pictures a step.
@@ -63,3 +68,35 @@ def scalars(run_dir: Path, tag: str) -> dict[int, float]:
     points = events.Scalars(tag)
     assert len({p.step for p in points}) == len(points), f"{tag} has doubled points"
     return {p.step: p.value for p in points}
+
+
+def levels(pictures: Iterable[Image.Image]) -> np.ndarray:
+    """Pictures of one size as 8-bit levels [B, H, W, 3]."""
+    return np.stack([np.asarray(p.convert("RGB")) for p in pictures]).astype(int)
+
+
+def same_pictures(ones: Iterable[Image.Image], others: Iterable[Image.Image]) -> bool:
+    """Whether no channel is more than 2/255 apart, and fewer than 0.1% of them are apart at all."""
+    distance = np.abs(levels(ones) - levels(others))
+    return bool(distance.max() <= 2 and (distance > 0).mean() < 1e-3)
+
+
+class Opened(HTMLParser):
+    """What a browser finds in a page: its tags, all that it would load, and its text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)

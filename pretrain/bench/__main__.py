@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from pretrain.bench import sample, skip, step
-from pretrain.train import quiet
+from pretrain.console import quiet
 
 BENCHMARKS = {"step": step, "sample": sample, "skip": skip}
 

@@ -48,13 +48,15 @@ def run(args: argparse.Namespace) -> str:
     null = [torch.randn(1, base.text_width, device=device, dtype=dtype)] * args.batch
     equal = [torch.randn_like(text[0])] * args.batch
 
+    def build(**changes: str) -> DiT:
+        return DiT(replace(base, **changes)).to(device, dtype).eval()  # type: ignore[arg-type]
+
+    dit = build()
     rows = [
-        _ours("DiT", base, latent, timestep, text + null),
-        _ours("FocusDiT, release mask", replace(base, mask="release"), latent, timestep, text + null),
-        _ours(
-            "FocusDiT, and shared FFN of 2D", replace(base, mask="release", ffn="shared"), latent, timestep, text + null
-        ),
-        _ours("DiT, both halves of equal length", base, latent, timestep, text + equal),
+        _ours("DiT", dit, latent, timestep, text + null),
+        _ours("FocusDiT, release mask", build(mask="release"), latent, timestep, text + null),
+        _ours("FocusDiT, and shared FFN of 2D", build(mask="release", ffn="shared"), latent, timestep, text + null),
+        _ours("DiT, both halves of equal length", dit, latent, timestep, text + equal),
         *_pixart(
             base, latent, timestep, {f"padded to {CAP}": (text + null, CAP), "unpadded, equal": (text + equal, None)}
         ),
@@ -72,17 +74,16 @@ def run(args: argparse.Namespace) -> str:
         lines.append(
             f"  {row.name:<44}{took[row.name] * 1e3:>7.1f} ms{once * 1e3:>7.1f} ms{per_step[row.name] * 1e3:>21.1f} ms"
         )
-    dit, focus, shared, dit_equal, pix, pix_equal = (per_step[row.name] for row in rows)
+    plain, focus, shared, plain_equal, pix, pix_equal = (per_step[row.name] for row in rows)
     lines += [
-        f"  FocusDiT / DiT                       {focus / dit:.2f}   (with the shared FFN {shared / dit:.2f})",
-        f"  DiT / PixArt padded to {CAP}           {dit / pix:.2f}   (FocusDiT {focus / pix:.2f})",
-        f"  DiT / PixArt unpadded, equal         {dit_equal / pix_equal:.2f}",
+        f"  FocusDiT / DiT                       {focus / plain:.2f}   (with the shared FFN {shared / plain:.2f})",
+        f"  DiT / PixArt padded to {CAP}           {plain / pix:.2f}   (FocusDiT {focus / pix:.2f})",
+        f"  DiT / PixArt unpadded, equal         {plain_equal / pix_equal:.2f}",
     ]
     return "\n".join(lines)
 
 
-def _ours(name: str, config: DiTConfig, latent: Tensor, timestep: Tensor, captions: list[Tensor]) -> Timed:
-    model = DiT(config).to(latent.device, latent.dtype).eval()
+def _ours(name: str, model: DiT, latent: Tensor, timestep: Tensor, captions: list[Tensor]) -> Timed:
     packed = PackedText.pack(captions)
     memory = model.read(packed)
     return Timed(name, lambda: model(latent, timestep, memory), lambda: model.read(packed))

@@ -17,9 +17,12 @@ from pretrain.bench.timing import model_arguments, side_by_side
 from pretrain.diffusion import Generated, Guidance, generate, start_noise
 from pretrain.models import DiT, PackedText, Skip, TextMemory, preset
 from pretrain.models.cost import ffn_flops
+from pretrain.models.ffn import Vocabulary
+from pretrain.models.mask import MaskLinear, QueryMask
 from pretrain.models.skip import UNITS
 from pretrain.pipeline import build_scheduler, set_timesteps
 from pretrain.plots import SkipPoint, plot_skip
+from pretrain.prompts import read_prompts
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ class Subject:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    model_arguments(parser, preset="focusdit_1b_shared2d", batch=1, rounds=3)
+    model_arguments(parser, preset="focusdit_1b_shared2d", batch=1, rounds=5)
     parser.add_argument("--run", type=Path, help="run directory of a trained model; instead of random weights")
     parser.add_argument("--prompts", type=Path, help="with --run: file of captions (the first --batch are drawn)")
-    parser.add_argument("--steps", type=int, default=2, help="sampling steps")
+    parser.add_argument("--steps", type=int, default=1, help="sampling steps")
     parser.add_argument(
         "--thresholds", type=float, nargs="+", help="default: 0 to 1; random weights: by quantiles of the masks"
     )
@@ -53,8 +56,10 @@ def run(args: argparse.Namespace) -> str:
     with torch.no_grad():
         subject = _trained(args, device) if args.run else _random(args, device)
         plain = _sample(subject, args.steps, None, keep_masks=True)
-        thresholds = args.thresholds or _thresholds(plain.masks_BSKN, bool(args.run))
-        curves = {unit: _curve(subject, args, unit, thresholds, plain, device) for unit in UNITS}
+        curves = {}
+        for unit in UNITS:
+            thresholds = args.thresholds or _thresholds(plain.masks_BSKN, bool(args.run), unit)
+            curves[unit] = _curve(subject, args, unit, thresholds, plain, device)
     lines = [f"{subject.name}; {args.steps} steps, guidance {subject.guidance}, {device.type}"]
     for unit, points in curves.items():
         none, every = points[0], points[-1]
@@ -73,7 +78,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _trained(args: argparse.Namespace, device: torch.device) -> Subject:
-    from pretrain.trained import load_run, read_prompts  # imports DeepSpeed
+    from pretrain.trained import load_run  # imports DeepSpeed
 
     if args.prompts is None:
         raise ValueError("--run needs --prompts, a file of captions")
@@ -93,11 +98,11 @@ def _random(args: argparse.Namespace, device: torch.device) -> Subject:
     config = replace(preset(args.preset), depth=args.depth) if args.depth else preset(args.preset)
     torch.manual_seed(0)
     model = DiT(config).to(device, dtype).eval()
-    spread_masks(model)
     side = args.tokens_per_side * config.patch
     captions = [torch.randn(80, config.text_width, device=device, dtype=dtype) for _ in range(args.batch)]
     text, null = model.read(PackedText.pack(captions)), model.read(PackedText.pack([captions[0][:1]]))
     noise = start_noise(range(args.batch), (config.latent_channels, side, side)).to(device)
+    spread_masks(model, noise.to(dtype), text)
     name = (
         f"{args.preset}, random weights: width {config.width}, depth {config.depth}, {args.tokens_per_side**2} tokens, "
         f"{args.batch} pictures"
@@ -105,25 +110,39 @@ def _random(args: argparse.Namespace, device: torch.device) -> Subject:
     return Subject(name, model, text, null, noise, "flow", 3.0, 5.5)
 
 
-def spread_masks(model: DiT) -> None:
-    """Random weights whose query masks lie all over 0..1 and whose FFNs change the tokens, as a trained model's do."""
-    for number, block in enumerate(model.blocks):
-        torch.nn.init.xavier_uniform_(block.ffn.value.weight)  # type: ignore[union-attr, arg-type]
-        last = block.query_mask.last.linear  # type: ignore[union-attr]
-        last.weight.mul_(40)  # type: ignore[operator, union-attr]
-        last.bias.fill_(0.5 if number % 2 else -0.5)  # type: ignore[operator, union-attr]
-    if model.shared_expert is not None:
-        torch.nn.init.xavier_uniform_(model.shared_expert.value.weight)
+def spread_masks(model: DiT, latent: Tensor, text: TextMemory) -> None:
+    """Gives a fresh backbone FFNs that change the tokens, and query masks all over 0..1, lower in the first blocks.
+
+    Each mask's logits are brought to a standard deviation of 1.5, around −1.5 in the first block up to 1.5 in the last.
+    """
+    centres = iter(torch.linspace(-1.5, 1.5, model.config.depth).tolist())
+    hooks = []
+
+    def adjust(last: MaskLinear, inputs: tuple[Tensor, Tensor], logits: Tensor) -> Tensor:
+        factor = 1.5 / logits.float().std().item()
+        shift = next(centres) - factor * logits.float().mean().item()
+        last.linear.weight.mul_(factor)
+        last.linear.bias.mul_(factor).add_(shift)
+        return logits * factor + shift
+
+    for module in model.modules():
+        if isinstance(module, Vocabulary):
+            torch.nn.init.xavier_uniform_(module.value.weight)
+        if isinstance(module, QueryMask):
+            hooks.append(module.last.register_forward_hook(adjust))
+    model(latent, torch.full((len(latent),), 500.0, device=latent.device), text)
+    for hook in hooks:
+        hook.remove()
 
 
-def _thresholds(masks: Tensor | None, trained: bool) -> list[float]:
-    """Round numbers for a trained model, as in the paper; else what leaves out a tenth, a quarter, half, … of the tokens."""
-    if masks is None:
+def _thresholds(masks_BSKN: Tensor | None, trained: bool, unit: str) -> list[float]:
+    """Round numbers for a trained model, as in the paper; else what leaves out a tenth, a quarter, half, … of the work."""
+    if masks_BSKN is None:
         raise ValueError("this model has no query masks, so there is nothing to skip by")
     if trained:
         return [0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
-    quantiles = masks.flatten().quantile(torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9]))
-    return [0.0, *quantiles.tolist(), 1.0]
+    judged = masks_BSKN if unit == "token" else masks_BSKN.mean(-1)
+    return [0.0, *judged.flatten().quantile(torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])).tolist(), 1.0]
 
 
 def _sample(subject: Subject, steps: int, skip: Skip | None, keep_masks: bool = False) -> Generated:

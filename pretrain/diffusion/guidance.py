@@ -5,6 +5,7 @@ The null text is the encoded empty caption, or a negative prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -25,6 +26,8 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"guidance scale {self.scale}: expected a number")
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ValueError(
@@ -33,7 +36,8 @@ class Guidance:
 
     def at(self, t: float) -> bool:
         """Whether the null half is needed at t."""
-        return self.scale != 1 and self.interval[0] <= t <= self.interval[1]
+        low, high = self.interval
+        return self.scale != 1 and low - 1e-6 <= t <= high + 1e-6  # t comes from timesteps in fp32
 
 
 class Guided(Generic[Captions]):

@@ -34,7 +34,10 @@ class Backbone(Protocol):
 
 @dataclass(frozen=True)
 class FfnWork:
-    """Tokens that went through each block's FFN at each step [S, K], of `tokens` [S]: those of both halves of guidance."""
+    """Tokens kept for each block's FFN at each step [S, K] (a pruned block has none to go through), of `tokens_S` in all.
+
+    They are those of both halves of guidance.
+    """
 
     kept_SK: Tensor
     tokens_S: Tensor
@@ -104,8 +107,11 @@ def generate(
     masks: list[Tensor] = []
     kept: list[Tensor] = []
     tokens: list[int] = []
+    steps = 0
 
     def predict(latent: Tensor, timestep: Tensor, captions: TextMemory) -> Tensor:
+        nonlocal steps
+        steps += 1
         prediction = backbone(latent.to(dtype), timestep, captions, skip)
         if prediction.masks_KBN is not None:
             if keep_masks:
@@ -118,7 +124,7 @@ def generate(
     latent = sample(Guided(predict, text, null, guidance), noise_BCHW, scheduler, on_step)
     return Generated(
         latent,
-        tuple(scheduler.timesteps.tolist()),
+        tuple(scheduler.timesteps.tolist()[:steps]),
         torch.stack(masks, dim=1).float().cpu() if masks else None,
         FfnWork(torch.stack(kept).cpu(), torch.tensor(tokens)) if kept else None,
     )

@@ -111,8 +111,11 @@ class DiTConfig:
         for field in ("width", "heads", "depth", "patch", "latent_channels", "text_width", "norm_eps"):
             if getattr(self, field) <= 0:
                 found.append(f"{field}: {getattr(self, field)} must be above 0")
-        if min(self.position_scale if isinstance(self.position_scale, tuple) else (self.position_scale,)) <= 0:
-            found.append(f"position_scale: {self.position_scale} must be above 0")
+        scales = self.position_scale if isinstance(self.position_scale, tuple) else (self.position_scale,) * 2
+        if len(scales) != 2 or min(scales) <= 0:
+            found.append(
+                f"position_scale: {self.position_scale} must be one number above 0, or one for rows and one for columns"
+            )
         removed = self.removed_ffns
         if len(set(removed)) < len(removed) or not all(0 <= block < self.depth for block in removed):
             found.append(f"removed_ffns: {list(removed)} must be different blocks of 0..{self.depth - 1}")

@@ -80,7 +80,10 @@ def edit(release: Path, change) -> None:
     ("change", "named"),
     [
         (lambda t: t.pop("transformer_blocks.3.attn2.to_k.bias"), "missing transformer_blocks.3.attn2.to_k.bias"),
-        (lambda t: t.pop("transformer_blocks.1.ff.net.0.proj.weight"), "missing transformer_blocks.1.ff.net.0.proj.weight"),
+        (
+            lambda t: t.pop("transformer_blocks.1.ff.net.0.proj.weight"),
+            "missing transformer_blocks.1.ff.net.0.proj.weight",
+        ),
         (lambda t: t.pop("scale_shift_table"), "missing scale_shift_table"),
         (lambda t: t.update({"pos_embed.extra": torch.zeros(2)}), "unknown pos_embed.extra"),
         (lambda t: t.update({"proj_out.weight": torch.zeros(12, 47)}), "proj_out.weight [12, 47] instead of [12, 48]"),

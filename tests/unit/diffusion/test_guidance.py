@@ -66,6 +66,7 @@ def test_scale_1_is_the_backbone_itself_at_half_the_cost():
         ((0.5, 0.5), 0.5, True),
         ((0.0, 1.0), 0.0, True),
         ((0.0, 1.0), 1.0, True),
+        ((0.0, 2 / 3), 0.66666669, True),  # a timestep is in fp32
     ],
 )
 def test_outside_the_interval_the_text_half_alone_is_evaluated(interval, t, inside):

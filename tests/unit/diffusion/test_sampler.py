@@ -301,13 +301,14 @@ def test_generate_stops_where_a_step_says_so():
     assert torch.equal(drawn.latent_BCHW, latents[-1])
     assert drawn.masks_BSKN.shape == (3, 2, 2, 12)
     assert drawn.work.kept_SK.shape == (2, 2)
+    assert len(drawn.timesteps) == 2
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("ffn", ["uniform", "shared"])
 @pytest.mark.parametrize("unit", ["token", "layer"])
 def test_the_work_counted_is_what_the_ffns_were_given(unit, ffn):
-    """Both halves where there is guidance, at t 0.4 to 0.9 of 1, ⅚, …, ⅙; each block's rows against the masks and the hooks."""
+    """Both halves where there is guidance, at t = ⅚, ⅔ and ½; against what the masks and hooks say."""
     model, (text, null), noise = trained("release", ffn), texts(), start_noise([5, 6, 7], (4, 6, 8))
     plain = model(noise, torch.full((3,), 500.0), text).masks_KBN
     skip = Skip((plain if unit == "token" else plain.mean(-1)).quantile(0.45).item(), unit)

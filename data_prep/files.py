@@ -1,0 +1,22 @@
+"""Files that are either absent, old, or whole."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def temporary_name(name: str) -> str:
+    """A name that no other writer, on any node, uses."""
+    return f".tmp-{name}-{secrets.token_hex(4)}"
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a small file so that it is either absent, old, or whole; text in UTF-8."""
+    temporary = path.with_name(temporary_name(path.name))
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
