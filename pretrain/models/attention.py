@@ -25,7 +25,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BND: Tensor, rotary: Rotary) -> Tensor:
         q, k, v = rearrange(self.qkv(x_BND), "B N (three h d) -> three B h N d", three=3, h=self.heads)
-        y_BhNd = F.scaled_dot_product_attention(rotary(q), rotary(k), v)
+        y_BhNd = F.scaled_dot_product_attention(rotary.turn(q), rotary.turn(k), v)
         return self.out(rearrange(y_BhNd, "B h N d -> B N (h d)"))
 
 

@@ -1,6 +1,6 @@
 """Leaving out the FFN where the query mask weighs it little (FocusDiT, §6, Fig. 9); while sampling only.
 
-Letters: B images, N tokens, D width, T kept tokens of all images.
+Letters: B images, N tokens, D width, M tokens of all images, T the kept ones of them.
 
 Two units: `layer` leaves out a block's whole FFN for each image whose mask's mean is under the threshold, as the paper does;
 `token` leaves it out for each token whose mask is not above the threshold. Either way the kept tokens are gathered, go
@@ -43,7 +43,7 @@ def on_kept(function: Callable[[Tensor], Tensor], x_BND: Tensor, keep_BN: Tensor
     index_T = keep_BN.flatten().nonzero().squeeze(1)
     if len(index_T) == keep_BN.numel():
         return function(x_BND)
-    update = x_BND.new_zeros(keep_BN.numel(), x_BND.shape[-1])
+    update_MD = x_BND.new_zeros(keep_BN.numel(), x_BND.shape[-1])
     if len(index_T):
-        update = update.index_copy(0, index_T, function(x_BND.flatten(0, 1)[index_T]))
-    return update.view_as(x_BND)
+        update_MD.index_copy_(0, index_T, function(x_BND.flatten(0, 1).index_select(0, index_T)))
+    return update_MD.view_as(x_BND)

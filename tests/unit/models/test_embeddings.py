@@ -44,7 +44,7 @@ def test_rotary_against_complex_numbers(layout, scale, scales):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 5 * 4, 24)
     rotary = rotary_positions(layout, (5, 4), 24, scale, CPU, torch.float32)
-    torch.testing.assert_close(rotary(x).double(), turned(layout, x, (5, 4), scales), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rotary.turn(x).double(), turned(layout, x, (5, 4), scales), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["halves", "thirds"])

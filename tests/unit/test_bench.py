@@ -1,0 +1,65 @@
+"""The benchmarks run and print what they count; what they time is not tested."""
+
+import re
+
+import pytest
+import torch
+
+from pretrain.bench.__main__ import main
+from pretrain.bench.timing import padded, side_by_side
+
+SMALL = ["--preset", "dit_tiny", "--depth", "0", "--tokens-per-side", "4", "--rounds", "1"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products this small wait for their threads longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_things_are_timed_in_turn_and_the_first_round_does_not_count():
+    order = []
+    took = side_by_side({n: lambda n=n: order.append(n) for n in "ab"}, rounds=2, device=torch.device("cpu"))
+    assert order == ["a", "b"] * 3
+    assert set(took) == {"a", "b"}
+
+
+def test_padding():
+    text, keep = padded([torch.ones(2, 3), torch.ones(4, 3)], 5)
+    assert text.shape == (2, 5, 3)
+    assert torch.equal(text.sum((1, 2)), torch.tensor([6.0, 12.0]))
+    assert keep.tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]
+
+
+def test_step_and_sample(capsys):
+    assert main(["step", *SMALL]) == 0
+    assert len(re.findall(r"ratio \d+\.\d\d", capsys.readouterr().out)) == 2
+    assert main(["sample", *SMALL]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"FocusDiT / DiT +\d+\.\d\d +\(with the shared FFN \d+\.\d\d\)", said)
+    assert re.search(r"DiT / PixArt padded to 300 +\d+\.\d\d", said)
+
+
+def test_skip_counts_the_flops(capsys, tmp_path):
+    """With thresholds at quantiles of the masks, about so much of the work is saved, and all of it at 1."""
+    words = ["--preset", "focusdit_tiny", *SMALL[2:], "--tokens-per-side", "16", "--plot", str(tmp_path / "skip.png")]
+    assert main(["skip", *words]) == 0
+    said = capsys.readouterr().out
+    rows = [line.split() for line in said.splitlines() if line.startswith("        ")]
+    saved = [float(row[2].rstrip("%")) for row in rows]
+    deviation = [float(row[4]) for row in rows]
+    token, layer = saved[:7], saved[7:]
+    assert token == pytest.approx([0, 10, 25, 50, 75, 90, 100], abs=8)
+    assert layer == sorted(layer)
+    assert (layer[0], layer[-1]) == (0, 100)
+    assert deviation[0] == deviation[7] == 0
+    assert deviation[6] == deviation[13] > 0.01, "nothing is left either way"
+    assert (tmp_path / "skip.png").stat().st_size > 10_000
+
+
+def test_skip_by_a_model_without_masks(capsys):
+    assert main(["skip", *SMALL]) == 1
+    assert "no query masks" in capsys.readouterr().err
