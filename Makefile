@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Kept bytecode halves the start of every process, of which there are many; some environments switch it off.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint clean
 demo: $(READY)

@@ -230,7 +230,6 @@ class FocusDiTPipeline(DiffusionPipeline):
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -243,6 +242,7 @@ class FocusDiTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         skip_threshold: float | None = None,
         skip_unit: str = "token",
         output_query_masks: bool = False,
@@ -253,13 +253,13 @@ class FocusDiTPipeline(DiffusionPipeline):
             prompt: one or several; or `prompt_embeds` [B, L, E] with their mask [B, L].
             height, width: in pixels; divisible by 8 × the patch. The training's resolution by default.
             guidance_scale: of classifier-free guidance; 1 is none.
-            guidance_interval: the times in 0 (data) .. 1 (noise) where guidance acts (arXiv 2404.07724).
             negative_prompt: one for all, or one per prompt; the empty caption by default.
             generator: one per picture makes each picture independent of the batch.
             latents: starting noise [B, C, H, W].
             output_type: pil | np | pt | latent.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": …}); may give other latents.
                 Setting `pipeline.interrupt = True` in it ends the sampling.
+            guidance_interval: the times in 0 (data) .. 1 (noise) where guidance acts (arXiv 2404.07724).
             skip_threshold: leave out FFN work where the query mask is under it; None computes all.
             skip_unit: token | layer, what the threshold judges.
             output_query_masks: give the query masks too.

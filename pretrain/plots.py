@@ -42,12 +42,16 @@ def plot_mask_means(means_SK: Tensor, timesteps: Sequence[float], removed: Seque
 
 @dataclass(frozen=True)
 class SkipPoint:
-    """One threshold: seconds, share of the FFNs' FLOPs that were saved, and the latents' deviation from no skipping."""
+    """One threshold: seconds, share of the FFNs' FLOPs that were saved, and the latents' deviation from no skipping.
+
+    `saved_SK` are the FLOPs saved at each step and block.
+    """
 
     threshold: float
     seconds: float
     saved: float
     deviation: float
+    saved_SK: Tensor
 
 
 def plot_skip(curves: Mapping[str, Sequence[SkipPoint]]) -> Image.Image:

@@ -2,6 +2,7 @@
 
 python -m pretrain.bench step        a training step against diffusers' PixArt transformer
 python -m pretrain.bench sample      sampling: FocusDiT against the plain DiT and against PixArt
+python -m pretrain.bench picture     one picture to its pixels: seconds and memory, beside the paper's
 python -m pretrain.bench skip        leaving FFNs out by their query masks
 """
 
@@ -10,10 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pretrain.bench import sample, skip, step
+from pretrain.bench import picture, sample, skip, step
 from pretrain.console import quiet
 
-BENCHMARKS = {"step": step, "sample": sample, "skip": skip}
+BENCHMARKS = {"step": step, "sample": sample, "picture": picture, "skip": skip}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ With `--run`, the pictures of a trained model; without, a backbone of random wei
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from pretrain.bench.timing import model_arguments, side_by_side
 from pretrain.diffusion import Generated, Guidance, generate, start_noise
 from pretrain.models import DiT, PackedText, Skip, TextMemory, preset
-from pretrain.models.cost import ffn_flops
+from pretrain.models.cost import ffn_flops, saved_flops
 from pretrain.models.ffn import Vocabulary
 from pretrain.models.mask import MaskLinear, QueryMask
 from pretrain.models.skip import UNITS
@@ -47,11 +48,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--thresholds", type=float, nargs="+", help="default: 0 to 1; random weights: by quantiles of the masks"
     )
-    parser.add_argument("--plot", type=Path, help="PNG to write")
+    parser.add_argument("--out", type=Path, help="folder for skip.png and skip.json (FLOPs saved by step and block)")
 
 
 def run(args: argparse.Namespace) -> str:
-    """The table; writes the plot where asked."""
+    """The table; writes plot and counts where asked."""
     device = torch.device(args.device)
     with torch.no_grad():
         subject = _trained(args, device) if args.run else _random(args, device)
@@ -70,10 +71,12 @@ def run(args: argparse.Namespace) -> str:
             time_saved = (none.seconds - p.seconds) / max(none.seconds - every.seconds, 1e-9)
             saved = f"{100 * p.saved:>16.1f}%{100 * time_saved:>15.1f}%"
             lines.append(f"  {'':<7}{p.threshold:>10.3f}{p.seconds:>10.3f}{saved}{p.deviation:>11.4f}")
-    if args.plot:
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
-        plot_skip(curves).save(args.plot)
-        lines.append(f"plot: {args.plot}")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        plot_skip(curves).save(args.out / "skip.png")
+        counts = {u: [{**vars(p), "saved_SK": p.saved_SK.tolist()} for p in points] for u, points in curves.items()}
+        (args.out / "skip.json").write_text(json.dumps(counts) + "\n")
+        lines.append(f"see {args.out / 'skip.png'} and skip.json")
     return "\n".join(lines)
 
 
@@ -164,13 +167,13 @@ def _curve(
     skips = {t: Skip(t, unit) for t in thresholds}
     runs = {str(t): lambda skip=skip: _sample(subject, args.steps, skip) for t, skip in skips.items()}
     took = side_by_side(runs, args.rounds, device)
-    per_token = torch.tensor(ffn_flops(subject.model.config), dtype=torch.float64)
+    config = subject.model.config
     points = []
     for t, skip in skips.items():
         drawn = _sample(subject, args.steps, skip)
         assert drawn.work is not None
-        done = (drawn.work.kept_SK * per_token).sum().item()
-        whole = (drawn.work.tokens_S[:, None] * per_token).sum().item()
+        saved_SK = saved_flops(config, drawn.work.kept_SK, drawn.work.tokens_S)
+        whole = drawn.work.tokens_S.sum().item() * sum(ffn_flops(config))
         difference = (drawn.latent_BCHW - plain.latent_BCHW).norm() / plain.latent_BCHW.norm()
-        points.append(SkipPoint(t, took[str(t)], 1 - done / whole, difference.item()))
+        points.append(SkipPoint(t, took[str(t)], saved_SK.sum().item() / whole, difference.item(), saved_SK))
     return points

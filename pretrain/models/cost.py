@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
+from torch import Tensor
+
 from pretrain.models.dit import DiTConfig
 from pretrain.models.ffn import local_size
 from pretrain.models.mask import TIMESTEPS
@@ -110,6 +113,11 @@ def ffn_flops(c: DiTConfig) -> list[int]:
     """FLOPs of each block's FFN for one token, the shared expert's part included."""
     shared = c.shared_width * c.width if c.ffn == "shared" else 0
     return [4 * c.width * (size + shared) if size else 0 for size in _vocabulary_sizes(c)]
+
+
+def saved_flops(c: DiTConfig, kept_SK: Tensor, tokens_S: Tensor) -> Tensor:
+    """FLOPs that skipping left out of each block's FFN at each step [S, K]: `kept_SK` of `tokens_S` tokens went through it."""
+    return (tokens_S[:, None] - kept_SK).double() * torch.tensor(ffn_flops(c), dtype=torch.float64)
 
 
 def training_flops(c: DiTConfig, images: int, image_tokens: int, text_tokens: int) -> float:

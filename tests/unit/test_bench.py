@@ -1,5 +1,6 @@
 """The benchmarks run and print what they count; what they time is not tested."""
 
+import json
 import re
 
 import pytest
@@ -45,7 +46,7 @@ def test_step_and_sample(capsys):
 
 def test_skip_counts_the_flops(capsys, tmp_path):
     """With thresholds at quantiles of the masks, about so much of the work is saved, and all of it at 1."""
-    words = ["--preset", "focusdit_tiny", *SMALL[2:], "--tokens-per-side", "16", "--plot", str(tmp_path / "skip.png")]
+    words = ["--preset", "focusdit_tiny", *SMALL[2:], "--tokens-per-side", "16", "--out", str(tmp_path)]
     assert main(["skip", *words]) == 0
     said = capsys.readouterr().out
     rows = [line.split() for line in said.splitlines() if line.startswith("        ")]
@@ -58,6 +59,18 @@ def test_skip_counts_the_flops(capsys, tmp_path):
     assert deviation[0] == deviation[7] == 0
     assert deviation[6] == deviation[13] > 0.01, "nothing is left either way"
     assert (tmp_path / "skip.png").stat().st_size > 10_000
+    counts = json.loads((tmp_path / "skip.json").read_text())
+    assert [len(points) for points in counts.values()] == [7, 7]
+    half = torch.tensor(counts["token"][3]["saved_SK"])
+    assert half.shape == (1, 2)
+    every = torch.tensor(counts["token"][6]["saved_SK"])
+    assert (half.sum() / every.sum()).item() == pytest.approx(counts["token"][3]["saved"], abs=1e-6)
+
+
+def test_picture(capsys):
+    words = ["--presets", "focusdit_tiny", "--resolutions", "64", "--steps", "2", "--rounds", "1"]
+    assert main(["picture", *words]) == 0
+    assert re.search(r"64 px  focusdit_tiny +\d+\.\d+ s", capsys.readouterr().out)
 
 
 def test_skip_by_a_model_without_masks(capsys):
