@@ -272,13 +272,16 @@ class FocusDiTPipeline(DiffusionPipeline):
         guidance = Guidance(self.config.guidance if guidance_scale is None else guidance_scale, (low, high))
         skip = None if skip_threshold is None else Skip(skip_threshold, skip_unit)
         device, dtype = self._execution_device, self.transformer.dtype
-        text = self._text(prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt).to(device, dtype)
-        null = self._text(negative_prompt or "", negative_prompt_embeds, negative_prompt_attention_mask, 1)
-        if len(null) not in (1, len(text) // num_images_per_prompt):
-            given = len(text) // num_images_per_prompt
-            raise ValueError(f"{len(null)} negative prompts for {given} prompts: give one, or one per prompt")
-        if len(null) > 1:
-            null = PackedText.pack([c for c in null.captions() for _ in range(num_images_per_prompt)])
+        text = self._text(prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt)
+        null = text
+        if guidance.scale != 1:
+            negative = negative_prompt or ""
+            null = self._text(negative, negative_prompt_embeds, negative_prompt_attention_mask, num_images_per_prompt)
+            given, wanted = len(null) // num_images_per_prompt, len(text) // num_images_per_prompt
+            if given not in (1, wanted):
+                raise ValueError(f"{given} negative prompts for {wanted} prompts: give one, or one per prompt")
+            if given == 1:
+                null = PackedText.pack(null.captions()[:1])
         noise = self._noise(len(text), self.latent_size(height, width), generator, latents).to(device)
         steps = self.config.steps if num_inference_steps is None else num_inference_steps
         if steps < 1:
@@ -295,10 +298,11 @@ class FocusDiTPipeline(DiffusionPipeline):
                     latent = changed.get("latents", latent)
                 return None if self._interrupt else latent
 
+            seen = self.transformer.read(text.to(device, dtype))
             drawn = generate(
                 self._predict,
-                self.transformer.read(text),
-                self.transformer.read(null.to(device, dtype)),
+                seen,
+                seen if null is text else self.transformer.read(null.to(device, dtype)),
                 noise,
                 self.scheduler,
                 guidance,

@@ -399,3 +399,21 @@ def test_words_that_contradict_each_other(folder, tmp_path, words, capsys):
         main(command(folder, tmp_path, *words))
     assert ended.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "blocks",
+        pytest.param(
+            "graphs", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+        ),
+    ],
+)
+def test_compiled_it_draws_the_same(folder, tmp_path, how):
+    """Captions of two lengths, with and without guidance's null half."""
+    words = ["--prompt", "a red circle", "--prompt", "three large blue squares on white", "--steps", "3"]
+    words += ["--guidance-interval", "0.6", "1"]
+    for out, more in (("plain", []), ("compiled", ["--compile", how])):
+        assert main(command(folder, tmp_path / out, *words, *more)) == 0
+    assert same_pictures(pictures(tmp_path / "plain"), pictures(tmp_path / "compiled"))

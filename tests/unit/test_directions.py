@@ -21,6 +21,7 @@ ROOMS = {
         "pretrain/pipeline.py",
         "pretrain/bench/timing.py",
         "pretrain/bench/step.py",
+        "pretrain/bench/picture.py",
     },
 }
 ROOMS["diffusers"] = ROOMS["transformers"]

@@ -158,7 +158,7 @@ def test_refusals(data_set: Path, shape_tars: Path, tmp_path: Path, capsys) -> N
     shutil.copy(shape_tars / "00001.tar", double / "x" / "00000.tar")
     assert encode(f"{double}/x/*.tar", root) == 1
     assert "the part 00000 was made of" in capsys.readouterr().err
-    for spec, words in (("tiny+nothing/here/at", "no encoder at"), ("one+two+three", "expected `tiny` or TEXT+VAE")):
+    for spec, words in (("tiny+nothing/here/at", "no weights at"), ("one+two+three", "expected `tiny` or TEXT+VAE")):
         assert main(["--input", tars, "--output", str(root), "--encoders", spec]) == 1
         error = capsys.readouterr().err
         assert words in error and "Traceback" not in error

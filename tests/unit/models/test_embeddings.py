@@ -50,7 +50,7 @@ def test_rotary_against_complex_numbers(layout, scale, scales):
 @pytest.mark.parametrize("layout", ["halves", "thirds"])
 def test_rotary_keeps_lengths_and_the_origin(layout):
     x = torch.randn(1, 2, 12, 24)
-    y = rotary_positions(layout, (3, 4), 24, 1.0, CPU, torch.float32)(x)
+    y = rotary_positions(layout, (3, 4), 24, 1.0, CPU, torch.float32).turn(x)
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
     torch.testing.assert_close(y[:, :, 0], x[:, :, 0])
     assert not torch.allclose(y[:, :, 1:], x[:, :, 1:])
@@ -58,7 +58,7 @@ def test_rotary_keeps_lengths_and_the_origin(layout):
 
 def test_the_time_of_an_image_is_0():
     x = torch.randn(1, 1, 12, 24)
-    y = rotary_positions("thirds", (3, 4), 24, 1.0, CPU, torch.float32)(x)
+    y = rotary_positions("thirds", (3, 4), 24, 1.0, CPU, torch.float32).turn(x)
     assert torch.equal(y[..., :8], x[..., :8])
 
 
