@@ -68,7 +68,7 @@ class Rotary:
     def turn(self, x_BhNd: Tensor) -> Tensor:
         # Rotate-half inside each of the head's parts; the sine's sign is already in the table.
         swapped = rearrange(x_BhNd, "B h N (part two k) -> B h N part two k", part=self.parts, two=2).flip(-2)
-        return x_BhNd * self.cos_Nd + swapped.flatten(-3) * self.sin_Nd
+        return torch.addcmul(x_BhNd * self.cos_Nd, swapped.flatten(-3), self.sin_Nd)
 
 
 # Positions are divided by it: one number, or one for rows and one for columns.
