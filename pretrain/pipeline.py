@@ -49,7 +49,7 @@ from pretrain.diffusion import FfnWork, Guidance, generate
 from pretrain.diffusion.ddpm import BETA_END, BETA_START, STEPS
 from pretrain.folders import check_export, check_transformer, only_safetensors, read_backbone
 from pretrain.models import DiT, PackedText, Skip, TextMemory
-from pretrain.models.dit import Prediction
+from pretrain.models.dit import Prediction, TimeMemory
 
 logger = logging.get_logger(__name__)
 
@@ -84,7 +84,7 @@ class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | TextMemory,
-        timestep: Tensor | float,
+        timestep: Tensor | float | TimeMemory,
         encoder_attention_mask: Tensor | None = None,
         skip: Skip | None = None,
         return_dict: bool = True,
@@ -92,6 +92,7 @@ class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
         """Predicts for latents [B, C, H, W] at timesteps [B] (or one for all) in 0..1000.
 
         Args:
+            timestep: or what `read_times` made of one for all.
             encoder_hidden_states: text embeddings [B, L, E], or what `read` made of them.
             encoder_attention_mask: [B, L], not 0 where there is a token; None where all are.
             skip: leaves FFNs out where the query mask weighs them little.
@@ -101,7 +102,8 @@ class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
             text = encoder_hidden_states
         else:
             text = unpadded(encoder_hidden_states, encoder_attention_mask)
-        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
+        if not isinstance(timestep, TimeMemory):
+            timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
         prediction = self.dit(hidden_states, timestep, text, skip)
         if not return_dict:
             return prediction.sample_BCHW, prediction.masks_KBN
@@ -111,6 +113,11 @@ class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
     def read(self, text: PackedText) -> TextMemory:
         """Captions to what the blocks' cross-attentions see of them: once per prompt, for all sampling steps."""
         return self.dit.read(text)
+
+    @apply_forward_hook
+    def read_times(self, timestep_S: Tensor) -> tuple[TimeMemory, ...]:
+        """Timesteps to all that the backbone makes of them: once for all pictures."""
+        return self.dit.read_times(timestep_S)
 
     @classmethod
     def of(cls, dit: DiT) -> FocusDiTTransformer2DModel:
@@ -303,6 +310,7 @@ class FocusDiTPipeline(DiffusionPipeline):
                 self._predict,
                 seen,
                 seen if null is text else self.transformer.read(null.to(device, dtype)),
+                self.transformer.read_times(self.scheduler.timesteps),
                 noise,
                 self.scheduler,
                 guidance,
@@ -355,7 +363,7 @@ class FocusDiTPipeline(DiffusionPipeline):
             texts.append(text)
         return texts
 
-    def _predict(self, latent: Tensor, timestep: Tensor, text: TextMemory, skip: Skip | None) -> Prediction:
+    def _predict(self, latent: Tensor, timestep: TimeMemory, text: TextMemory, skip: Skip | None) -> Prediction:
         sample, masks = self.transformer(latent, text, timestep, skip=skip, return_dict=False)
         return Prediction(sample, masks)
 

@@ -91,6 +91,7 @@ class Preview:
         try:
             seen, null = (model.read(t.to(weight.device, weight.dtype)) for t in (text, self.null))
             guidance = Guidance(p.guidance)
-            return generate(model, seen, null, noise, scheduler, guidance, weight.dtype, keep_masks=True)
+            times = model.read_times(scheduler.timesteps)
+            return generate(model, seen, null, times, noise, scheduler, guidance, weight.dtype, keep_masks=True)
         finally:
             model.train(was_training)

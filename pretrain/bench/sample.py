@@ -1,8 +1,8 @@
 """Sampling: FocusDiT against the plain DiT, and both against the transformer of diffusers' PixArtAlphaPipeline of the same size.
 
 Timed is what a sampling step asks of the backbone, both halves of guidance in one batch, and, apart, what is done once per
-prompt (ours: the captions' keys and values). PixArt's is given captions padded to 300 tokens, as its pipeline does, and, to tell
-padding from the rest, unpadded ones of the same length in both halves.
+prompt (ours: the captions' keys and values, and all that follows from the times alone). PixArt's is given captions padded to
+300 tokens, as its pipeline does, and, to tell padding from the rest, unpadded ones of the same length in both halves.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> str:
 
     dit = build()
     rows = [
-        _ours("DiT", dit, latent, timestep, text + null),
-        _ours("FocusDiT, release mask", build(mask="release"), latent, timestep, text + null),
-        _ours("FocusDiT, and shared FFN of 2D", build(mask="release", ffn="shared"), latent, timestep, text + null),
-        _ours("DiT, both halves of equal length", dit, latent, timestep, text + equal),
+        _ours("DiT", dit, latent, args.steps, text + null),
+        _ours("FocusDiT, release mask", build(mask="release"), latent, args.steps, text + null),
+        _ours("FocusDiT, and shared FFN of 2D", build(mask="release", ffn="shared"), latent, args.steps, text + null),
+        _ours("DiT, both halves of equal length", dit, latent, args.steps, text + equal),
         *_pixart(
             base, latent, timestep, {f"padded to {CAP}": (text + null, CAP), "unpadded, equal": (text + equal, None)}
         ),
@@ -83,10 +83,13 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _ours(name: str, model: DiT, latent: Tensor, timestep: Tensor, captions: list[Tensor]) -> Timed:
+def _ours(name: str, model: DiT, latent: Tensor, steps: int, captions: list[Tensor]) -> Timed:
     packed = PackedText.pack(captions)
-    memory = model.read(packed)
-    return Timed(name, lambda: model(latent, timestep, memory), lambda: model.read(packed))
+    timesteps = torch.linspace(1000, 0, steps, device=latent.device)
+    memory, times = model.read(packed), model.read_times(timesteps)
+    return Timed(
+        name, lambda: model(latent, times[0], memory), lambda: (model.read(packed), model.read_times(timesteps))
+    )
 
 
 def _pixart(

@@ -152,7 +152,8 @@ def _sample(subject: Subject, steps: int, skip: Skip | None, keep_masks: bool = 
     scheduler = build_scheduler(subject.objective, subject.shift)
     set_timesteps(scheduler, steps, subject.noise.device)
     s, dtype = subject, subject.model.final.proj.weight.dtype
-    return generate(s.model, s.text, s.null, s.noise, scheduler, Guidance(s.guidance), dtype, skip, keep_masks)
+    times = s.model.read_times(scheduler.timesteps)
+    return generate(s.model, s.text, s.null, times, s.noise, scheduler, Guidance(s.guidance), dtype, skip, keep_masks)
 
 
 def _curve(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pretrain.diffusion.guidance import Guidance, Guided
-from pretrain.models.dit import Prediction
+from pretrain.models.dit import Prediction, TimeMemory
 from pretrain.models.skip import Skip
 from pretrain.models.text import TextMemory
 
@@ -29,7 +29,7 @@ OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
 class Backbone(Protocol):
     """What the loop asks of a backbone; `DiT` is one."""
 
-    def __call__(self, latent: Tensor, timestep: Tensor, text: TextMemory, skip: Skip | None) -> Prediction: ...
+    def __call__(self, latent: Tensor, timestep: TimeMemory, text: TextMemory, skip: Skip | None) -> Prediction: ...
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def generate(
     backbone: Backbone,
     text: TextMemory,
     null: TextMemory,
+    times: Sequence[TimeMemory],
     noise_BCHW: Tensor,
     scheduler: Any,
     guidance: Guidance,
@@ -100,6 +101,7 @@ def generate(
 
     Args:
         text: B captions, read by the backbone; `null`: one for all, or one for each.
+        times: the scheduler's timesteps, read by the backbone.
         noise_BCHW: where they start, in fp32; `dtype` is what the backbone computes in.
         skip: leaves out FFNs where the query mask weighs them little.
         keep_masks: give the query masks of each step.
@@ -112,7 +114,7 @@ def generate(
     def predict(latent: Tensor, timestep: Tensor, captions: TextMemory) -> Tensor:
         nonlocal steps
         steps += 1
-        prediction = backbone(latent.to(dtype), timestep, captions, skip)
+        prediction = backbone(latent.to(dtype), times[steps - 1], captions, skip)
         if prediction.masks_KBN is not None:
             if keep_masks:
                 masks.append(prediction.masks_KBN[:, : len(text)].transpose(0, 1).clone())

@@ -135,12 +135,27 @@ class DiTConfig:
 
 
 @dataclass(frozen=True)
-class Context:
-    """What all blocks of one forward pass share."""
+class TimeMemory:
+    """All that follows from the times alone, for B images or (B = 1) for all of them: made once for all sampling steps.
+
+    Attributes:
+        time_BD: the time embedding.
+        modulation_B6D: the blocks' shared modulation.
+        masks: each block's scale and shift [B, 1, D] of its query mask; None without query masks, and in training, where
+            each block makes its own.
+    """
 
     time_BD: Tensor
     modulation_B6D: Tensor
-    timestep_B: Tensor
+    masks: tuple[tuple[Tensor, Tensor], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all blocks of one forward pass share; `timestep_B` only where the times are not read yet."""
+
+    times: TimeMemory
+    timestep_B: Tensor | None
     rotary: Rotary
     shared_expert: ffn.Vocabulary | None
     skip: Skip | None
@@ -174,6 +189,7 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig, index: int):
         super().__init__()
         D = config.width
+        self.index = index
         self.eps = config.norm_eps
         self.scale_shift_table = nn.Parameter(torch.empty(6, D))
         self.self_attention = SelfAttention(D, config.heads)
@@ -187,13 +203,13 @@ class Block(nn.Module):
 
     def forward(self, state: TokenState, context: Context, text: PackedText | Runs) -> TokenState:
         x, m = state.x_BND, state.mask_BN1
-        modulation = (self.scale_shift_table + context.modulation_B6D).chunk(6, dim=1)
+        modulation = (self.scale_shift_table + context.times.modulation_B6D).chunk(6, dim=1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         attended = self.self_attention(modulate(x, shift_msa, scale_msa, self.eps), context.rotary)
         x = torch.addcmul(x, gate_msa, attended)
         x = x + self.cross_attention(x, text)
         if self.query_mask is not None:
-            m = self.query_mask(x, m, context.time_BD, context.timestep_B)
+            m = self.query_mask(x, m, *self.mask_time(context))
         if self.ffn is not None:
             z, vocabulary = modulate(x, shift_mlp, scale_mlp, self.eps), self._vocabulary(context.shared_expert)
             skip = context.skip
@@ -201,6 +217,13 @@ class Block(nn.Module):
             gate = gate_mlp if self.query_mask is None else m * gate_mlp
             x = torch.addcmul(x, gate, update)
         return replace(state, x_BND=x, mask_BN1=m)
+
+    def mask_time(self, context: Context) -> tuple[Tensor, Tensor]:
+        """The query mask's scale and shift, from what was read of the times or made now."""
+        if context.times.masks is not None:
+            return context.times.masks[self.index]
+        assert self.query_mask is not None and context.timestep_B is not None
+        return self.query_mask.read_time(context.times.time_BD, context.timestep_B)
 
     def _vocabulary(self, shared: ffn.Vocabulary | None) -> Callable[[Tensor], Tensor]:
         """The block's own expert, plus the shared one where there is one."""
@@ -275,12 +298,38 @@ class DiT(nn.Module):
         projected = text.with_tokens(self.text_projection(text.tokens_ME))
         return TextMemory(tuple(block.cross_attention.read(projected) for block in cast(list[Block], self.blocks)))
 
+    def read_times(self, timestep_S: Tensor) -> tuple[TimeMemory, ...]:
+        """Each of these timesteps to all that the backbone makes of it, for any number of images at that time."""
+        time_SD, modulation_S6D = self._time(timestep_S)
+        masks: list[tuple[Tensor, Tensor]] = []
+        if self.config.mask != "none":
+            masks = [
+                b.query_mask.read_time(time_SD, timestep_S) for b in cast(list[Block], self.blocks) if b.query_mask
+            ]
+        return tuple(
+            TimeMemory(
+                time_SD[i : i + 1],
+                modulation_S6D[i : i + 1],
+                tuple((scale[i : i + 1], shift[i : i + 1]) for scale, shift in masks) if masks else None,
+            )
+            for i in range(len(timestep_S))
+        )
+
+    def _time(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
+        time_BD = self.time_embed(timestep_B)
+        return time_BD, self.time_modulation(F.silu(time_BD)).unflatten(-1, (6, -1))
+
     def forward(
-        self, latent_BCHW: Tensor, timestep_B: Tensor, text: PackedText | TextMemory, skip: Skip | None = None
+        self,
+        latent_BCHW: Tensor,
+        timestep_B: Tensor | TimeMemory,
+        text: PackedText | TextMemory,
+        skip: Skip | None = None,
     ) -> Prediction:
         """Predicts for latents [B, C, H, W] at timesteps [B] in 0..1000 (0 is data), each with its caption.
 
         Args:
+            timestep_B: one for each latent, or what `read_times` made of one for all of them.
             text: the captions, or what `read` made of them.
             skip: leaves the FFN out where the query mask weighs it little.
 
@@ -289,10 +338,9 @@ class DiT(nn.Module):
                 or there are no query masks to skip by.
         """
         p = self.config.patch
-        if not len(latent_BCHW) == len(timestep_B) == len(text):
-            raise ValueError(
-                f"{len(latent_BCHW)} latents, {len(timestep_B)} timesteps and {len(text)} captions do not match"
-            )
+        timesteps = len(latent_BCHW) if isinstance(timestep_B, TimeMemory) else len(timestep_B)
+        if not len(latent_BCHW) == timesteps == len(text):
+            raise ValueError(f"{len(latent_BCHW)} latents, {timesteps} timesteps and {len(text)} captions do not match")
         rows, rest_h = divmod(latent_BCHW.shape[-2], p)
         columns, rest_w = divmod(latent_BCHW.shape[-1], p)
         if rest_h or rest_w:
@@ -305,11 +353,10 @@ class DiT(nn.Module):
         if self.config.absolute == "sincos":
             scale = self.config.position_scale
             x_BND = x_BND + sincos_positions((rows, columns), self.config.width, scale, x_BND.device, x_BND.dtype)
-        time_BD = self.time_embed(timestep_B)
+        times = timestep_B if isinstance(timestep_B, TimeMemory) else TimeMemory(*self._time(timestep_B))
         context = Context(
-            time_BD=time_BD,
-            modulation_B6D=self.time_modulation(F.silu(time_BD)).unflatten(-1, (6, -1)),
-            timestep_B=timestep_B,
+            times=times,
+            timestep_B=None if isinstance(timestep_B, TimeMemory) else timestep_B,
             rotary=self._positions((rows, columns), x_BND),
             shared_expert=self.shared_expert,
             skip=skip,
@@ -328,7 +375,7 @@ class DiT(nn.Module):
                 state = block(state, context, its_text)
             masks.append(state.mask_BN1.squeeze(-1))
         masks_KBN = None if self.config.mask == "none" else torch.stack(masks)
-        return Prediction(self.final(state, time_BD), masks_KBN)
+        return Prediction(self.final(state, times.time_BD), masks_KBN)
 
     def _positions(self, grid: tuple[int, int], like: Tensor) -> Rotary:
         c = self.config

@@ -54,13 +54,17 @@ class QueryMask(nn.Module):
         self.last = MaskLinear(sizes[-2], 1)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BND: Tensor, mask_BN1: Tensor, time_BD: Tensor, timestep_B: Tensor) -> Tensor:
+    def read_time(self, time_BD: Tensor, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift [B, 1, D] of the tokens at these times."""
         if self.kind == "release":
             # The table is indexed by the truncated timestep; the order is (scale, shift), as the release has it.
             row_BD = self.time_table(timestep_B.long().clamp(0, TIMESTEPS))
             scale, shift = self.time_linear(F.silu(row_BD))[:, None].chunk(2, dim=-1)
         else:
             scale, shift = (self.time_shift + time_BD[:, None]).chunk(2, dim=1)
+        return scale, shift
+
+    def forward(self, x_BND: Tensor, mask_BN1: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         h = torch.addcmul(shift, F.layer_norm(x_BND, x_BND.shape[-1:], eps=1e-5), 1 + scale)
         for layer in self.layers:
             h = F.relu(layer(h, mask_BN1))

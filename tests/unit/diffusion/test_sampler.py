@@ -226,6 +226,11 @@ def trained(mask: str = "adaln_single", ffn: str = "uniform") -> DiT:
     return model
 
 
+def memories(model: DiT, text: PackedText, null: PackedText, scheduler: Any) -> tuple[Any, Any, Any]:
+    """What the backbone is asked for once per prompt."""
+    return model.read(text), model.read(null), model.read_times(scheduler.timesteps)
+
+
 @torch.no_grad()
 def test_generate_is_the_loop_around_the_guided_backbone():
     """Its latents against the loop with both halves one after the other, each caption as it is."""
@@ -236,8 +241,8 @@ def test_generate_is_the_loop_around_the_guided_backbone():
         return without + (3.0 if 0.4 <= t <= 0.9 else 1.0) * (with_text - without)
 
     expected = sample(predict, noise, scheduled("flow", 6))
-    guidance, given = Guidance(3.0, (0.4, 0.9)), (model.read(text), model.read(null), noise)
-    drawn = generate(model, *given, scheduled("flow", 6), guidance, torch.float32)
+    scheduler, guidance = scheduled("flow", 6), Guidance(3.0, (0.4, 0.9))
+    drawn = generate(model, *memories(model, text, null, scheduler), noise, scheduler, guidance, torch.float32)
     torch.testing.assert_close(drawn.latent_BCHW, expected, rtol=1e-3, atol=1e-3)
     assert drawn.masks_BSKN is drawn.work is None
 
@@ -248,7 +253,8 @@ def test_generate_draws_each_picture_from_its_own_seed_and_caption(objective):
     model, (text, null) = trained(), texts()
 
     def drawn(text: PackedText, seeds: list[int], scale: float = 3.0) -> Any:
-        given = model.read(text), model.read(null), start_noise(seeds, (4, 6, 8)), scheduled(objective, 4, 3.0)
+        scheduler = scheduled(objective, 4, 3.0)
+        given = *memories(model, text, null, scheduler), start_noise(seeds, (4, 6, 8)), scheduler
         return generate(model, *given, Guidance(scale), torch.float32, keep_masks=True)
 
     together = drawn(text, [5, 6, 7])
@@ -271,17 +277,17 @@ def test_generate_draws_each_picture_from_its_own_seed_and_caption(objective):
 def test_generate_with_a_backbone_that_predicts_0_gives_the_noise_back():
     """In fp32, whatever the backbone computes in; it gets `dtype`, and nothing is remade of captions that were read."""
     model, (text, null), noise = trained().bfloat16(), texts(), start_noise([5, 6, 7], (4, 6, 8))
-    memories = [model.read(captions.to(CPU, torch.bfloat16)) for captions in (text, null)]
+    scheduler = scheduled("flow", 4, 3.0)
+    read = memories(model, text.to(CPU, torch.bfloat16), null.to(CPU, torch.bfloat16), scheduler)
 
     def backbone(latent: torch.Tensor, timestep: torch.Tensor, text: TextMemory, skip: Skip | None) -> Prediction:
         assert latent.dtype == torch.bfloat16
         assert (len(latent), len(text), skip) == (6, 6, None)
-        assert text.blocks[0][0][0].data_ptr() == memories[0].blocks[0][0][0].data_ptr()
+        assert text.blocks[0][0][0].data_ptr() == read[0].blocks[0][0][0].data_ptr()
         prediction = model(latent, timestep, text, skip)
         return replace(prediction, sample_BCHW=torch.zeros_like(prediction.sample_BCHW))
 
-    scheduler = scheduled("flow", 4, 3.0)
-    drawn = generate(backbone, *memories, noise, scheduler, Guidance(3.0), torch.bfloat16, keep_masks=True)
+    drawn = generate(backbone, *read, noise, scheduler, Guidance(3.0), torch.bfloat16, keep_masks=True)
     assert torch.equal(drawn.latent_BCHW, noise)
     assert drawn.masks_BSKN.dtype == torch.float32
 
@@ -295,7 +301,8 @@ def test_generate_stops_where_a_step_says_so():
         latents.append(latent)
         return None if i == 1 else latent
 
-    given = model.read(text), model.read(null), noise, scheduled("flow", 4), Guidance(3.0), torch.float32
+    scheduler = scheduled("flow", 4)
+    given = *memories(model, text, null, scheduler), noise, scheduler, Guidance(3.0), torch.float32
     drawn = generate(model, *given, Skip(0.5), keep_masks=True, on_step=on_step)
     assert len(latents) == 2
     assert torch.equal(drawn.latent_BCHW, latents[-1])
@@ -322,7 +329,8 @@ def test_the_work_counted_is_what_the_ffns_were_given(unit, ffn):
         masks.append(prediction.masks_KBN)
         return prediction
 
-    given = model.read(text), model.read(null), noise, scheduled("flow", 6), Guidance(3.0, (0.4, 0.9))
+    scheduler = scheduled("flow", 6)
+    given = *memories(model, text, null, scheduler), noise, scheduler, Guidance(3.0, (0.4, 0.9))
     work = generate(backbone, *given, torch.float32, skip).work
     assert work.tokens_S.tolist() == [36, 72, 72, 72, 36, 36]
     assert work.kept_SK.tolist() == [[step.get(block.ffn, 0) for block in model.blocks] for step in rows]
@@ -371,7 +379,8 @@ def waits_in_the_loop(objective: str, skip: Skip | None = None, where: str = "")
         marks.append(len(recorder.names))
         return latent
 
-    given = model.read(text), model.read(null), start_noise([5, 6, 7], (4, 6, 8)), scheduled(objective, 4, 3.0)
+    scheduler = scheduled(objective, 4, 3.0)
+    given = *memories(model, text, null, scheduler), start_noise([5, 6, 7], (4, 6, 8)), scheduler
     with recorder:
         generate(backbone, *given, Guidance(3.0, (0.0, 0.8)), torch.float32, skip, True, on_step)
     assert len(marks) == 2 * 4

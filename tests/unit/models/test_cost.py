@@ -68,13 +68,13 @@ def test_flops_of_a_forward_and_a_training_step(mask, ffn, removed):
         modules = counter.get_flop_counts()
         by_part = {
             part: sum(sum(flops.values()) for name, flops in modules.items() if name.endswith(f".{part}"))
-            for part in ("self_attention", "cross_attention", "query_mask", "ffn", "shared_expert")
+            for part in ("self_attention", "cross_attention", "query_mask", "time_linear", "ffn", "shared_expert")
         }
         output.sum().backward()
     counted = count_flops(config, 4 * 6, CAPTION)
     assert by_part["self_attention"] + by_part["cross_attention"] == IMAGES * counted.attention
     assert by_part["ffn"] + by_part["shared_expert"] == IMAGES * counted.ffn
-    assert by_part["query_mask"] == IMAGES * counted.query_mask
+    assert by_part["query_mask"] + by_part["time_linear"] == IMAGES * counted.query_mask
 
     sinusoids = 2 * IMAGES * 256 * config.width  # the only product whose input needs no gradient
     assert counter.get_total_flops() == training_flops(config, IMAGES, 4 * 6, IMAGES * CAPTION) - sinusoids

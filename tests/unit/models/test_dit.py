@@ -477,3 +477,18 @@ def test_accepts_what_it_says_it_accepts(heads_width):
     config = replace(PLAIN, heads=heads, width=width, position_scale=(0.5, 3.0), removed_ffns=(2, 0))
     assert config.problems() == []
     DiT(config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("mask", "ffn"), KINDS)
+def test_times_read_before_are_those_of_each_image(mask, ffn):
+    """Reading several timesteps at once, each for all images, changes nothing."""
+    model = build(replace(PLAIN, mask=mask, ffn=ffn))
+    latent, _, text = inputs()
+    timesteps = torch.tensor([1000.0, 412.7, 0.0], dtype=torch.float64)
+    for timestep, memory in zip(timesteps, model.read_times(timesteps), strict=True):
+        expected = model(latent, timestep.expand(3), text)
+        for got in (model(latent, memory, text), model(latent, memory, model.read(text))):
+            torch.testing.assert_close(got.sample_BCHW, expected.sample_BCHW)
+            if mask != "none":
+                torch.testing.assert_close(got.masks_KBN, expected.masks_KBN)

@@ -10,6 +10,11 @@ WIDTH, HIDDEN = 24, (16, 12, 8, 4)
 B, N = 3, 7
 
 
+def run(module: QueryMask, x: torch.Tensor, previous: torch.Tensor, time: torch.Tensor, timestep: torch.Tensor):
+    """The mask, with the time read as each block does in training."""
+    return module(x, previous, *module.read_time(time, timestep))
+
+
 def seeded(kind: str, dropout: float = 0.0) -> QueryMask:
     """A query mask with random parameters, so that no unit and no previous mask is without effect."""
     module = QueryMask(WIDTH, kind, HIDDEN, dropout).double()
@@ -59,7 +64,7 @@ def reference(
 @pytest.mark.parametrize("kind", ["release", "adaln_single"])
 def test_against_the_reference(kind):
     module, given = seeded(kind), inputs()
-    got = module(*given)
+    got = run(module, *given)
     assert got.shape == (B, N, 1)
     torch.testing.assert_close(got, reference(module, *given))
     assert 0 < got.min() < got.max() < 1
@@ -69,15 +74,15 @@ def test_against_the_reference(kind):
 @pytest.mark.parametrize("layer", range(5))
 def test_the_previous_mask_enters_each_layer(layer):
     module, (x, previous, time, timestep) = seeded("release"), inputs()
-    before = module(x, previous, time, timestep)
+    before = run(module, x, previous, time, timestep)
     chosen = [*module.layers, module.last][layer]
     with torch.no_grad():
         chosen.premask.add_(0.5)
-    assert not torch.allclose(module(x, previous, time, timestep), before)
+    assert not torch.allclose(run(module, x, previous, time, timestep), before)
     for other in [*module.layers, module.last]:
         nn.init.zeros_(other.premask)
-    without = module(x, previous, time, timestep)
-    assert torch.equal(module(x, torch.rand_like(previous), time, timestep), without)
+    without = run(module, x, previous, time, timestep)
+    assert torch.equal(run(module, x, torch.rand_like(previous), time, timestep), without)
 
 
 def test_the_releases_table_is_indexed_by_truncated_timesteps():
@@ -85,7 +90,7 @@ def test_the_releases_table_is_indexed_by_truncated_timesteps():
     assert module.time_table.num_embeddings == 1001
 
     def at(*timesteps: float) -> torch.Tensor:
-        return module(x, previous, time, torch.tensor(timesteps))
+        return run(module, x, previous, time, torch.tensor(timesteps))
 
     assert torch.equal(at(0.999, 417.0, 1000.0), at(0.0, 417.999, 1000.0))
     changed = at(1.0, 416.999, 999.999)
@@ -96,9 +101,9 @@ def test_the_releases_table_is_indexed_by_truncated_timesteps():
 def test_the_release_ignores_the_shared_time_embedding_and_adaln_single_the_timestep():
     x, previous, time, timestep = inputs()
     release, single = seeded("release"), seeded("adaln_single")
-    assert torch.equal(release(x, previous, time, timestep), release(x, previous, time + 1, timestep))
-    assert torch.equal(single(x, previous, time, timestep), single(x, previous, time, timestep / 2))
-    assert not torch.allclose(single(x, previous, time, timestep), single(x, previous, time + 1, timestep))
+    assert torch.equal(run(release, x, previous, time, timestep), run(release, x, previous, time + 1, timestep))
+    assert torch.equal(run(single, x, previous, time, timestep), run(single, x, previous, time, timestep / 2))
+    assert not torch.allclose(run(single, x, previous, time, timestep), run(single, x, previous, time + 1, timestep))
 
 
 @pytest.mark.parametrize("kind", ["release", "adaln_single"])
@@ -112,15 +117,15 @@ def test_the_order_is_scale_then_shift(kind):
         else:
             time = torch.zeros_like(time)
             module.time_shift.copy_(torch.stack([-torch.ones(WIDTH), torch.zeros(WIDTH)]))
-    constant = module(x, previous, time, timestep)
-    assert torch.equal(constant, module(torch.randn_like(x), previous, time, timestep))
+    constant = run(module, x, previous, time, timestep)
+    assert torch.equal(constant, run(module, torch.randn_like(x), previous, time, timestep))
     with torch.no_grad():
         if kind == "release":
             module.time_linear.bias.copy_(module.time_linear.bias.roll(WIDTH))
         else:
             module.time_shift.copy_(module.time_shift.flip(0))
     assert not torch.allclose(
-        module(x, previous, time, timestep), module(torch.randn_like(x), previous, time, timestep)
+        run(module, x, previous, time, timestep), run(module, torch.randn_like(x), previous, time, timestep)
     )
 
 
@@ -128,12 +133,12 @@ def test_dropout_acts_on_the_mask_itself_and_only_in_training():
     module, (x, previous, time, timestep) = seeded("adaln_single", dropout=0.25), inputs()
     x, previous = x.repeat(1, 300, 1), previous.repeat(1, 300, 1)
     module.eval()
-    whole = module(x, previous, time, timestep)
-    assert torch.equal(whole, module(x, previous, time, timestep))
+    whole = run(module, x, previous, time, timestep)
+    assert torch.equal(whole, run(module, x, previous, time, timestep))
 
     module.train()
     torch.manual_seed(0)
-    dropped = module(x, previous, time, timestep)
+    dropped = run(module, x, previous, time, timestep)
     zero = dropped == 0
     assert zero.double().mean().item() == pytest.approx(0.25, abs=0.02)
     torch.testing.assert_close(dropped[~zero], whole[~zero] / 0.75)
@@ -144,8 +149,8 @@ def test_gradients_reach_the_previous_mask():
     first, second = seeded("adaln_single"), seeded("adaln_single")
     x, previous, time, timestep = inputs()
     previous.requires_grad_()
-    assert torch.autograd.gradcheck(lambda m: first(x, m, time, timestep), previous)
-    chained = second(x, first(x, previous, time, timestep), time, timestep)
+    assert torch.autograd.gradcheck(lambda m: run(first, x, m, time, timestep), previous)
+    chained = run(second, x, run(first, x, previous, time, timestep), time, timestep)
     chained.sum().backward()
     assert previous.grad.abs().min() > 0
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in first.parameters())
