@@ -15,13 +15,14 @@ from pretrain.models import DiTConfig
 
 
 def side_by_side(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, all taken in turn; the first round does not count."""
+    """Median seconds of each. All are taken in turn, each round from another one on; the first round does not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
     for i in range(rounds + 1):
-        for name, run in runs.items():
+        for name in names[i % len(names) :] + names[: i % len(names)]:
             _wait(device)
             start = time.perf_counter()
-            run()
+            runs[name]()
             _wait(device)
             if i:
                 times[name].append(time.perf_counter() - start)
