@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from support import ROOT, Finished, start_training
 
 if TYPE_CHECKING:
@@ -79,3 +80,12 @@ def tiny_pipeline_folder(tiny_pipeline: FocusDiTPipeline, tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
     tiny_pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Products of small models wait for their threads longer than they compute: a third of the time on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

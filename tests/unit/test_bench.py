@@ -9,16 +9,9 @@ import torch
 from pretrain.bench.__main__ import main
 from pretrain.bench.timing import padded, side_by_side
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ["--preset", "dit_tiny", "--depth", "0", "--tokens-per-side", "4", "--rounds", "1"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small wait for their threads longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_things_are_timed_in_turn_and_the_first_round_does_not_count():

@@ -20,6 +20,8 @@ from pretrain.diffusion import EpsilonPrediction, Guidance, RectifiedFlow, gener
 from pretrain.models import DiT, DiTConfig, PackedText, Prediction, Skip, TextMemory
 from pretrain.pipeline import build_scheduler, set_timesteps
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MU, S = 1.5, 0.4
 CPU = torch.device("cpu")
 NOISE = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -59,15 +61,6 @@ def exact(objective: str) -> torch.Tensor:
         return MU + S * NOISE
     a = kept(999)
     return MU + S * (NOISE - math.sqrt(a) * MU) / math.sqrt(a * S**2 + 1 - a)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small wait for their threads longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("objective", [RectifiedFlow(), EpsilonPrediction()])

@@ -15,19 +15,12 @@ from torch import Tensor
 from pretrain.models import DiT, DiTConfig, PackedText
 from pretrain.models.dit import TokenState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PLAIN = DiTConfig(
     width=24, heads=2, depth=3, patch=2, latent_channels=3, text_width=10, shared_width=2, mask_hidden=(16, 12, 8, 4)
 )
 KINDS = list(product(("none", "release", "adaln_single"), ("uniform", "shared", "tapered")))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small wait for their threads longer than they compute: a third of the time on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(config: DiTConfig = PLAIN, seed: int = 0) -> DiT:

@@ -14,18 +14,11 @@ from pretrain.models.ffn import Vocabulary
 from pretrain.models.mask import QueryMask
 from pretrain.models.skip import UNITS, on_kept
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FOCUS = DiTConfig(
     width=24, heads=2, depth=3, patch=2, latent_channels=3, text_width=10, mask="release", mask_hidden=(16, 8)
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small wait for their threads longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(config: DiTConfig = FOCUS) -> DiT:
