@@ -1,285 +1,270 @@
 """Captioned pictures in webdataset tars to MDS shards of text embeddings and latents.
 
     python data_prep/encode.py --input 'tars/*.tar' --output data/NAME --encoders flan-t5-xxl+mochi --resolutions 256 512
+    python data_prep/encode.py --sources sources.yaml --output s3://bucket/NAME --work /shared/NAME --encoders …
 
-One tar in, one part out. Run it again after a stop: only what is missing is made. Several workers share the tars by
-`--worker I --workers N` (slurm/encode.sh is a job array of them); whoever sees the last part done writes the card.
+One tar in, one part out. Run it again after a stop, however it came: only what is missing is made, and the result has the same
+bytes as if there had been none. Start as many workers as there are GPUs, on any number of nodes and at any time: they share
+the tars through the output folder. Whoever sees the last part done writes the card and the report.
 """
 
 from __future__ import annotations
 
 import argparse
-import glob
+import errno
+import hashlib
+import json
+import os
+import re
+import socket
 import sys
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
 
-from data_prep import shards
-from data_prep.encoders import DOWNSAMPLE, TextEncoder, Vae, parse_encoders
-from data_prep.images import Unusable, decode, resize_and_crop, to_array
-from data_prep.tars import Reject, Sample, expected_samples, read_tar
+from data_prep import report, shards
+from data_prep.claims import Claims
+from data_prep.decoders import DecoderPool
+from data_prep.deduplicate import Search, find
+from data_prep.duplicates import MAX_DISTANCE
+from data_prep.encoders import DOWNSAMPLE
+from data_prep.images import BUCKET_STEP
+from data_prep.progress import Progress
+from data_prep.sources import ONLY, Job, Source, read_sources, source
+from data_prep.storage import Remote, is_remote
+from data_prep.worker import Encoder, Settings, Worker
 
-
-@dataclass(frozen=True)
-class Picture:
-    """A sample whose image is decoded and cut: pictures [3, r, r] in −1..1 by resolution r."""
-
-    key: str
-    caption: str
-    width: int
-    height: int
-    pictures: dict[int, Tensor]
+COMMANDS = f"{shards.WORK}/encode"
 
 
-@dataclass
-class Tally:
-    """What became of a tar's samples: read = written + dropped."""
-
-    read: int = 0
-    captions_cut: int = 0
-    rejects: list[dict[str, str]] = field(default_factory=list)
-
-    def drop(self, key: str, reason: str, detail: str) -> None:
-        """Counts a sample that will not be written."""
-        self.rejects.append({"key": key, "reason": reason, "detail": detail})
-
-    def report(self, tar: Path, written: dict[str, int]) -> dict[str, Any]:
-        """The part's report, with the samples written by data set."""
-        assert self.read == sum(written.values()) + len(self.rejects)
-        return {
-            "tar": str(tar),
-            "bytes": tar.stat().st_size,
-            "read": self.read,
-            "written": written,
-            "dropped": dict(sorted(Counter(r["reason"] for r in self.rejects).items())),
-            "captions_cut": self.captions_cut,
-            "rejects": self.rejects,
-        }
-
-
-class Encoder:
-    """Both frozen encoders and the settings that they are used with."""
-
-    def __init__(self, spec: str, resolutions: list[int], token_cap: int, posterior: str, device: str):
-        text, vae = parse_encoders(spec)
-        self.text, self.vae = TextEncoder(text, device), Vae(vae, device)
-        self.resolutions, self.token_cap, self.posterior = sorted(resolutions), token_cap, posterior
-
-    def card(self) -> shards.Card:
-        """The data set's card, its counts still empty."""
-        t, v = self.text, self.vae
-        return shards.Card(
-            text_encoder={"name": t.name, "width": t.width, "fingerprint": t.fingerprint},
-            vae={
-                "name": v.name,
-                "channels": v.channels,
-                "downsample": DOWNSAMPLE,
-                "normalisation": v.normalisation,
-                "fingerprint": v.fingerprint,
-            },
-            token_cap=self.token_cap,
-            posterior=self.posterior,
-            resolutions=self.resolutions,
-        )
-
-    def records(self, batch: list[Picture], part: str, tally: Tally) -> list[shards.Record]:
-        """Encodes a batch: captions together, pictures by resolution."""
-        texts, cut = self.text.encode([p.caption for p in batch], self.token_cap)
-        tally.captions_cut += len(cut)
-        latents: list[dict[int, shards.Latent]] = [{} for _ in batch]
-        for resolution in self.resolutions:
-            chosen = [i for i, p in enumerate(batch) if resolution in p.pictures]
-            # Batches of about one million pixels bound the VAE's memory.
-            step = max(1, (1 << 20) // resolution**2)
-            for some in (chosen[k : k + step] for k in range(0, len(chosen), step)):
-                encoded = self.vae.encode(torch.stack([batch[i].pictures[resolution] for i in some]))
-                for i, mean, std in zip(some, encoded.mean, encoded.std, strict=True):
-                    latents[i][resolution] = shards.Latent(mean, std if self.posterior == "mean_std" else None)
-        return [
-            shards.Record(f"{part}/{p.key}", p.caption, text, latent, p.width, p.height)
-            for p, text, latent in zip(batch, texts, latents, strict=True)
-        ]
-
-
-def read_pictures(tar: Path, caption_field: str, resolutions: list[int], tally: Tally) -> Iterator[Picture]:
-    """The usable samples of a tar; the others are tallied with their reason."""
-    for item in read_tar(tar, caption_field):
-        tally.read += 1
-        if isinstance(item, Reject):
-            tally.drop(item.key, item.reason, item.detail)
-            continue
-        try:
-            yield prepare(item, resolutions)
-        except Unusable as error:
-            tally.drop(item.key, error.reason, str(error))
-
-
-def prepare(sample: Sample, resolutions: list[int]) -> Picture:
-    """Decodes, resizes and crops to every resolution that the image is large enough for. Raises Unusable."""
-    image: Image.Image = decode(sample.image)
-    fitting = [r for r in resolutions if min(image.size) >= r] or [min(resolutions)]  # too small: the crop says so
-    pictures = {r: torch.from_numpy(to_array(resize_and_crop(image, r))) for r in fitting}
-    return Picture(sample.key, sample.caption, *image.size, pictures)
-
-
-def encode_tar(
-    tar: Path, part: str, root: Path, card: shards.Card, encoder: Encoder, args: argparse.Namespace
-) -> Tally:
-    """One tar in, one part out."""
-    tally = Tally()
-    with shards.PartWriter(root, part, card) as writer:
-        for batch in batched(read_pictures(tar, args.caption_field, encoder.resolutions, tally), args.batch):
-            for record in encoder.records(batch, part, tally):
-                writer.write(record)
-        writer.commit(tally.report(tar, writer.written))
-    expected = expected_samples(tar)
-    if expected is not None and expected != tally.read:
-        tqdm.write(f"warning: {tar}: img2dataset wrote {expected} samples, {tally.read} were found", file=sys.stderr)
-    return tally
-
-
-def batched(items: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
-    """Lists of `size` items, the last one perhaps shorter (itertools.batched, which Python has from 3.12 on)."""
-    batch: list[Picture] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def find_tars(pattern: str) -> dict[str, Path]:
-    """The input tars by the name of the part that each becomes. Raises with one clear line."""
-    pattern = f"{pattern}/*.tar" if Path(pattern).is_dir() else pattern
-    paths = sorted(Path(p) for p in glob.glob(pattern, recursive=True))
-    if not paths:
-        raise FileNotFoundError(f"--input {pattern}: no such file; quote a pattern so that the shell leaves it whole")
-    tars: dict[str, Path] = {}
-    for path in paths:
-        if path.stem in tars:
-            raise ValueError(
-                f"{tars[path.stem]} and {path} would both become the part {path.stem}; rename one, or encode them into "
-                "two data sets"
-            )
-        tars[path.stem] = path
-    return tars
-
-
-def open_data_set(root: Path, encoder: Encoder) -> shards.Card:
-    """Starts the data set or joins it. Raises ValueError where it was made with other settings."""
-    card = encoder.card()
-    if not (root / shards.CARD).exists():
-        root.mkdir(parents=True, exist_ok=True)
-        card.save(root)
-    there = shards.Card.load(root).settings()
-    if different := [k for k, v in card.settings().items() if there[k] != v]:
-        lines = [f"  {k}: there {there[k]}, now {card.settings()[k]}" for k in different]
-        raise ValueError(f"{root} was made with other settings; choose another --output:\n" + "\n".join(lines))
-    if not (root / shards.NULL_TEXT).exists():
-        shards.save_null_text(root, encoder.text.encode([""], encoder.token_cap)[0][0])
-    return card
-
-
-def missing(tars: dict[str, Path], root: Path) -> dict[str, Path]:
-    """The tars without a part. Raises ValueError where a part was made of another tar of the same name."""
-    todo = {}
-    for part, tar in tars.items():
-        report = shards.report_of(root, part)
-        if report is None:
-            todo[part] = tar
-        elif report["bytes"] != tar.stat().st_size:
-            raise ValueError(
-                f"the part {part} was made of {report['tar']} with {report['bytes']} bytes, but {tar} has "
-                f"{tar.stat().st_size}; to make it again, remove {root / shards.REPORTS / part}.json"
-            )
-    return todo
-
-
-def run(args: argparse.Namespace) -> None:
-    """Encodes what is missing of this worker's tars; the worker after whom nothing is missing finishes the data set.
+def run(args: argparse.Namespace) -> int:
+    """Encodes what is missing; the worker after whom nothing is missing finishes the data set. Returns the exit code.
 
     Raises:
         ValueError: the output was made with other settings or of other tars, or two tars have one name.
         OSError: no such tars or encoders, or no place to write.
     """
-    tars, root = find_tars(args.input), args.output
-    encoder = Encoder(args.encoders, args.resolutions, args.token_cap, args.posterior, args.device)
-    card = open_data_set(root, encoder)
-    mine = dict(list(tars.items())[args.worker :: args.workers])
-    todo = missing(mine, root)
-    print(f"{len(tars)} tars, {len(mine)} of them for this worker, {len(mine) - len(todo)} already encoded", flush=True)
-    start, read = time.monotonic(), 0
-    for part, tar in tqdm(todo.items(), unit="tar", disable=None):
-        tally = encode_tar(tar, part, root, card, encoder, args)
-        read += tally.read
-        rate = read / (time.monotonic() - start)
-        tqdm.write(f"{tar}: read {tally.read}, dropped {len(tally.rejects)} ({rate:.1f} images/s)")
-    if missing(tars, root):
-        print("done with this worker's share; other parts are still missing")
-        return
-    print_summary(shards.finish(root, card), root)
+    sources = sources_of(args)
+    jobs = [job for each in sources for job in each.jobs()]
+    root = args.work or Path(args.output)
+    remote = Remote(args.output) if is_remote(args.output) else None
+    settings = Settings(
+        resolutions=tuple(sorted(args.resolutions)),
+        buckets=args.buckets,
+        token_cap=args.token_cap,
+        drop_long=args.long_captions == "drop",
+        posterior=args.posterior,
+        compression=args.compression,
+        shard_bytes=args.shard_mb << 20,
+    )
+    encoder = Encoder(args.encoders, settings, args.device, args.compile)
+    card = open_data_set(root, encoder, args, sources, remote)
+    keep_command(args, root)
+    check_parts(jobs, root)
+    made = set(shards.made(root))
+    made_bytes = sum(j.bytes for j in jobs if j.name in made)
+    print(f"{len(jobs)} tars, {sum(j.name in made for j in jobs)} of them already encoded", flush=True)
+    progress = Progress(sum(j.bytes for j in jobs), made_bytes, root / shards.WORK / "tensorboard" / worker_name())
+    with (
+        Claims(root / shards.WORK / "claims", args.claim_timeout) as claims,
+        DecoderPool(args.decoders, args.image_seconds, args.image_memory_mb << 20) as pool,
+    ):
+        worker = Worker(root, card, encoder, jobs, claims, pool, progress, remote)
+        try:
+            if args.duplicates != "keep":
+                search = Search(args.duplicates, args.duplicate_distance, settings.resolutions, args.buckets)
+                worker.repeats = find(root, jobs, search, claims, pool, progress.say)
+            worker.run()
+        finally:
+            progress.close()
+    return finish(root, card, jobs, worker.failed, remote)
 
 
-def print_summary(card: shards.Card, root: Path) -> None:
-    """Prints what was read, written and dropped, by data set and by reason."""
-    counts = card.counts
-    print(f"{root}: read {counts['read']} = written {counts['written']} + dropped {sum(counts['dropped'].values())}")
-    for name, about in card.sets.items():
-        print(f"  {name:<12} {about['samples']:>9} samples in {about['shards']} shards")
-    for reason, count in counts["dropped"].items():
-        print(f"  dropped: {reason:<20} {count}")
-    if counts["captions_cut"]:
-        print(f"  {counts['captions_cut']} captions were cut to {card.token_cap} tokens")
+def finish(root: Path, card: shards.Card, jobs: list[Job], failed: dict[str, OSError], remote: Remote | None) -> int:
+    """The report, the indexes and the card, once all parts are there."""
+    made = set(shards.made(root))
+    if failed:
+        names = "\n".join(f"  {error}" for error in failed.values())
+        print(f"encode: {len(failed)} tars could not be read; run this again:\n{names}", file=sys.stderr)
+        return 1
+    if missing := [j.name for j in jobs if j.name not in made]:
+        print(f"nothing is left for this worker; others are at work on {len(missing)} parts")
+        return 0
+    whole = report.publish(root, card, remote)
+    shards.finish(root, card, counts_of(whole), remote)
+    print(f"{root}: {(root / report.TEXT).read_text(encoding='utf-8')}", end="")
+    if not whole["written"]:
+        print("encode: not one sample was written; the reasons stand above", file=sys.stderr)
+        return 1
+    return 0
+
+
+def counts_of(whole: dict[str, Any]) -> dict[str, Any]:
+    """The card's counts from the report over all parts."""
+    counts = {k: whole[k] for k in ("read", "written", "dropped", "captions_cut", "bytes_per_sample")}
+    return {"parts": len(whole["parts"]), **counts}
+
+
+def sources_of(args: argparse.Namespace) -> list[Source]:
+    """The sources that the command line names."""
+    if args.sources:
+        return read_sources(args.sources)
+    return [source(ONLY, [args.input], args.captions, args.filter)]
+
+
+def open_data_set(
+    root: Path, encoder: Encoder, args: argparse.Namespace, sources: list[Source], remote: Remote | None
+) -> shards.Card:
+    """Starts the data set or joins it. Raises ValueError where it was made with other settings."""
+    card = encoder.card(args.text_dtype)
+    choices = {
+        "long_captions": args.long_captions,
+        "duplicates": None if args.duplicates == "keep" else [args.duplicates, args.duplicate_distance],
+        "compression": args.compression,
+        "shard_mb": args.shard_mb,
+    }
+    card.choices = {**choices, "sources": {s.name: s.choices for s in sorted(sources, key=lambda s: s.name)}}
+    if (root / shards.CARD).exists():
+        there = shards.Card.load(root)
+        old_sources = there.choices.pop("sources")
+        before = {**there.settings(), **there.choices, **{f"source {k}": v for k, v in old_sources.items()}}
+        now = {**card.settings(), **choices, **{f"source {s.name}": s.choices for s in sources}}
+        if different := [k for k, v in now.items() if k in before and before[k] != v]:
+            lines = [f"  {k}: there {before[k]}, now {now[k]}" for k in different]
+            raise ValueError(f"{root} was made with other settings; choose another --output:\n" + "\n".join(lines))
+        card.choices["sources"] = dict(sorted({**old_sources, **card.choices["sources"]}.items()))
+    else:
+        root.mkdir(parents=True, exist_ok=True)
+        card.save(root)
+    if not (root / shards.NULL_TEXT).exists():
+        shards.save_null_text(root, encoder.text.encode([""], args.token_cap)[0][0])
+        if remote is not None:
+            remote.upload(root / shards.NULL_TEXT, shards.NULL_TEXT)
+    return card
+
+
+def keep_command(args: argparse.Namespace, root: Path) -> None:
+    """Notes below work/ how these parts are made, for verify.py --repair: a file for each command that differs."""
+    arguments: list[str] = []
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        if name in ("output", "work", "device", "decoders", "claim_timeout") or value is None or value is False:
+            continue
+        values = [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
+        arguments += [option] if value is True else values
+    command = {"directory": os.getcwd(), "arguments": arguments}
+    name = hashlib.sha256(json.dumps(command).encode()).hexdigest()[:16]
+    shards.write(root, f"{COMMANDS}/{name}.json", json.dumps({"output": args.output, **command}, indent=1) + "\n")
+
+
+def check_parts(jobs: list[Job], root: Path) -> None:
+    """Raises ValueError where a part was made of another tar of the same name."""
+    for job in jobs:
+        there = shards.report_of(root, job.name)
+        if there is not None and there["tar_bytes"] != job.bytes:
+            raise ValueError(
+                f"the part {job.name} was made of {there['tar']} with {there['tar_bytes']} bytes, but {job.url} has "
+                f"{job.bytes}; to make it again, remove {root / shards.REPORTS / job.name}.json"
+            )
+
+
+def worker_name() -> str:
+    """A name for this worker's TensorBoard run."""
+    return re.sub(r"[^\w.-]", "_", f"{socket.gethostname()}-{os.environ.get('SLURM_JOB_ID', '')}-{os.getpid()}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked; a wrong one ends the program with one line."""
     parser = argparse.ArgumentParser(description="Encodes webdataset tars into MDS shards.")
-    parser.add_argument("--input", required=True, help="folder of tars, or a quoted pattern of them")
-    parser.add_argument("--output", required=True, type=Path, help="the data set's folder")
-    parser.add_argument("--encoders", required=True, help="tiny, or TEXT+VAE: names, hub names or folders")
-    parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512], help="square sizes in pixels")
-    parser.add_argument("--token-cap", type=int, default=300, help="longer captions are cut (default 300)")
-    parser.add_argument(
-        "--posterior", choices=("mean_std", "mean"), default="mean_std", help="what is kept of a latent"
-    )
-    parser.add_argument("--caption-field", default="caption", help="field of key.json, where there is no key.txt")
-    parser.add_argument("--batch", type=int, default=32, help="samples encoded together")
-    parser.add_argument("--worker", type=int, default=0, help="this worker's number, from 0")
-    parser.add_argument("--workers", type=int, default=1, help="workers that share the tars")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    of = parser.add_mutually_exclusive_group(required=True)
+    of.add_argument("--input", help="folder of tars, a quoted pattern of them, or an s3://, gs://, http(s):// URL")
+    of.add_argument("--sources", type=Path, help="YAML file of several named sources (data_prep/sources.py shows one)")
+    add("--output", required=True, help="the data set's folder, or an s3:// or gs:// URL")
+    add("--work", type=Path, help="with an output on object storage: a folder that all workers share")
+    add("--encoders", required=True, help="tiny, or TEXT+VAE: names, hub names or folders")
+    add("--resolutions", type=int, nargs="+", default=[256, 512], help="in pixels (default 256 512)")
+    add("--buckets", action="store_true", help="aspect-ratio buckets of each resolution's area, instead of squares")
+    add("--captions", help="field of key.json, .txt for key.txt, or several with weights: recaption=0.8,.txt=0.2")
+    add("--filter", default="", help='condition on fields of key.json: "aesthetic >= 5.5 and watermark < 0.5"')
+    add("--token-cap", type=int, default=300, help="tokens of a caption (default 300)")
+    add("--long-captions", choices=("cut", "drop"), default="cut", help="what becomes of longer ones (default cut)")
+    add("--duplicates", choices=("keep", "exact", "perceptual"), default="keep", help="which pictures to store once")
+    add("--duplicate-distance", type=int, default=3, help="perceptual: bits of 64 that may differ (default 3)")
+    add("--posterior", choices=("mean_std", "mean"), default="mean_std", help="what is kept of a latent")
+    add("--text-dtype", choices=shards.TEXT_DTYPES, default="bfloat16", help="8 bits halve the text, with some error")
+    add("--compression", help="of the shards: zstd, or zstd:LEVEL (default none)")
+    add("--shard-mb", type=int, default=shards.SHARD_BYTES >> 20, help="largest size of a shard in MiB (default 128)")
+    add("--decoders", type=int, default=default_decoders(), help="processes that decode pictures (default: one a core)")
+    add("--image-seconds", type=float, default=30.0, help="a picture that takes longer is dropped (default 30)")
+    add("--image-memory-mb", type=int, default=4096, help="of a decoding process, in MiB (default 4096)")
+    add("--claim-timeout", type=float, default=60.0, help="seconds after which a silent worker counts as dead")
+    add("--compile", action="store_true", help="torch.compile the encoders; pays on GPUs")
+    add("--device", default=default_device())
     args = parser.parse_args(argv)
-    if not 0 <= args.worker < args.workers:
-        parser.error(f"--worker {args.worker} must be from 0 to {args.workers - 1} (--workers {args.workers})")
-    if bad := [r for r in args.resolutions if r <= 0 or r % DOWNSAMPLE]:
-        parser.error(f"--resolutions {bad[0]}: sizes must be above 0 and divisible by {DOWNSAMPLE}")
-    if args.token_cap < 1 or args.batch < 1:
-        parser.error("--token-cap and --batch must be at least 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: torch finds no GPU here; use --device cpu")
+    if problem := problem_of(args):
+        parser.error(problem)
     return args
+
+
+def problem_of(args: argparse.Namespace) -> str | None:
+    """What is wrong with the options together, in one line."""
+    unit = BUCKET_STEP if args.buckets else DOWNSAMPLE
+    if bad := [r for r in args.resolutions if r <= 0 or r % unit]:
+        return f"--resolutions {bad[0]}: sizes must be above 0 and divisible by {unit}"
+    for name in ("token_cap", "shard_mb", "decoders", "image_seconds", "image_memory_mb", "claim_timeout"):
+        if getattr(args, name) <= 0:
+            return f"--{name.replace('_', '-')} must be above 0"
+    if args.shard_mb >= 4096:
+        return "--shard-mb must be below 4096, which is MDS's limit"
+    if args.sources and (args.captions or args.filter):
+        return "--captions and --filter go with --input; in a file of sources each source has its own"
+    try:
+        remote = is_remote(args.output)
+    except ValueError as error:
+        return f"--output {error}"
+    if remote != (args.work is not None):
+        return "--work is for an --output on object storage: a folder that all workers share, for what is under way"
+    if args.compression and not re.fullmatch(r"zstd(:([1-9]|1\d|2[0-2]))?", args.compression):
+        return f"--compression {args.compression}: expected zstd or zstd:LEVEL, LEVEL from 1 to 22"
+    if not 0 <= args.duplicate_distance <= MAX_DISTANCE:
+        return f"--duplicate-distance {args.duplicate_distance} must be from 0 to {MAX_DISTANCE}"
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        return f"--device {args.device}: torch finds no GPU here; use --device cpu"
+    return None
+
+
+def default_device() -> str:
+    """This task's GPU among those of its node, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('SLURM_LOCALID', os.environ.get('LOCAL_RANK', 0))) % torch.cuda.device_count()}"
+
+
+def default_decoders() -> int:
+    """As many as this process may use cores, but not more than 16."""
+    return min(16, len(os.sched_getaffinity(0)))
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = parse(argv)
     try:
-        run(args)
+        return run(args)
     except (ValueError, OSError) as error:
-        print(f"encode: {error}", file=sys.stderr)
+        print(f"encode: {explained(error, args)}", file=sys.stderr)
         return 1
-    return 0
+
+
+def explained(error: Exception, args: Any) -> str:
+    """An error's line, with the mend where the disk is full."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space is left in {args.work or args.output} ({error}); every part that was finished is whole, and "
+            "nothing else was kept: make room and run the same command again"
+        )
+    return str(error)
 
 
 if __name__ == "__main__":

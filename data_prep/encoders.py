@@ -37,6 +37,7 @@ VAES = {
     "sdxl": "stabilityai/sdxl-vae",
 }
 DOWNSAMPLE = 8  # pixels per latent pixel, of every VAE that is supported
+TOKEN_BUDGET = 16384  # tokens that are encoded together, padding included
 
 
 def parse_encoders(spec: str) -> tuple[str, str]:
@@ -87,24 +88,72 @@ def fingerprint(module: nn.Module, about: dict) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
-def encode_captions(
-    tokenizer: Any, model: nn.Module, captions: Sequence[str], token_cap: int, device: torch.device
-) -> tuple[list[Tensor], dict[int, str]]:
-    """Captions to bf16 embeddings on the host, each [L, E] without padding.
+def working_dtype(device: torch.device | str) -> torch.dtype:
+    """What frozen and sampling models compute in: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
-    Returns also, by number, what was cut off those captions that have more than `token_cap` tokens.
-    """
+
+def tokenize(tokenizer: Any, captions: Sequence[str], token_cap: int) -> tuple[list[list[int]], dict[int, str]]:
+    """Token ids of each caption, at most `token_cap`, and by number what was cut off those that have more."""
     whole = tokenizer(list(captions), add_special_tokens=True, truncation=False, verbose=False).input_ids
     # A cut caption keeps its end token.
     ids = [i if len(i) <= token_cap else i[: token_cap - 1] + i[-1:] for i in whole]
     cut = {n: tokenizer.decode(i[token_cap - 1 : -1]) for n, i in enumerate(whole) if len(i) > token_cap}
-    rows = [torch.tensor(i) for i in ids]
-    ids_BL = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    keep_BL = torch.arange(ids_BL.shape[1]) < torch.tensor([len(i) for i in ids])[:, None]
-    hidden = model(ids_BL.to(device), attention_mask=keep_BL.to(device)).last_hidden_state
-    hidden = hidden.to(torch.bfloat16).cpu()
-    return [row[: len(i)].clone() for row, i in zip(hidden, ids, strict=True)], cut
+    return ids, cut
+
+
+def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Numbers of the captions of each batch: neighbours in length, padded to at most `budget` tokens together."""
+    batches: list[list[int]] = []
+    longest = 0
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        if not batches or (len(batches[-1]) + 1) * longest > budget:
+            batches.append([])
+            longest = lengths[n]
+        batches[-1].append(n)
+    return batches
+
+
+@torch.no_grad()
+def encode_tokens(
+    model: nn.Module, ids: Sequence[Sequence[int]], pad: int, device: torch.device, budget: int = TOKEN_BUDGET
+) -> list[Tensor]:
+    """Token ids to bf16 embeddings on the host, each [L, E] without padding.
+
+    From a GPU they come by copies that are under way: wait for the device before reading them.
+    """
+    texts: list[Tensor] = [torch.empty(0)] * len(ids)
+    for batch in batches_by_length([len(i) for i in ids], budget):
+        lengths = [len(ids[n]) for n in batch]
+        ids_BL = nn.utils.rnn.pad_sequence([torch.tensor(ids[n]) for n in batch], batch_first=True, padding_value=pad)
+        keep_BL = torch.arange(ids_BL.shape[1]) < torch.tensor(lengths)[:, None]
+        flat_T = keep_BL.flatten().nonzero()[:, 0]  # where tokens are: found on the host, so that no GPU is waited for
+        hidden_BLE = model(to_device(ids_BL, device), attention_mask=to_device(keep_BL, device)).last_hidden_state
+        packed_TE = hidden_BLE.flatten(0, 1).index_select(0, to_device(flat_T, device)).to(torch.bfloat16)
+        for n, text in zip(batch, packed_TE.to("cpu", non_blocking=True).split(lengths), strict=True):
+            texts[n] = text
+    return texts
+
+
+def encode_captions(
+    tokenizer: Any, model: nn.Module, captions: Sequence[str], token_cap: int, device: torch.device
+) -> tuple[list[Tensor], dict[int, str]]:
+    """Captions to bf16 embeddings on the host, each [L, E] without padding; and what `tokenize` cut off."""
+    ids, cut = tokenize(tokenizer, captions, token_cap)
+    texts = encode_tokens(model, ids, tokenizer.pad_token_id, device)
+    wait_for(device)
+    return texts, cut
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor's copy on the device; to a GPU from pinned memory, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def wait_for(device: torch.device) -> None:
+    """Until all copies from the device have arrived."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def read_text_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -159,8 +208,9 @@ class TextEncoder:
         folder = local_folder(name, TEXT_ENCODERS)
         self.name, self.folder = name, folder
         self.device = torch.device(device)
-        dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        self.model = read_text_model(folder, dtype).to(self.device).eval().requires_grad_(False)
+        self.model = (
+            read_text_model(folder, dtype or working_dtype(device)).to(self.device).eval().requires_grad_(False)
+        )
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
@@ -171,6 +221,11 @@ class TextEncoder:
     def encode(self, captions: Sequence[str], token_cap: int) -> tuple[list[Tensor], dict[int, str]]:
         """`encode_captions` with this encoder."""
         return encode_captions(self.tokenizer, self.model, captions, token_cap, self.device)
+
+
+def pixels_to_floats(pixels_BHW3: Tensor, device: torch.device) -> Tensor:
+    """8-bit pictures on the host to [B, 3, H, W] in −1..1 on the device, in fp32."""
+    return to_device(pixels_BHW3, device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -226,8 +281,7 @@ class Vae:
         folder = local_folder(name, VAES)
         self.name, self.folder = name, folder
         self.device = torch.device(device)
-        dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        self.model = read_vae(folder, dtype).to(self.device).eval().requires_grad_(False)
+        self.model = read_vae(folder, dtype or working_dtype(device)).to(self.device).eval().requires_grad_(False)
         self.channels: int = self.model.config.latent_channels
         self.shift, self.scale = (v.to(self.device) for v in _normalisation(self.model))
         self.fingerprint = fingerprint(self.model, {"class": type(self.model).__name__, **self.normalisation})
@@ -237,13 +291,20 @@ class Vae:
         """Per-channel `shift` and `scale`, for the data set's card."""
         return {"shift": self.shift.flatten().tolist(), "scale": self.scale.flatten().tolist()}
 
-    @torch.no_grad()
     def encode(self, pictures_B3HW: Tensor) -> Latents:
         """Pictures in −1..1 to normalised posteriors, in fp32 on the host."""
+        latents = self.start_encoding(pictures_B3HW)
+        wait_for(self.device)
+        return latents
+
+    @torch.no_grad()
+    def start_encoding(self, pictures_B3HW: Tensor) -> Latents:
+        """As `encode`, but from a GPU they come by copies that are under way: wait for the device before reading them."""
         pictures, frames = pictures_B3HW.to(self.device, self.model.dtype), _has_frames(self.model)
         posterior = self.model.encode(pictures[:, :, None] if frames else pictures).latent_dist
         mean, std = (v.squeeze(2) if frames else v for v in (posterior.mean, posterior.std))
-        return Latents(((mean.float() - self.shift) * self.scale).cpu(), (std.float() * self.scale).cpu())
+        mean, std = (mean.float() - self.shift) * self.scale, std.float() * self.scale
+        return Latents(mean.to("cpu", non_blocking=True), std.to("cpu", non_blocking=True))
 
     def decode(self, latent_BChw: Tensor) -> Tensor:
         """`decode_latents` with this VAE."""

@@ -12,11 +12,18 @@ def temporary_name(name: str) -> str:
     return f".tmp-{name}-{secrets.token_hex(4)}"
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a small file so that it is either absent, old, or whole; text in UTF-8."""
-    temporary = path.with_name(temporary_name(path.name))
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def write_whole(path: Path, content: str | bytes, by: Path | None = None) -> None:
+    """Writes a small file so that it is either absent, old, or whole; text in UTF-8. What fails leaves nothing behind.
+
+    A writer that is killed may leave its temporary file, in the folder `by` (on the same file system) if one is given.
+    """
+    temporary = (by or path.parent) / temporary_name(path.name)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

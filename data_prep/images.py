@@ -1,4 +1,4 @@
-"""The bytes of an image in, a square float array out: pure functions, the second step of data prep.
+"""The bytes of an image in, its pictures at the resolutions of a training out: pure functions, data prep's second step.
 
 The story, in the order of the code:
 
@@ -7,19 +7,25 @@ The story, in the order of the code:
    size is judged by the header, before a pixel is decoded. Then all pixels are read (a truncated file is broken),
    16 bits become 8, the embedded colour profile is converted to sRGB, what is transparent is laid over white, and the
    picture is turned as its EXIF says.
-3. `resize_and_crop`: shorter side to `size`, then the centre.
-4. `to_array`: float32 [3, H, W] in [-1, 1], as the VAE wants it.
+3. `bucket_of`: the one of a few fixed aspect ratios that is nearest to the picture's.
+4. `resize_and_crop`: the largest centred part that has the wanted aspect ratio, at the wanted size.
+5. `cut`: all of this at once: bytes → a picture for each resolution that the image is large enough for. A large JPEG
+   is decoded at a half, a quarter or an eighth of its size.
 
-Shapes: H height, W width, C = 3 colours (red, green, blue). Sizes are in pixels.
+Shapes: H height, W width, 3 colours (red, green, blue). Sizes are in pixels; a (width, height) is Pillow's order, a
+(height, width) or (rows, columns) that of arrays.
+
+No torch in here: the child processes of `decoders.py` import this file, and are many.
 """
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from einops import rearrange
 from PIL import ExifTags, Image, ImageCms
 
 # ----------------------------------------------------------------------------------------------- 1. what is dropped
@@ -29,7 +35,10 @@ UnusableReason = Literal[
     "broken_image",  # one of these, but damaged or truncated
     "too_large",  # more pixels than the limit, by the header: a decompression bomb
     "animated",  # an APNG or WebP of several frames: no caption says which of them it is about
-    "too_small",  # the shorter side is below the wanted size: nothing is ever scaled up
+    "too_small",  # a side is below the wanted size: nothing is ever scaled up
+    "too_slow",  # decoding took longer than the limit
+    "too_much_memory",  # decoding wanted more than the limit
+    "decoder_crashed",  # the process that decoded it died of it
 ]
 UNUSABLE_REASONS: tuple[str, ...] = get_args(UnusableReason)
 
@@ -58,16 +67,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises `Unusable`: unsupported_format, broken_image, too_large, animated.
     """
-    image = _load(data, max_pixels)
-    colour, alpha = _colour_and_alpha(image)
-    rgb = _to_srgb(colour, image.info.get("icc_profile"))
-    if alpha is not None:
-        white = Image.new("RGB", rgb.size, "white")
-        white.paste(rgb, mask=alpha)
-        rgb = white
-    turn = _TURNS.get(_orientation(image))
-    if turn is not None:
-        rgb = rgb.transpose(turn)
+    image = _open(data, max_pixels)
+    rgb = _turned(_read_rgb(image), _orientation(image))
     rgb.info = {}  # profile and orientation are used up: nothing may apply them again
     return rgb
 
@@ -79,8 +80,8 @@ def _may_be_supported(data: bytes) -> bool:
     return any(head.startswith(magic) or magic.startswith(head) for head, magic in pairs)
 
 
-def _load(data: bytes, max_pixels: int) -> Image.Image:
-    """The first and only frame with all its pixels, in the file's own mode and orientation."""
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """The first and only frame, of which the header is read but no pixel."""
     if not _may_be_supported(data):
         raise Unusable("unsupported_format", f"neither JPEG nor PNG nor WebP: starts with {data[:12]!r}")
     with _damage_is_unusable():
@@ -91,9 +92,20 @@ def _load(data: bytes, max_pixels: int) -> Image.Image:
     # Not asked of a JPEG: phones append further pictures (MPO), of which the first is the photograph.
     if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
         raise Unusable("animated", f"{image.format} of several frames")
+    return image
+
+
+def _read_rgb(image: Image.Image) -> Image.Image:
+    """All pixels of an opened image in sRGB over white, in the file's own orientation."""
     with _damage_is_unusable():
         image.load()
-    return image
+    colour, alpha = _colour_and_alpha(image)
+    rgb = _to_srgb(colour, image.info.get("icc_profile"))
+    if alpha is None:
+        return rgb
+    white = Image.new("RGB", rgb.size, "white")
+    white.paste(rgb, mask=alpha)
+    return white
 
 
 @contextmanager
@@ -153,6 +165,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TRANSPOSING = (5, 6, 7, 8)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -163,32 +176,103 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-# ------------------------------------------------------------------------------------------------- 3. resize and crop
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
-def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centre of `image` at [size, size]: its shorter side becomes `size`, the longer one is cropped on both ends.
+# ------------------------------------------------------------------------------------------------------- 3. buckets
+
+_WIDE = ((16, 16), (15, 17), (14, 18), (13, 20), (12, 21), (11, 23), (10, 26))
+# Shapes of nearly one area, as (rows, columns) in sixteenths of the resolution; transposed ones after the wide ones.
+BUCKETS: tuple[tuple[int, int], ...] = (*_WIDE, *((columns, rows) for rows, columns in _WIDE[1:]))
+# A sixteenth must hold whole patches: 16 pixels are 2 latents of the VAE (8 pixels each), which are 1 token.
+BUCKET_STEP = 256
+
+
+def bucket_of(width: int, height: int) -> tuple[int, int]:
+    """The bucket whose aspect ratio is nearest, as a factor: the same at every resolution."""
+    return min(BUCKETS, key=lambda bucket: abs(math.log(width / height) - math.log(bucket[1] / bucket[0])))
+
+
+def shape_of(bucket: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """(height, width) of a bucket's pictures."""
+    assert resolution % BUCKET_STEP == 0, resolution
+    return bucket[0] * resolution // 16, bucket[1] * resolution // 16
+
+
+# ------------------------------------------------------------------------------------------------- 4. resize and crop
+
+
+def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The centre of `image` at [height, width]: one of its sides is kept whole, the other cropped on both ends.
 
     The filter is Lanczos, which widens with the factor and so does not alias; from a factor of six on, Pillow first
     averages whole blocks (`reducing_gap`), which is faster and hardly to be told from the plain filter.
 
     Raises `Unusable`: too_small.
     """
+    return _resize(image, _centre(*image.size, height, width), height, width)
+
+
+def _centre(image_width: int, image_height: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """The largest centred box of the aspect ratio, in whole pixels, so that a side that fits is not interpolated."""
+    if image_width < width or image_height < height:
+        raise Unusable("too_small", f"{image_width} × {image_height} pixels, below {width} × {height}")
+    box_width = min(image_width, round(image_height * width / height))
+    box_height = min(image_height, round(image_width * height / width))
+    left, top = (image_width - box_width) // 2, (image_height - box_height) // 2
+    return left, top, left + box_width, top + box_height
+
+
+def _resize(image: Image.Image, box: tuple[float, float, float, float], height: int, width: int) -> Image.Image:
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ 5. cut
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is kept of an image: width, height and bucket of the upright picture in the file, and its cut pictures."""
+
+    width: int
+    height: int
+    bucket: tuple[int, int] | None  # None: cut to squares
+    pictures: dict[int, np.ndarray]  # by resolution: uint8 [H, W, 3]
+
+
+def cut(data: bytes, resolutions: tuple[int, ...], buckets: bool = False, max_pixels: int = MAX_PIXELS) -> Cut:
+    """The picture in `data` at each resolution that it is large enough for, as a square or in its bucket's shape.
+
+    Raises `Unusable`: as `decode`, and too_small where it is too small for all of them, which the header tells.
+    """
+    image = _open(data, max_pixels)
+    # All up to the last step is done as the file lies. Turning transposes size, bucket and shapes alike.
     width, height = image.size
-    side = min(width, height)
-    if side < size:
-        raise Unusable("too_small", f"{width} × {height} pixels, shorter side below {size}")
-    # Crop and resize in one: the box is in whole pixels of the source, so that a side that fits is not interpolated.
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    bucket = bucket_of(width, height) if buckets else None
+    shapes = {r: shape_of(bucket, r) if bucket else (r, r) for r in resolutions}
+    shapes = {r: (h, w) for r, (h, w) in shapes.items() if h <= height and w <= width}
+    if not shapes:
+        raise Unusable("too_small", f"{width} × {height} pixels, for a resolution of {min(resolutions)}")
+    scale = _draft(image, *shapes[max(shapes)])
+    rgb, orientation = _read_rgb(image), _orientation(image)
+    pictures = {}
+    for resolution, shape in shapes.items():
+        left, top, right, bottom = _centre(width, height, *shape)
+        picture = _resize(rgb, (left / scale, top / scale, right / scale, bottom / scale), *shape)
+        pictures[resolution] = np.array(_turned(picture, orientation))
+    if orientation in _TRANSPOSING:
+        width, height, bucket = height, width, bucket and (bucket[1], bucket[0])
+    return Cut(width, height, bucket, pictures)
 
 
-# ---------------------------------------------------------------------------------------------------------- 4. array
+def _draft(image: Image.Image, height: int, width: int) -> float:
+    """Has libjpeg decode at 1/2, 1/4 or 1/8 of the size, if that leaves twice [height, width]; returns the 2, 4 or 8.
 
-
-def to_array(image: Image.Image) -> np.ndarray:
-    """float32 [3, H, W] in [-1, 1] of an RGB picture: 0 is -1, 255 is 1."""
-    assert image.mode == "RGB", image.mode
-    array_HWC = np.asarray(image, dtype=np.float32) / 127.5 - 1
-    return np.ascontiguousarray(rearrange(array_HWC, "H W C -> C H W"))
+    1 where nothing is gained, and for other formats. The last row and column of a draft may lie partly outside of the
+    picture: a place in it is the picture's divided by the number, whatever the rounded sizes.
+    """
+    whole = image.width
+    draft = image.draft(image.mode, (2 * width, 2 * height))
+    return 1 if draft is None else whole / draft[1][2]

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from data_prep.images import to_array
+from data_prep.encoders import pixels_to_floats
 from data_prep.shapes import draw, random_scene, scenes
 
 ASSETS = Path(__file__).parent / "assets"
@@ -114,8 +114,8 @@ def random_crops(rng: random.Random, count: int, side: int) -> Tensor:
         full = rng.choice([256, 320, 512])
         image = draw(random_scene(rng), full)
         left, top = rng.randrange(full - side + 1), rng.randrange(full - side + 1)
-        crops.append(to_array(image.crop((left, top, left + side, top + side))))
-    return torch.from_numpy(np.stack(crops))
+        crops.append(np.asarray(image.crop((left, top, left + side, top + side))))
+    return pixels_to_floats(torch.from_numpy(np.stack(crops)), torch.device("cpu"))
 
 
 def train_vae(steps: int) -> AutoencoderKL:

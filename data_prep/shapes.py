@@ -201,6 +201,11 @@ def scenes(count: int, seed: int) -> Iterator[Scene]:
         yield random_scene(random.Random(f"{seed}/{i}"), KINDS[i % len(KINDS)])
 
 
+def tar_of(path: Path) -> webdataset.TarWriter:
+    """A writer of a tar that is the same, byte for byte, for the same samples: time, owner and mode are fixed."""
+    return webdataset.TarWriter(str(path), mtime=0, user="shapes", group="shapes")
+
+
 def write_tars(folder: Path, pictures: int, seed: int = 0, per_tar: int = 250, small_share: float = 0.5) -> list[Path]:
     """Writes `pictures` scenes as JPEGs with captions into `folder/00000.tar`, …, and returns the tars' paths.
 
@@ -210,8 +215,7 @@ def write_tars(folder: Path, pictures: int, seed: int = 0, per_tar: int = 250, s
     paths = [folder / f"{i:05d}.tar" for i in range(-(-pictures // per_tar))]
     todo = enumerate(scenes(pictures, seed))
     for path in paths:
-        # A fixed time, owner and mode make the tar the same, byte for byte, for the same seed.
-        with webdataset.TarWriter(str(path), mtime=0, user="shapes", group="shapes") as tar:
+        with tar_of(path) as tar:
             for i, scene in (entry for _, entry in zip(range(per_tar), todo, strict=False)):
                 side = 320 if random.Random(f"{seed}/{i}/side").random() < small_share else 512
                 jpeg = io.BytesIO()

@@ -2,25 +2,34 @@
 
 A data set's folder:
 
-    dataset.json             the card: what the records were made with, and how many there are
-    null_text.safetensors    the encoded empty caption, for caption dropout and guidance
-    reports/PART.json        what became of each sample of a tar; its presence says that the part is whole
-    256-512/PART/…           MDS shards of the samples large enough for 512 px: they hold both resolutions
-    256/PART/…               MDS shards of the others
-    256-512/index.json, …    one index over all parts, for StreamingDataset
+    dataset.json                  the card: what the records were made with, and how many there are
+    null_text.safetensors         the encoded empty caption, for caption dropout and guidance
+    report.json, .txt, *.png      what became of all samples (data_prep/report.py)
+    reports/SOURCE/PART.json      what became of each sample of a tar; its presence says that the part is whole
+    reports/SOURCE/PART.jsonl     the samples of that tar that were dropped, each with its reason
+    SOURCE/256-512/PART/…         MDS shards of the samples large enough for 512 px: they hold both resolutions
+    SOURCE/256/PART/…             MDS shards of the others
+    SOURCE/256-512/index.json     one index over all parts, for StreamingDataset
+    work/                         claims, half-made parts, commands, TensorBoard: nothing of it belongs to the data set
 
-One tar in, one part out. A part is written under `.tmp-…`, renamed into place, and counts from the moment its report is
-there; whatever a killed writer left without a report is removed and made again.
+With aspect-ratio buckets a set is one shape, too: SOURCE/256-512_15x17/. One tar in, one part out. A part is written under
+work/, each of its folders is renamed into place whole, and it counts from the moment its report is there. A part's bytes
+follow from its tar and the settings alone; so two workers that make the same one (a slow worker that was taken for dead) write
+the same, and whichever comes second finds its folders in place.
+
+With an output on object storage the folder is the local work folder: shards are uploaded and removed here, and the small files
+are at both places.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +37,23 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from streaming import MDSWriter
+from streaming.base.compression import decompress
+from streaming.base.format.mds import MDSReader
 from torch import Tensor
 
 from data_prep.files import temporary_name, write_whole
+from data_prep.storage import Remote
 
-CARD, NULL_TEXT, REPORTS, INDEX = "dataset.json", "null_text.safetensors", "reports", "index.json"
-FORMAT = 1
+CARD, NULL_TEXT, REPORTS, INDEX, WORK = "dataset.json", "null_text.safetensors", "reports", "index.json", "work"
+FORMAT = 2
 SHARD_BYTES = 128 << 20
+EIGHT_BITS = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
+TEXT_DTYPES = ("bfloat16", *EIGHT_BITS)
 
 
 @dataclass(frozen=True)
 class Latent:
-    """One resolution of one picture: the posterior's mean and, unless left out, its std, [C, h, w] in fp32."""
+    """One resolution of one picture: the posterior's mean and, unless left out, its std, [C, h, w]."""
 
     mean: Tensor
     std: Tensor | None
@@ -55,11 +69,16 @@ class Record:
     latents: dict[int, Latent]
     width: int
     height: int
+    bucket: tuple[int, int] | None = None
 
 
 @dataclass
 class Card:
-    """`dataset.json`: what every record was made with (the settings), and what there is (the rest)."""
+    """`dataset.json`: what every record was made with, and what there is.
+
+    `choices` are those settings that every part shares but that a model does not depend on: how the sources are read.
+    `sets` are the folders that hold an index, each with its source, resolutions, bucket, samples, shards and bytes.
+    """
 
     text_encoder: dict[str, Any]
     vae: dict[str, Any]
@@ -68,22 +87,28 @@ class Card:
     resolutions: list[int]
     text_dtype: str = "bfloat16"
     latent_dtype: str = "float16"
+    buckets: bool = False
     format: int = FORMAT
+    choices: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
     counts: dict[str, Any] = field(default_factory=dict)
-    sets: dict[str, dict[str, int]] = field(default_factory=dict)
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
-        """The part of the card that must be the same for all parts."""
-        return {k: v for k, v in asdict(self).items() if k not in ("complete", "counts", "sets")}
+        """The part of the card that a model depends on."""
+        return {k: v for k, v in asdict(self).items() if k not in ("choices", "complete", "counts", "sets")}
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the settings: two data sets with the same one can train the same model."""
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
 
+    def sets_with(self, resolution: int) -> dict[str, dict[str, Any]]:
+        """The sets whose samples hold `resolution`, by their folders."""
+        return {name: about for name, about in self.sets.items() if resolution in about["resolutions"]}
+
     def save(self, root: Path) -> None:
-        write_whole(root / CARD, json.dumps({**asdict(self), "fingerprint": self.fingerprint}, indent=2) + "\n")
+        write(root, CARD, json.dumps({**asdict(self), "fingerprint": self.fingerprint}, indent=2) + "\n")
 
     @classmethod
     def load(cls, root: Path) -> Card:
@@ -105,24 +130,24 @@ class Card:
 # ---- the record ----
 
 
-def columns(resolutions: Iterable[int], posterior: str) -> dict[str, str]:
-    """Column names and MDS encodings. MDS has no bfloat16: the text's bits are stored as uint16."""
-    latents = {f"latent_{r}_{part}": "ndarray:float16" for r in resolutions for part in _parts(posterior)}
-    return {"key": "str", "caption": "str", "width": "int", "height": "int", "text": "ndarray:uint16", **latents}
+def columns(resolutions: Iterable[int], card: Card) -> dict[str, str]:
+    """Column names and MDS encodings. MDS has neither bfloat16 nor 8-bit floats: their bits are stored as integers."""
+    parts = ("mean", "std") if card.posterior == "mean_std" else ("mean",)
+    latents = {f"latent_{r}_{part}": "ndarray:float16" for r in resolutions for part in parts}
+    text = {"text": "ndarray:uint16"}
+    if card.text_dtype in EIGHT_BITS:
+        text = {"text": "ndarray:uint8", "text_scale": "ndarray:float32"}
+    return {"key": "str", "caption": "str", "width": "int", "height": "int", **text, **latents}
 
 
-def _parts(posterior: str) -> tuple[str, ...]:
-    return ("mean", "std") if posterior == "mean_std" else ("mean",)
-
-
-def to_row(record: Record) -> dict[str, Any]:
+def to_row(record: Record, card: Card) -> dict[str, Any]:
     """A record in its stored form."""
     row: dict[str, Any] = {
         "key": record.key,
         "caption": record.caption,
         "width": record.width,
         "height": record.height,
-        "text": record.text.view(torch.uint16).numpy(),
+        **_text_columns(record.text, card.text_dtype),
     }
     for resolution, latent in record.latents.items():
         row[f"latent_{resolution}_mean"] = latent.mean.half().numpy()
@@ -131,126 +156,264 @@ def to_row(record: Record) -> dict[str, Any]:
     return row
 
 
-def text_of(row: dict[str, Any]) -> Tensor:
-    """A stored row's text [L, E] in bf16."""
-    return torch.from_numpy(row["text"].copy()).view(torch.bfloat16)
+def _text_columns(text_LE: Tensor, dtype: str) -> dict[str, np.ndarray]:
+    if dtype == "bfloat16":
+        return {"text": text_LE.view(torch.uint16).numpy()}
+    largest = 127.0 if dtype == "int8" else torch.finfo(EIGHT_BITS[dtype]).max
+    values = text_LE.float()
+    scale_L1 = values.abs().amax(1, keepdim=True).clamp(min=1e-12) / largest
+    scaled = values / scale_L1
+    bits = (scaled.round() if dtype == "int8" else scaled).to(EIGHT_BITS[dtype]).view(torch.uint8)
+    return {"text": bits.numpy(), "text_scale": scale_L1[:, 0].numpy()}
+
+
+def size_of(value: Any) -> int:
+    """The bytes of a stored value."""
+    return value.nbytes if isinstance(value, np.ndarray) else len(str(value).encode())
+
+
+def text_of(row: dict[str, Any], dtype: str) -> Tensor:
+    """A stored row's text [L, E] in bf16; `dtype` is the card's `text_dtype`."""
+    bits = _tensor(row["text"])
+    if dtype == "bfloat16":
+        return bits.view(torch.bfloat16)
+    scale_L = _tensor(row["text_scale"])
+    return (bits.view(EIGHT_BITS[dtype]).float() * scale_L[:, None]).bfloat16()
 
 
 def latent_of(row: dict[str, Any], resolution: int) -> Latent:
-    """A stored row's latent at a resolution, in fp32."""
+    """A stored row's latent at a resolution, in fp16 as stored."""
     mean, std = row[f"latent_{resolution}_mean"], row.get(f"latent_{resolution}_std")
-    return Latent(
-        torch.from_numpy(mean.astype(np.float32)), None if std is None else torch.from_numpy(std.astype(np.float32))
-    )
+    return Latent(_tensor(mean), None if std is None else _tensor(std))
 
 
-def set_name(resolutions: Iterable[int]) -> str:
-    """The folder of the samples that hold exactly these resolutions."""
-    return "-".join(str(r) for r in sorted(resolutions))
+def _tensor(stored: np.ndarray) -> Tensor:
+    """The same numbers; a copy only where they may not be written, of which torch warns."""
+    return torch.from_numpy(stored if stored.flags.writeable else stored.copy())
 
 
-def all_sets(resolutions: Iterable[int]) -> list[list[int]]:
-    """The resolutions of each set: a picture that is large enough for one is so for all below."""
-    ordered = sorted(resolutions)
-    return [ordered[: i + 1] for i in range(len(ordered))]
+def set_name(resolutions: Iterable[int], bucket: tuple[int, int] | None) -> str:
+    """The folder, within its source's, of the samples that hold exactly these resolutions, of one bucket."""
+    shape = "" if bucket is None else f"_{bucket[0]}x{bucket[1]}"
+    return "-".join(str(r) for r in sorted(resolutions)) + shape
 
 
-def sets_with(card: Card, resolution: int) -> list[str]:
-    """The sets whose samples hold `resolution`."""
-    return [set_name(s) for s in all_sets(card.resolutions) if resolution in s]
+# ---- files ----
+
+
+def write(root: Path, name: str, content: str) -> Path:
+    """Writes a small file of the data set; it is absent, old, or whole, and a killed writer leaves nothing outside work/."""
+    path, work = root / name, root / WORK
+    for folder in (path.parent, work):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content, by=work)
+    return path
+
+
+def unpacked(stored: bytes, shard: dict[str, Any]) -> bytes:
+    """The uncompressed bytes of a shard's file; `shard` is its entry in an index. Raises ValueError where it is damaged."""
+    if shard["zip_data"] is None:
+        return stored
+    try:
+        return decompress(shard["compression"], stored)
+    except Exception as error:  # each method of compression raises its own kind
+        raise ValueError(f"cannot be decompressed ({error})") from error
+
+
+def rows_of(raw: bytes, shard: dict[str, Any], expected: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The rows of a shard's uncompressed bytes; `shard` is its entry in an index, `expected` are the columns by the card.
+
+    Raises ValueError where they are damaged. Other columns are not decoded: MDS would unpickle where an index asks for it.
+    """
+    there = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+    if there != expected:
+        raise ValueError(f"has other columns than the card's: {sorted(there.items() ^ expected.items())}")
+    places = np.frombuffer(raw, "<u4", min(len(raw) // 4, shard["samples"] + 2))
+    if len(places) < 2 or places[0] != shard["samples"] or len(places) != places[0] + 2:
+        raise ValueError(f"does not hold the {shard['samples']} samples of its index")
+    if places[-1] != len(raw) or (np.diff(places[1:].astype(np.int64)) <= 0).any():
+        raise ValueError("has samples at impossible places")
+    try:
+        reader = MDSReader.from_json("", None, shard)
+        for start, end in pairwise(places[1:].tolist()):
+            yield reader.decode_sample(raw[start:end])
+    except Exception as error:  # MDS promises no set of exceptions for damaged data
+        raise ValueError(f"cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 # ---- parts ----
 
 
 class PartWriter:
-    """Writes one part. Use as a context; nothing shows in the data set until `commit`."""
+    """Writes the part `source/part` of a data set. Use as a context; nothing shows in the data set until `commit`.
 
-    def __init__(self, root: Path, part: str, card: Card):
-        self.root, self.part, self.card = root, part, card
+    `token` tells this writer's half-made files from those of any other one.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        card: Card,
+        token: str,
+        remote: Remote | None = None,
+        compression: str | None = None,
+        shard_bytes: int = SHARD_BYTES,
+    ):
+        self.root, self.card, self.remote = root, card, remote
+        self.compression, self.shard_bytes = compression, shard_bytes
+        self.source, self.part = name.split("/")
         self.written: dict[str, int] = {}
+        self.sets: dict[str, dict[str, Any]] = {}
+        self.bytes: dict[str, int] = {}
+        self.text_error = [0.0, 0.0]  # sums of squares: of what 8 bits lost, of what there was
         self._writers: dict[str, MDSWriter] = {}
-        self._temporary = root / temporary_name(part)
+        self._temporary = root / WORK / f"{self.source}.{self.part}.{token}"
 
     def __enter__(self) -> PartWriter:
-        _remove_leftovers(self.root, self.part, self.card)
-        self._stack = ExitStack()
+        for left in self._temporary.parent.glob(f"{self.source}.{self.part}.*"):
+            shutil.rmtree(left, ignore_errors=True)  # of a writer that died
         return self
 
     def write(self, record: Record) -> None:
-        name = set_name(record.latents)
+        name = set_name(record.latents, record.bucket)
         if name not in self._writers:
-            out = str(self._temporary / name)
-            layout = columns(record.latents, self.card.posterior)
-            writer = MDSWriter(out=out, columns=layout, hashes=["sha256"], size_limit=SHARD_BYTES)
-            self._writers[name] = self._stack.enter_context(writer)
-        self._writers[name].write(to_row(record))
+            self.sets[name] = {"resolutions": sorted(record.latents), "bucket": record.bucket}
+            self._writers[name] = MDSWriter(
+                out=str(self._temporary / name),
+                columns=columns(record.latents, self.card),
+                hashes=["sha256"],
+                size_limit=self.shard_bytes,
+                compression=self.compression,
+            )
+        row = to_row(record, self.card)
+        for column, value in row.items():
+            self.bytes[column] = self.bytes.get(column, 0) + size_of(value)
+        if self.card.text_dtype in EIGHT_BITS:
+            was = record.text.float()
+            self.text_error[0] += float((text_of(row, self.card.text_dtype).float() - was).square().sum())
+            self.text_error[1] += float(was.square().sum())
+        self._writers[name].write(row)
         self.written[name] = self.written.get(name, 0) + 1
 
-    def commit(self, report: dict[str, Any]) -> None:
-        """Finishes the shards, renames them into place, and writes the part's report last."""
-        self._stack.close()
+    def finish(self) -> int:
+        """Ends the shards, which are on the disk from then on; returns the bytes that they take."""
+        for writer in self._writers.values():
+            writer.finish()
+        shards = list(self._temporary.rglob("*.mds*"))
+        for shard in shards:
+            with shard.open("rb") as file:
+                os.fsync(file.fileno())
+        return sum(s.stat().st_size for s in shards)
+
+    def commit(self, report: dict[str, Any], rejects: list[dict[str, str]]) -> None:
+        """Moves the finished shards into place, and writes the part's report last."""
+        if self.remote is not None:
+            for name in self._writers:
+                self.remote.upload(self._temporary / name, f"{self.source}/{name}/{self.part}")
+                for shard in (self._temporary / name).glob("*.mds*"):
+                    shard.unlink()
+        for place in (
+            p for p in (self.root / self.source).glob(f"*/{self.part}") if p.parent.name not in self._writers
+        ):
+            shutil.rmtree(place)  # of a tar that had other samples
         for name in self._writers:
-            (self.root / name).mkdir(exist_ok=True)
-            (self._temporary / name).rename(self.root / name / self.part)
-        (self.root / REPORTS).mkdir(exist_ok=True)
-        write_whole(self.root / REPORTS / f"{self.part}.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+            _put(self._temporary / name, self.root / self.source / name / self.part)
+        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects)
+        name = f"{REPORTS}/{self.source}/{self.part}.json"
+        for place, content in ((f"{name}l", lines), (name, json.dumps(report, indent=1, ensure_ascii=False) + "\n")):
+            path = write(self.root, place, content)
+            if self.remote is not None:
+                self.remote.upload(path, place)
 
     def __exit__(self, *error: object) -> None:
-        if error[0] is not None:
-            self._stack.close()
+        for writer in self._writers.values():
+            writer.cancel_future_jobs()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
-def _remove_leftovers(root: Path, part: str, card: Card) -> None:
-    """What a killed writer of this part left: its folders without a report, and its temporary ones."""
-    for resolutions in all_sets(card.resolutions):
-        shutil.rmtree(root / set_name(resolutions) / part, ignore_errors=True)
-    for folder in root.glob(f".tmp-{part}-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+def _put(folder: Path, place: Path) -> None:
+    """Renames a folder into place; what is there already stays if it is the same, by the hashes of its index."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_dir():
+        if (place / INDEX).is_file() and (place / INDEX).read_bytes() == (folder / INDEX).read_bytes():
+            return
+        aside = folder.with_name(temporary_name(folder.name))
+        place.rename(aside)
+        shutil.rmtree(aside)
+    folder.rename(place)
 
 
-def report_of(root: Path, part: str) -> dict[str, Any] | None:
-    """A whole part's report; None while the part is not made."""
-    path = root / REPORTS / f"{part}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def report_of(root: Path, name: str) -> dict[str, Any] | None:
+    """The report of the whole part `source/part`; None while it is not made. Raises ValueError where it is damaged."""
+    path = root / REPORTS / f"{name}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and the part is made again") from error
+
+
+def made(root: Path) -> list[str]:
+    """The names `source/part` of all whole parts, in order."""
+    folder = root / REPORTS
+    return sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.glob("*/*.json"))
 
 
 def reports(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every whole part with its report, by name."""
-    for path in sorted((root / REPORTS).glob("*.json")):
-        yield path.stem, json.loads(path.read_text(encoding="utf-8"))
+    for name in made(root):
+        report = report_of(root, name)
+        if report is not None:
+            yield name, report
 
 
-def finish(root: Path, card: Card) -> Card:
-    """Writes each set's index over all whole parts, and the card with the counts; the same again for the same parts."""
-    parts = dict(reports(root))
-    dropped: dict[str, int] = {}
-    for report in parts.values():
-        for reason, count in report["dropped"].items():
-            dropped[reason] = dropped.get(reason, 0) + count
-    card.sets = {}
-    for resolutions in all_sets(card.resolutions):
-        name = set_name(resolutions)
-        shards = [s for part, report in parts.items() if name in report["written"] for s in _shards(root, name, part)]
-        if shards:
-            card.sets[name] = {"samples": sum(s["samples"] for s in shards), "shards": len(shards)}
-            write_whole(root / name / INDEX, json.dumps({"version": 2, "shards": shards}) + "\n")
-    card.counts = {
-        "parts": len(parts),
-        "read": sum(r["read"] for r in parts.values()),
-        "written": sum(s["samples"] for s in card.sets.values()),
-        "dropped": dict(sorted(dropped.items())),
-        "captions_cut": sum(r["captions_cut"] for r in parts.values()),
-    }
-    card.complete = True
+def remove(root: Path, name: str) -> None:
+    """Takes a part out of the data set, its report first: it is missing from then on."""
+    source, part = name.split("/")
+    (root / REPORTS / f"{name}.json").unlink(missing_ok=True)
+    (root / REPORTS / f"{name}.jsonl").unlink(missing_ok=True)
+    for place in (root / source).glob(f"*/{part}"):
+        shutil.rmtree(place)
+
+
+def finish(root: Path, card: Card, counts: dict[str, Any], remote: Remote | None = None) -> Card:
+    """Writes each set's index over all whole parts, and the card; the same again for the same parts."""
+    shards: dict[str, list[dict[str, Any]]] = {}
+    about: dict[str, dict[str, Any]] = {}
+    for name, report in reports(root):
+        source, part = name.split("/")
+        count_samples(about, source, report)
+        for set_ in report["sets"]:
+            folder = f"{source}/{set_}"
+            shards.setdefault(folder, []).extend(part_shards(root / folder, part))
+    for folder, entries in shards.items():
+        about[folder] |= count_shards(entries)
+        write(root, f"{folder}/{INDEX}", json.dumps({"version": 2, "shards": entries}) + "\n")
+        if remote is not None:
+            remote.upload(root / folder / INDEX, f"{folder}/{INDEX}")
+    card.sets, card.counts, card.complete = about, counts, True
     card.save(root)
+    if remote is not None:
+        remote.upload(root / CARD, CARD)
     return card
 
 
-def _shards(root: Path, name: str, part: str) -> list[dict[str, Any]]:
+def count_samples(about: dict[str, dict[str, Any]], source: str, report: dict[str, Any]) -> None:
+    """Adds a part's report to what the card says of the sets, by their folders."""
+    for set_, details in report["sets"].items():
+        there = about.setdefault(f"{source}/{set_}", {"source": source, **details, "samples": 0})
+        there["samples"] += report["written"][set_]
+
+
+def count_shards(entries: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """What the card says of a set's shards, by its index."""
+    sizes = [(s["zip_data"] or s["raw_data"])["bytes"] for s in entries]
+    return {"shards": len(sizes), "bytes": sum(sizes)}
+
+
+def part_shards(folder: Path, part: str) -> list[dict[str, Any]]:
     """A part's shards with names as seen from the set's folder."""
-    shards = json.loads((root / name / part / INDEX).read_text())["shards"]
+    shards = json.loads((folder / part / INDEX).read_text())["shards"]
     for shard in shards:
         for data in (shard["raw_data"], shard["zip_data"]):
             if data is not None:
@@ -263,7 +426,7 @@ def _shards(root: Path, name: str, part: str) -> list[dict[str, Any]]:
 
 def save_null_text(root: Path, text: Tensor) -> None:
     """Keeps the encoded empty caption [L, E] beside the card."""
-    temporary = root / temporary_name(NULL_TEXT)
+    temporary = root / WORK / temporary_name(NULL_TEXT)
     save_file({"text": text}, temporary)
     temporary.replace(root / NULL_TEXT)
 

@@ -24,24 +24,27 @@ What a damaged tar yields. Every group that was finished before the damage comes
 one last item, `Reject(key, "truncated_tar", where and what)`, which stands for the group in hand: even if that group
 looks whole, its next member may lie behind the cut. Where no group is in hand its key is "". Nothing is looked for
 behind the damage. Each item counts as one read, this last one as one read and one dropped, so the sum still holds; how
-many samples lay behind the damage only `expected_samples` can tell.
+many samples lay behind the damage only `expected_samples` can tell. A file that cannot be read (a broken connection, a bad
+disk) is something else: it says nothing about the tar, and raises OSError.
 
 Nothing is ever unpacked to disk, no name is opened as a path or run, and no member is unpickled.
 """
 
 import json
-import math
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, get_args
 
+from data_prep.captions import CaptionChoice
+from data_prep.storage import is_remote, open_tar
+
 # ------------------------------------------------------------------------------------------------ 1. what comes out
 
 RejectReason = Literal[
     "no_image",  # no member jpg, jpeg, png or webp
-    "no_caption",  # neither `key.txt` nor a text or number in the caption field of `key.json`
+    "no_caption",  # none of the wanted ones: neither `key.txt` nor a text or number in a field of `key.json`
     "empty_caption",  # only white space
     "caption_not_utf8",  # `key.txt` is not UTF-8
     "bad_json",  # `key.json` is no JSON object in UTF-8, or nested too deeply, or with a number of too many digits
@@ -53,6 +56,7 @@ RejectReason = Literal[
 ]
 REJECT_REASONS: tuple[str, ...] = get_args(RejectReason)
 
+DEFAULT_CAPTION = CaptionChoice()
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 8 * 2**20
@@ -74,30 +78,29 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reject:
-    """One group that gives no sample: why (one of `REJECT_REASONS`) and, for people, the detail."""
+    """One group that gives no sample: why and, for people, the detail. `read_tar` gives `REJECT_REASONS` only."""
 
     key: str
-    reason: RejectReason
+    reason: str
     detail: str
 
 
 def read_tar(
     path: str | Path,
-    caption_field: str = "caption",
+    captions: CaptionChoice = DEFAULT_CAPTION,
     *,
     max_image_bytes: int = MAX_IMAGE_BYTES,
     max_text_bytes: int = MAX_TEXT_BYTES,
 ) -> Iterator[Sample | Reject]:
     """Yields each sample group of a plain, uncompressed tar once, in the tar's order.
 
-    The caption is `key.txt`, or else the field "caption" of `key.json` (img2dataset writes one text in both places).
-    Any other `caption_field` is looked for in `key.json` alone: `key.txt`, which is always there, would hide it.
+    `captions` chooses the caption. `path` may be a URL that data_prep/storage.py takes.
 
     Raises, at the call: FileNotFoundError if there is no such file; ValueError if the file is compressed or no tar.
-    Later damage raises nothing and is the last item, a `truncated_tar`.
+    Later damage raises nothing and is the last item, a `truncated_tar`. At any time: OSError if the file cannot be read.
     """
-    _check_first_block(path)
-    return _read_groups(path, caption_field, max_image_bytes, max_text_bytes)
+    _check_first_block(str(path))
+    return _read_groups(str(path), captions, max_image_bytes, max_text_bytes)
 
 
 def expected_samples(path: str | Path) -> int | None:
@@ -127,11 +130,11 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def _read_groups(
-    path: str | Path, caption_field: str, max_image_bytes: int, max_text_bytes: int
+    path: str, captions: CaptionChoice, max_image_bytes: int, max_text_bytes: int
 ) -> Iterator[Sample | Reject]:
     seen: set[str] = set()
     group: _Group | None = None
-    with open(path, "rb") as file:
+    with open_tar(path) as file:
         tar = _TarStream(file)
         try:
             while (member := tar.next_member()) is not None:
@@ -139,7 +142,7 @@ def _read_groups(
                 if not key:
                     continue
                 if group is not None and group.key != key:
-                    yield group.outcome(caption_field)
+                    yield group.outcome(captions)
                     group = None
                 if group is None:
                     group = _Group(key, max_image_bytes, max_text_bytes)
@@ -151,18 +154,19 @@ def _read_groups(
             yield Reject(group.key if group is not None else "", "truncated_tar", str(damage))
             return
     if group is not None:
-        yield group.outcome(caption_field)
+        yield group.outcome(captions)
 
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-def _check_first_block(path: str | Path) -> None:
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file; give the local path of a tar (fetch a remote one first)")
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: is no regular file; give the path of one tar")
-    with open(path, "rb") as file:
+def _check_first_block(path: str) -> None:
+    if not is_remote(path):
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such file; give the path or the URL of a tar")
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: is no regular file; give the path of one tar")
+    with open_tar(path) as file:
         block = file.read(tarfile.BLOCKSIZE)
     if block == _ZEROS:  # a tar without members
         return
@@ -292,7 +296,8 @@ class _TarStream:
         try:
             data = self._file.read(size)
         except OSError as error:
-            raise _Damage(f"the file cannot be read at byte {self._offset}: {error}") from error
+            where = f"{getattr(self._file, 'name', 'the tar')} cannot be read at byte {self._offset}"
+            raise OSError(error.errno, f"{where}: {error.strerror or error}") from error
         self._offset += len(data)
         return data
 
@@ -358,7 +363,7 @@ class _Group:
         else:
             self._parts[part] = tar.read_data(member)
 
-    def outcome(self, caption_field: str) -> Sample | Reject:
+    def outcome(self, captions: CaptionChoice) -> Sample | Reject:
         """Sample or reject, once all members are in."""
         if self._rejected is not None:
             return self._rejected
@@ -368,27 +373,17 @@ class _Group:
             metadata = _json_object(self._parts.get("json", b"{}"))
         except (ValueError, RecursionError) as error:
             return Reject(self.key, "bad_json", str(error))
+        txt = self._parts.get("txt") if captions.reads_txt else None
         try:
-            caption = self._caption(metadata, caption_field)
+            caption = captions.pick(self.key, None if txt is None else txt.decode("utf-8-sig"), metadata)
         except UnicodeDecodeError as error:
             return Reject(self.key, "caption_not_utf8", str(error))
         if caption is None:
-            return Reject(
-                self.key, "no_caption", f"no txt to use, and no text in the field {caption_field!r} of a json"
-            )
+            wanted = " or ".join(repr(name) for name, _ in captions.shares) or "txt, and no 'caption' in a json"
+            return Reject(self.key, "no_caption", f"no {wanted}")
         if not caption.strip():
             return Reject(self.key, "empty_caption", "only white space")
         return Sample(self.key, self._parts["image"], caption, metadata)
-
-    def _caption(self, metadata: dict, field: str) -> str | None:
-        if field == "caption" and "txt" in self._parts:
-            return self._parts["txt"].decode("utf-8-sig")
-        value = metadata.get(field)
-        if isinstance(value, str):
-            return value
-        if type(value) is int or (type(value) is float and math.isfinite(value)):  # pandas' NaN is an absent caption
-            return str(value)
-        return None
 
 
 def _json_object(data: bytes) -> dict:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pretrain.diffusion import EpsilonPrediction, Objective, RectifiedFlow
 from pretrain.models import DiTConfig, preset
@@ -31,9 +31,13 @@ DEEPSPEED_KEYS = {
     "communication_data_type", "zero_optimization", "wall_clock_breakdown", "flops_profiler", "comms_logger",
 }  # fmt: skip
 
+# Where shards can be streamed from.
+REMOTE = ("s3", "gs")
+
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Proportion = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ConfigError(ValueError):
@@ -88,10 +92,16 @@ class ObjectiveSection(Section):
 
 
 class DataSection(Section):
-    path: Path
-    """The data set's folder, made by data_prep/encode.py."""
+    path: Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+    """The data set, made by data_prep/encode.py: its folder, or its s3:// or gs:// URL."""
     resolution: Positive
-    """Side of the square pictures, in pixels; the data set must hold it."""
+    """Side of the square pictures, in pixels; the data set must hold it. With buckets: the side of a square of their area."""
+    sources: Annotated[dict[str, Proportion], Field(min_length=1)] | None = None
+    """Proportions of named sources in what is drawn, such as {coyo: 0.8, art: 0.2}; by default every sample once an epoch."""
+    cache: Path | None = None
+    """Folder on each node's own disk for shards that are fetched or decompressed; a local, uncompressed set needs none."""
+    cache_limit: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(mb|gb|tb)$")] | None = None
+    """Most that the shards in the cache take, such as 500gb; those unused for longest are removed. By default all are kept."""
     caption_dropout: Share = 0.1
     """Share of captions replaced by the null text, for classifier-free guidance."""
     workers: NotNegative = 4
@@ -104,6 +114,17 @@ class DataSection(Section):
     """Samples among which are shuffled; part of the data order."""
     canonical_nodes: Positive = 1
     """mosaicml-streaming's `num_canonical_nodes`: part of the data order, the same for every cluster size."""
+
+    def problems(self) -> list[str]:
+        """Contradictions between the fields that say where the data set is read."""
+        scheme = self.path.partition("://")[0] if "://" in self.path else None
+        if scheme not in (None, *REMOTE):
+            return [f"path: {self.path} must be a local folder, or an s3:// or gs:// URL"]
+        if scheme and self.cache is None:
+            return ["cache: path is remote, so give a folder on each node's own disk"]
+        if self.cache_limit and self.cache is None:
+            return ["cache_limit: it limits the cache, and there is none; set data.cache, or leave it out"]
+        return []
 
 
 class OptimizerSection(Section):
@@ -194,6 +215,7 @@ class Config(Section):
                     f"data.resolution: {self.data.resolution} must be divisible by {8 * backbone.patch} "
                     f"(8 of the VAE × the patch of {backbone.patch})"
                 )
+        found += [f"data.{p}" for p in self.data.problems()]
         if self.optimizer.warmup_steps > self.steps:
             found.append(f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is above steps ({self.steps})")
         if self.carry_moments and not self.init_from:

@@ -12,28 +12,37 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import math
 import os
 import random
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from streaming import Stream, StreamingDataset
+from streaming.base.format import Reader
+from streaming.base.format.mds.encodings import mds_decode
+from streaming.base.format.mds.reader import MDSReader
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from data_prep import shards
 from pretrain.config import Config
 from pretrain.models import DiTConfig, PackedText
+from pretrain.streams import Place, once_per_node, open_card, plan, prepare
+
+# Where a set is drawn in part, so many samples of a shard are taken or left together: fewer shards are fetched for them.
+GRANULE = 64
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. `std_BCHW` is None where the data set keeps the posteriors' means alone."""
+    """A micro-batch, latents in fp16. `std_BCHW` is None where the data set keeps the posteriors' means alone."""
 
     keys: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -42,9 +51,9 @@ class Batch:
     std_BCHW: Tensor | None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """The batch on a device, the text in `dtype`, the latents in fp32."""
-        std = self.std_BCHW if self.std_BCHW is None else self.std_BCHW.to(device, non_blocking=True)
-        mean = self.mean_BCHW.to(device, non_blocking=True)
+        """The batch on a device, the text in `dtype`, the latents in fp32 (half of that is copied: they are cast there)."""
+        std = self.std_BCHW if self.std_BCHW is None else self.std_BCHW.to(device, non_blocking=True).float()
+        mean = self.mean_BCHW.to(device, non_blocking=True).float()
         return replace(self, text=self.text.to(device, dtype), mean_BCHW=mean, std_BCHW=std)
 
     def pin_memory(self) -> Batch:
@@ -74,7 +83,7 @@ def sample_seed(seed: int, epoch: int, key: str) -> int:
 class TrainingSet(StreamingDataset):
     """The samples of one resolution. Set `epoch` before each pass."""
 
-    def __init__(self, streams: list[Stream], config: Config, null_text: Tensor, device_batch: int):
+    def __init__(self, streams: list[Stream], config: Config, card: shards.Card, null_text: Tensor, device_batch: int):
         super().__init__(
             streams=streams,
             batch_size=device_batch,
@@ -83,18 +92,76 @@ class TrainingSet(StreamingDataset):
             shuffle_seed=config.seed,
             shuffle_block_size=config.data.shuffle_block,
             num_canonical_nodes=config.data.canonical_nodes,
+            sampling_granularity=GRANULE,
+            batching_method="per_stream" if card.buckets else "random",
+            cache_limit=config.data.cache_limit,
             allow_unsafe_types=False,
         )
         self.epoch = 0
-        self.null_text = null_text
+        self.null_text, self.text_dtype = null_text, card.text_dtype
         self.run_seed, self.resolution, self.dropout = config.seed, config.data.resolution, config.data.caption_dropout
+        self.shards = [_Shard(shard) for shard in self.shards]
+        self.spanner = _Repeated(self.spanner, self.num_samples)  # type: ignore[assignment]
+
+    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[Any, Any]:
+        """An epoch's samples; the number of one that is drawn again counts on behind those of all samples."""
+        units, numbers = super().resample_streams(epoch, stream_id)
+        if any(stream.repeat > 1 for stream in self.streams):
+            numbers = numbers + self.num_samples * times_before(numbers)
+        return units, numbers
 
     def __getitem__(self, at: Any) -> Any:
         row = super().__getitem__(at)
-        seed = sample_seed(self.run_seed, self.epoch, row["key"])
+        repeat = int(at) // self.num_samples
+        seed = sample_seed(self.run_seed, self.epoch, f"{row['key']}/{repeat}" if repeat else row["key"])
         dropped = random.Random(seed).random() < self.dropout
-        text = self.null_text if dropped else shards.text_of(row)
+        text = self.null_text if dropped else shards.text_of(row, self.text_dtype)
         return Sample(row["key"], seed, text, shards.latent_of(row, self.resolution))
+
+
+class _Shard(MDSReader):
+    """streaming's reader of a shard, with one copy of a sample's bytes in place of three, into memory that may be written."""
+
+    def __init__(self, reader: Reader):
+        vars(self).update(vars(reader))
+
+    def get_sample_data(self, idx: int) -> memoryview:  # type: ignore[override]
+        with open(os.path.join(self.dirname, self.split, self.raw_data.basename), "rb", 0) as file:
+            begin, end = struct.unpack("<2I", os.pread(file.fileno(), 8, 4 + 4 * idx))
+            data = np.empty(end - begin, np.uint8).data
+            file.seek(begin)
+            if file.readinto(data) != len(data):
+                raise ValueError(f"{file.name} is cut off: sample {idx} ends at byte {end}")
+        return data
+
+    def decode_sample(self, data: memoryview) -> dict[str, Any]:  # type: ignore[override]
+        at = 4 * sum(size is None for size in self.column_sizes)
+        stored = iter(struct.unpack_from(f"<{at // 4}I", data))
+        row = {}
+        for name, encoding, size in zip(self.column_names, self.column_encodings, self.column_sizes, strict=True):
+            value = data[at : (at := at + (next(stored) if size is None else size))]
+            row[name] = mds_decode(encoding, bytes(value) if encoding == "str" else value)  # type: ignore[arg-type]
+        return row
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """streaming's table of samples, (shard, place in it) by number, for numbers that count on with every repeat."""
+
+    spanner: Any
+    size: int
+
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        return self.spanner[number % self.size]
+
+
+def times_before(numbers: np.ndarray) -> np.ndarray:
+    """How many times each number stands in the list before."""
+    order = np.argsort(numbers, kind="stable")
+    starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
+    before = np.empty_like(numbers)
+    before[order] = np.arange(len(numbers)) - np.repeat(starts, np.diff(starts, append=len(numbers)))
+    return before
 
 
 @dataclass(frozen=True)
@@ -107,14 +174,24 @@ class Collate:
         return [self._batch(samples[i : i + self.micro]) for i in range(0, len(samples), self.micro)]
 
     def _batch(self, samples: list[Sample]) -> Batch:
-        stds = [s.latent.std for s in samples if s.latent.std is not None]
+        stds = [s.latent.std[None] for s in samples if s.latent.std is not None]
         return Batch(
             keys=tuple(s.key for s in samples),
             seeds=tuple(s.seed for s in samples),
-            text=PackedText.pack([s.text for s in samples]),
-            mean_BCHW=torch.stack([s.latent.mean for s in samples]),
-            std_BCHW=torch.stack(stds) if stds else None,
+            text=PackedText.pack([s.text[:, :0] for s in samples]).with_tokens(_joined([s.text for s in samples])),
+            mean_BCHW=_joined([s.latent.mean[None] for s in samples]),
+            std_BCHW=_joined(stds) if stds else None,
         )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts end to end; in a worker in shared memory from the start, so that they are not copied to be sent."""
+    out = None
+    if get_worker_info() is not None:
+        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        storage = torch.UntypedStorage._new_shared(math.prod(shape) * parts[0].element_size())
+        out = torch.empty(0, dtype=parts[0].dtype).set_(storage).view(shape)
+    return torch.cat(parts, out=out)
 
 
 @dataclass(frozen=True)
@@ -129,36 +206,35 @@ class Loader:
     """An endless iterator over optimizer steps, each a list of micro-batches, from a position on."""
 
     def __init__(self, config: Config, backbone: DiTConfig, global_batch: int, micro: int, rank: int, world: int):
-        self.config = config
-        self.root = config.data.path
-        self.card = shards.Card.load(self.root)
-        check_fits(self.card, self.root, config, backbone)
-        self.sets = [s for s in shards.sets_with(self.card, config.data.resolution) if s in self.card.sets]
-        check_shards(self.root, self.sets)
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            remove_stale_shared_memory()
-        if world > 1:
-            torch.distributed.barrier()
-        self.global_batch = global_batch
-        streams = [Stream(local=str(self.root / s)) for s in self.sets]
-        self.data = TrainingSet(streams, config, shards.load_null_text(self.root), global_batch // world)
-        self.steps_per_epoch = len(self.data) // (global_batch // world)
-        if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"{self.root} has {sum(self.card.sets[s]['samples'] for s in self.sets)} samples for "
-                f"{config.data.resolution} px, less than one global batch of {global_batch}"
-            )
+        self.config, self.global_batch = config, global_batch
+        place = Place.of(config.data)
+        self.root = place.root
+        self.card = open_card(place, world)
+        check_fits(self.card, config, backbone, global_batch)
+        self.plan = plan(self.card, config.data, global_batch)
+        prepare(place, self.plan.draws, world)
+        once_per_node(remove_stale_shared_memory, world)
+        if rank == 0:
+            print("".join(f"{note}\n" for note in self.plan.notes), end="", flush=True)
+        streams = [
+            Stream(local=f"{self.root}/{name}", remote=f"{place.origin}/{name}" if place.cached else None, choose=count)
+            for name, count in self.plan.draws.items()
+        ]
+        null_text = shards.load_null_text(self.root)
+        self.data = TrainingSet(streams, config, self.card, null_text, global_batch // world)
+        self.steps_per_epoch = sum(self.plan.draws.values()) // global_batch
         self.collate = Collate(micro)
         self.position = Position()
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What the data order depends on: a checkpoint's position is valid for exactly this."""
-        indexes = {s: _sha256(self.root / s / shards.INDEX) for s in self.sets}
         d = self.config.data
         return {
             "data_set": self.card.fingerprint,
-            "indexes": indexes,
+            "indexes": {name: _sha256(self.root / name / shards.INDEX) for name in self.plan.draws},
+            "sources": d.sources,
+            "draws": self.plan.draws,
             "resolution": d.resolution,
             "seed": self.config.seed,
             "shuffle_block": d.shuffle_block,
@@ -197,17 +273,20 @@ class Loader:
             # The position moves before the batch is used: what a step's checkpoint keeps is the step after.
             self.position = Position(self.position.epoch, self.position.step_in_epoch + 1)
             yield batches
+            if self.position.step_in_epoch == self.steps_per_epoch:
+                return  # several processes repeat samples to be even; that must not make a step that one has not
         if self.position.step_in_epoch < self.steps_per_epoch:
             raise RuntimeError(
-                f"{self.root}: epoch {self.position.epoch} ended after {self.position.step_in_epoch} of "
+                f"{self.config.data.path}: epoch {self.position.epoch} ended after {self.position.step_in_epoch} of "
                 f"{self.steps_per_epoch} steps; a shard is missing or damaged: compare the set with its index.json"
             )
 
 
-def check_fits(card: shards.Card, root: Path, config: Config, backbone: DiTConfig) -> None:
+def check_fits(card: shards.Card, config: Config, backbone: DiTConfig, global_batch: int) -> None:
     """Refuses a data set that the model cannot be trained on, naming both sides."""
+    path = config.data.path
     if not card.complete:
-        raise ValueError(f"{root} is not finished: parts are missing; run data_prep/encode.py on it again")
+        raise ValueError(f"{path} is not finished: parts are missing; run data_prep/encode.py on it again")
     wrong = [
         f"  {what}: the data set has {there}, the model ({config.model.preset}) takes {here}"
         for what, there, here in (
@@ -220,26 +299,14 @@ def check_fits(card: shards.Card, root: Path, config: Config, backbone: DiTConfi
         held = ", ".join(str(r) for r in card.resolutions)
         wrong.append(f"  resolution: the data set has {held} px, the config asks for {config.data.resolution} px")
     if wrong:
-        raise ValueError(f"{root} does not fit this run:\n" + "\n".join(wrong))
-    if not any(s in card.sets for s in shards.sets_with(card, config.data.resolution)):
-        raise ValueError(f"{root} holds no samples that are large enough for {config.data.resolution} px")
-
-
-def check_shards(root: Path, sets: list[str]) -> None:
-    """Refuses a data set with missing or cut shards, which would otherwise end an epoch early or hang it."""
-    bad = []
-    for name in sets:
-        for shard in json.loads((root / name / shards.INDEX).read_text())["shards"]:
-            about = shard["zip_data"] or shard["raw_data"]
-            path = root / name / about["basename"]
-            size = path.stat().st_size if path.is_file() else None
-            if size != about["bytes"]:
-                bad.append(
-                    f"  {path}: {'missing' if size is None else f'{size} bytes'}, expected {about['bytes']} bytes"
-                )
-    if bad:
-        more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise ValueError(f"{root}: {len(bad)} shards are missing or cut:\n" + "\n".join(bad[:10]) + more)
+        raise ValueError(f"{path} does not fit this run:\n" + "\n".join(wrong))
+    if not card.sets_with(config.data.resolution):
+        raise ValueError(f"{path} holds no samples that are large enough for {config.data.resolution} px")
+    if card.buckets and global_batch % config.data.canonical_nodes:
+        raise ValueError(
+            f"data.canonical_nodes: {config.data.canonical_nodes} must divide the global batch of {global_batch}, as "
+            f"{path} has buckets"
+        )
 
 
 def remove_stale_shared_memory(folder: Path = Path("/dev/shm")) -> None:

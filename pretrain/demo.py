@@ -19,8 +19,8 @@ from pathlib import Path
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_prep.pictures import labelled_grid
 from data_prep.shapes import KINDS, Scene, check, scenes
-from pretrain.pictures import labelled_grid
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")
 PICTURES = 800

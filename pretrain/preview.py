@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from data_prep.encoders import DOWNSAMPLE, Vae
+from data_prep.pictures import labelled_grid, to_image
 from data_prep.shards import Card, load_null_text
 from pretrain.config import Config
 from pretrain.diffusion import Generated, Guidance, generate, start_noise
@@ -20,7 +21,7 @@ from pretrain.ema import Ema
 from pretrain.engine import World
 from pretrain.models import DiT, PackedText
 from pretrain.monitor import Monitor
-from pretrain.pictures import labelled_grid, mask_map, to_image
+from pretrain.pictures import mask_map
 from pretrain.pipeline import build_scheduler, set_timesteps
 from pretrain.prompts import read_prompts
 from pretrain.trained import load_text_encoder, load_vae
@@ -36,7 +37,7 @@ class Preview:
         if p.every:
             self.prompts = read_prompts(p.file())
             self.texts = self._encoded()
-            self.null = PackedText.pack([load_null_text(config.data.path)])
+            self.null = PackedText.pack([load_null_text(config.run_dir)])
 
     def _encoded(self) -> list[torch.Tensor]:
         """The prompts' embeddings, from the run directory, or encoded now by process 0."""

@@ -27,13 +27,14 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data_prep.encoders import fingerprint
+from data_prep.encoders import fingerprint, working_dtype
 from data_prep.files import write_whole
+from data_prep.pictures import labelled_grid
 from pretrain.console import Progress, quiet
 from pretrain.diffusion import FfnWork
 from pretrain.models.cost import ffn_flops, saved_flops
 from pretrain.page import Entry, page
-from pretrain.pictures import labelled_grid, mask_map
+from pretrain.pictures import mask_map
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
 from pretrain.prompts import read_prompts
 
@@ -141,7 +142,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[Focus
         trained = load_run(args.run, args.weights, device)
         pipeline, origin = trained.pipeline, {"run": str(args.run), "step": trained.step, "weights": args.weights}
     else:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = working_dtype(device)
         if not args.model.is_dir():
             raise FileNotFoundError(f"no export at {args.model}: make one with python -m pretrain.export")
         pipeline = FocusDiTPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)

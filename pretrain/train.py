@@ -81,7 +81,7 @@ def train(config: Config, deepspeed: dict[str, Any], world: World) -> None:
         world.rank,
         world.size,
     )
-    keep_what_is_used(config, deepspeed, world)
+    keep_what_is_used(config, deepspeed, loader, world)
     preview = Preview(config, loader.card, world)
     torch.manual_seed(config.seed)
     model = DiT(backbone).to(world.device)
@@ -162,7 +162,7 @@ def timed(batches: Iterator[list[Batch]], monitor: Monitor) -> Iterator[list[Bat
         yield batch
 
 
-def keep_what_is_used(config: Config, deepspeed: dict[str, Any], world: World) -> None:
+def keep_what_is_used(config: Config, deepspeed: dict[str, Any], loader: Loader, world: World) -> None:
     """Writes the resolved config, DeepSpeed's, the environment and the data set's card into the run directory."""
     if world.rank == 0:
         run = config.run_dir
@@ -171,7 +171,7 @@ def keep_what_is_used(config: Config, deepspeed: dict[str, Any], world: World) -
         write_whole(run / "ds_config.json", json.dumps(deepspeed, indent=2) + "\n")
         write_whole(run / "environment.json", json.dumps(environment(world), indent=2) + "\n")
         for name in (CARD, NULL_TEXT):
-            shutil.copyfile(config.data.path / name, run / name)
+            shutil.copyfile(loader.root / name, run / name)
     if world.size > 1:
         torch.distributed.barrier()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from data_prep.encoders import TextEncoder, Vae
+from data_prep.encoders import TextEncoder, Vae, working_dtype
 from data_prep.shards import Card
 from pretrain import checkpoint
 from pretrain.config import Config
@@ -46,7 +46,7 @@ def load_run(run: Path, weights: str = "ema", device: torch.device | str = "cpu"
     card = Card.load(run)
     model = DiT(config.model.backbone())
     model.load_state_dict(found.parameters(weights))
-    model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+    model.to(device, working_dtype(device)).eval()
     text, vae = load_text_encoder(card, device), load_vae(card, device)
     p = config.preview
     pipeline = FocusDiTPipeline(

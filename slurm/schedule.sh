@@ -4,7 +4,7 @@
 #   INPUT=/tars OUTPUT=/shards bash slurm/schedule.sh    on the login node, not through sbatch
 #   bash slurm/schedule.sh                               without INPUT: the shards are there, only the two stages
 #
-#   INPUT OUTPUT ENCODERS RESOLUTIONS    as in encode.sh; the stages train on OUTPUT
+#   INPUT OUTPUT ENCODERS RESOLUTIONS …  as in encode.sh; the stages train on OUTPUT
 #   ENCODE_OPTIONS                       further options of data_prep/encode.py
 #   STAGE1 STAGE2                        the stages' configs                        stage1_256 stage2_512
 #   STAGE1_OVERRIDES STAGE2_OVERRIDES    section.key=value, blanks between
@@ -13,7 +13,8 @@
 #   PYTHON                               the interpreter
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/common.sh
-[[ -z ${INPUT:-} || -n ${OUTPUT:-} ]] || refuse "INPUT is set but OUTPUT is not: the folder for the shards"
+[[ -z ${INPUT:-}${SOURCES:-} || -n ${OUTPUT:-} ]] ||
+    refuse "${INPUT:+INPUT}${SOURCES:+SOURCES} is set but OUTPUT is not: the folder for the shards"
 [[ -z ${RUN_DIR:-}${OVERRIDES:-} ]] ||
     refuse "RUN_DIR and OVERRIDES would go to both stages: use STAGE1_OVERRIDES and STAGE2_OVERRIDES (run_dir=… too)"
 
@@ -29,7 +30,7 @@ submit() { # SBATCH_OPTION... SCRIPT, after the job submitted last
     echo "${ids[-1]}  ${*: -1}${after[0]:+  ${after[0]}}"
 }
 
-if [[ -n ${INPUT:-} ]]; then
+if [[ -n ${INPUT:-}${SOURCES:-} ]]; then
     words "${ENCODE_SBATCH:-}"
     data=data.path=$OUTPUT
     OVERRIDES=${ENCODE_OPTIONS:-} submit --array=0-7 "${WORDS[@]}" slurm/encode.sh

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -57,6 +58,35 @@ def start_training(config: str, *overrides: str, processes: int = 1) -> list[sub
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | launcher, text=True, **pipes))  # type: ignore[call-overload]
     return started
+
+
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload(["data_prep.encode"])  # else each process imports for seconds
+
+
+def start_encoding(log: Path, *argv: str) -> multiprocessing.process.BaseProcess:
+    """A process of `data_prep/encode.py`'s own, with one thread, that writes what it says to `log`."""
+    process = _FORKSERVER.Process(target=_encode, args=(str(log), argv))
+    process.start()
+    return process
+
+
+def _encode(log: str, argv: tuple[str, ...]) -> None:
+    import torch
+
+    from data_prep.encode import main
+
+    torch.set_num_threads(1)  # another number may change the last bits of a product
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(main(list(argv)))
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """All that belongs to a data set, byte for byte."""
+    files = (p for p in root.rglob("*") if p.is_file() and p.relative_to(root).parts[0] != "work")
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in files}
 
 
 def scalars(run_dir: Path, tag: str) -> dict[int, float]:

@@ -4,6 +4,8 @@ python -m pretrain.bench step        a training step against diffusers' PixArt t
 python -m pretrain.bench sample      sampling: FocusDiT against the plain DiT and against PixArt
 python -m pretrain.bench picture     one picture to its pixels: seconds and memory, beside the paper's
 python -m pretrain.bench skip        leaving FFNs out by their query masks
+python -m pretrain.bench loader      reading: the training loader against bare reading and other layouts
+python -m pretrain.bench encode      data prep's pipeline against its bare encoders
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pretrain.bench import picture, sample, skip, step
+from pretrain.bench import encode, loader, picture, sample, skip, step
 from pretrain.console import quiet
 
-BENCHMARKS = {"step": step, "sample": sample, "picture": picture, "skip": skip}
+BENCHMARKS = {"step": step, "sample": sample, "picture": picture, "skip": skip, "encode": encode, "loader": loader}
 
 
 def main(argv: list[str] | None = None) -> int:

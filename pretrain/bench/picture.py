@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLMochi
 from torch import nn
 
+from data_prep.encoders import working_dtype
 from pretrain.bench.timing import side_by_side
 from pretrain.models import DiT, DiTConfig, preset
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel, build_scheduler
@@ -35,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     """The table."""
     device = torch.device(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = working_dtype(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     lines = [f"{name}, {dtype}, {args.steps} steps, one picture with guidance, compile: {args.compile or 'none'}"]
     for side in args.resolutions:

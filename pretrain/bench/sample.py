@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from data_prep.encoders import working_dtype
 from pretrain.bench.timing import model_arguments, padded, pixart, side_by_side
 from pretrain.models import DiT, DiTConfig, PackedText, preset
 
@@ -39,7 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     """The table."""
     device = torch.device(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = working_dtype(device)
     base = replace(preset(args.preset), depth=args.depth) if args.depth else preset(args.preset)
     side = args.tokens_per_side * base.patch
     latent = torch.randn(2 * args.batch, base.latent_channels, side, side, device=device, dtype=dtype)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_prep.encoders import working_dtype
 from pretrain.bench.timing import model_arguments, side_by_side
 from pretrain.diffusion import Generated, Guidance, generate, start_noise
 from pretrain.models import DiT, PackedText, Skip, TextMemory, preset
@@ -97,7 +98,7 @@ def _trained(args: argparse.Namespace, device: torch.device) -> Subject:
 
 
 def _random(args: argparse.Namespace, device: torch.device) -> Subject:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = working_dtype(device)
     config = replace(preset(args.preset), depth=args.depth) if args.depth else preset(args.preset)
     torch.manual_seed(0)
     model = DiT(config).to(device, dtype).eval()

@@ -16,6 +16,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
+from data_prep.encoders import working_dtype
 from pretrain.bench.timing import model_arguments, padded, pixart, side_by_side
 from pretrain.models import DiT, PackedText, preset
 
@@ -27,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     """The table."""
     device = torch.device(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = working_dtype(device)
     config = replace(preset(args.preset), depth=args.depth) if args.depth else preset(args.preset)
     ours, theirs = DiT(config).to(device, dtype), pixart(config).to(device, dtype)
     side = args.tokens_per_side * config.patch

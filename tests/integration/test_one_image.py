@@ -9,7 +9,8 @@ import torch
 from support import SMALL, scalars
 
 from data_prep import shards
-from data_prep.images import decode, resize_and_crop, to_array
+from data_prep.encoders import pixels_to_floats
+from data_prep.images import cut, decode
 from data_prep.shapes import scenes
 from data_prep.tars import Sample, read_tar
 from pretrain.config import load
@@ -23,11 +24,12 @@ def test_one_image(shape_tars: Path, data_set: Path, train, tmp_path: Path) -> N
     scene = next(scenes(20, seed=5))
     assert sample.caption == scene.caption
 
-    # sample → picture → array
-    picture = resize_and_crop(decode(sample.image), 256)
-    array = to_array(picture)
-    assert array.shape == (3, 256, 256)
-    assert -1 <= array.min() < array.max() <= 1
+    # sample → pixels of each resolution → floats
+    pixels_HW3 = cut(sample.image, (256, 512)).pictures[256]
+    assert pixels_HW3.shape == (256, 256, 3)
+    picture_13HW = pixels_to_floats(torch.from_numpy(pixels_HW3)[None], torch.device("cpu"))
+    assert picture_13HW.shape == (1, 3, 256, 256)
+    assert -1 <= picture_13HW.min() < picture_13HW.max() <= 1
 
     # data set: the card adds up, and the loader finds the record by its key
     card = shards.Card.load(data_set)
@@ -40,12 +42,12 @@ def test_one_image(shape_tars: Path, data_set: Path, train, tmp_path: Path) -> N
     batches = [b for _, step in zip(range(loader.steps_per_epoch), loader, strict=False) for b in step]
     by_key = {key: (batch, i) for batch in batches for i, key in enumerate(batch.keys)}
     assert len(by_key) == 20
-    batch, i = by_key[f"00000/{sample.key}"]
+    batch, i = by_key[f"images/00000/{sample.key}"]
 
     # the record is what the encoders make of this picture and this caption
     from data_prep.encoders import TextEncoder, Vae
 
-    expected = Vae("tiny").encode(torch.from_numpy(array)[None])
+    expected = Vae("tiny").encode(picture_13HW)
     torch.testing.assert_close(batch.mean_BCHW[i], expected.mean[0], rtol=2e-3, atol=2e-3)
     text = TextEncoder("tiny").encode([sample.caption], 300)[0][0]
     torch.testing.assert_close(batch.text.captions()[i], text, rtol=2e-2, atol=2e-2)

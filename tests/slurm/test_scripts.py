@@ -182,43 +182,49 @@ def test_a_stage_that_cannot_work_is_refused_in_one_line(cluster, recorder, opti
 # --- encoding
 
 
-def workers(recorder) -> list[tuple[str, str]]:
-    """(worker, of how many) of each run, in order."""
-    return sorted((n["arguments"][-3], n["arguments"][-1]) for n in recorder.notes())
+ENCODE = {"INPUT": "/tars", "OUTPUT": "/shards"}
+ENCODE_ARGUMENTS = [
+    *["data_prep/encode.py", "--input", "/tars", "--output", "/shards"],
+    *["--encoders", "flan-t5-xxl+mochi", "--resolutions", "256", "512"],
+]
 
 
 @pytest.mark.parametrize(
-    ("array", "env", "expected"),
+    ("options", "count"),
     [
-        ("0-2", {}, [("0", "3"), ("1", "3"), ("2", "3")]),
-        ("5-9:2", {}, [("0", "3"), ("1", "3"), ("2", "3")]),
-        ("4,6", {"WORKERS": "8"}, [("4", "8"), ("6", "8")]),
-        (None, {}, [("0", "1")]),
+        (["--array=0-2"], 3),
+        (["--array=4,6"], 2),
+        ([], 1),
+        (["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"], 4),
     ],
 )
-def test_each_array_task_is_one_worker(cluster, recorder, array, env, expected):
-    options = [*SMALL_WORKER, *([f"--array={array}"] if array else [])]
-    env = {"PYTHON": recorder.path, "INPUT": "/tars", "OUTPUT": "/shards", **env}
-    job = cluster.sbatch("slurm/encode.sh", *options, env=env)
+def test_each_task_is_one_worker(cluster, recorder, options, count):
+    """Of an array, or of one job: all are told the same, and share the tars through the output."""
+    job = cluster.sbatch("slurm/encode.sh", *SMALL_WORKER, *options, env={"PYTHON": recorder.path, **ENCODE})
     expect(cluster.wait(job))
-    assert workers(recorder) == expected
-    for note in recorder.notes():
-        assert len(note["env"]["CUDA_VISIBLE_DEVICES"].split(",")) == 1
-        assert note["arguments"][:5] == ["data_prep/encode.py", "--input", "/tars", "--output", "/shards"]
-        assert note["arguments"][5:10] == ["--encoders", "flan-t5-xxl+mochi", "--resolutions", "256", "512"]
+    assert [note["arguments"] for note in recorder.notes()] == [ENCODE_ARGUMENTS] * count
+    gpus = [len(note["env"]["CUDA_VISIBLE_DEVICES"].split(",")) for note in recorder.notes()]
+    assert set(gpus) == {2 if count == 4 else 1}
+    if count == 4:  # each takes the GPU of its SLURM_LOCALID
+        assert sorted(note["env"]["SLURM_LOCALID"] for note in recorder.notes()) == ["0", "0", "1", "1"]
 
 
-def test_an_array_with_gaps_is_refused(cluster, recorder):
-    env = {"PYTHON": recorder.path, "INPUT": "/tars", "OUTPUT": "/shards"}
-    result = cluster.wait(cluster.sbatch("slurm/encode.sh", *SMALL_WORKER, "--array=4,6,7", env=env))
-    expect(result, "FAILED", 2)
-    assert "the array has gaps (3 tasks from 4 to 7)" in result.log
-    assert recorder.notes() == []
+def test_a_worker_that_dies_leaves_the_others_at_work(cluster, program):
+    python = program("""
+        if os.environ["SLURM_PROCID"] == "0":
+            sys.exit(3)
+        time.sleep(2)
+        (record / "through").touch()
+    """)
+    options = [*SMALL_WORKER, "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
+    result = cluster.wait(cluster.sbatch("slurm/encode.sh", *options, env={"PYTHON": python, **ENCODE}))
+    assert result.state == "FAILED"
+    assert (Path(python).parent / "record" / "through").exists()
 
 
 @pytest.mark.parametrize("absent", ["INPUT", "OUTPUT"])
 def test_encoding_without_its_folders_is_refused(cluster, recorder, absent):
-    env = {"PYTHON": recorder.path, "INPUT": "/tars", "OUTPUT": "/shards", absent: ""}
+    env = {"PYTHON": recorder.path, **ENCODE, absent: ""}
     result = cluster.wait(cluster.sbatch("slurm/encode.sh", *SMALL_WORKER, env=env))
     expect(result, "FAILED", 2)
     (line,) = result.log.splitlines()
@@ -230,16 +236,18 @@ def test_encoding_runs_without_slurm_and_hands_its_options_on(cluster, recorder)
     env = {
         "PYTHON": recorder.path,
         "INPUT": "/my tars",
-        "OUTPUT": "/s",
+        "OUTPUT": "s3://b/s",
+        "WORK": "/w",
         "ENCODERS": "tiny",
         "RESOLUTIONS": "64",
-        "OVERRIDES": "--limit 5",
+        "FILTER": "aesthetic > 5",
+        "OVERRIDES": "--buckets",
     }
     cluster.command("bash", "slurm/encode.sh", env=env)
     (note,) = recorder.notes()
     assert note["arguments"] == [
-        *["data_prep/encode.py", "--input", "/my tars", "--output", "/s", "--encoders", "tiny", "--resolutions", "64"],
-        *["--worker", "0", "--workers", "1", "--limit", "5"],
+        *["data_prep/encode.py", "--input", "/my tars", "--output", "s3://b/s", "--work", "/w", "--encoders", "tiny"],
+        *["--resolutions", "64", "--filter", "aesthetic > 5", "--buckets"],
     ]
 
 
@@ -274,7 +282,7 @@ def test_the_chain_runs_in_order(cluster, recorder, schedule):
         PYTHON=recorder.path,
         INPUT="/tars",
         OUTPUT="/shards",
-        ENCODE_OPTIONS="--limit 5",
+        ENCODE_OPTIONS="--token-cap 5",
         STAGE1="demo_256",
         STAGE2="demo_512",
         STAGE2_OVERRIDES="run_dir=runs/b",
@@ -288,7 +296,7 @@ def test_the_chain_runs_in_order(cluster, recorder, schedule):
     assert [n["arguments"][3:] for n in notes[2:]] == [["data.path=/shards"]] * 2 + [
         ["data.path=/shards", "run_dir=runs/b"]
     ] * 2
-    assert all(n["arguments"][-2:] == ["--limit", "5"] for n in notes[:2])
+    assert all(n["arguments"][-2:] == ["--token-cap", "5"] for n in notes[:2])
 
 
 def test_without_input_the_chain_begins_with_stage_1(cluster, recorder, schedule):

@@ -108,7 +108,7 @@ def test_overrides():
         ],
     )
     assert (config.steps, config.model.mask, config.optimizer.betas) == (7, "none", (0.8, 0.9))
-    assert (config.data.path, config.run_dir) == (Path("/elsewhere"), Path("out"))
+    assert (config.data.path, config.run_dir) == ("/elsewhere", Path("out"))
     assert config.optimizer.lr == plain.optimizer.lr, "the YAML's other fields stay"
     assert deepspeed["train_batch_size"] == 64
     assert deepspeed["train_micro_batch_size_per_gpu"] == shipped["train_micro_batch_size_per_gpu"]

@@ -11,10 +11,11 @@ ROOT = Path(__file__).parents[2]
 # Each heavy library, and the only files that may meet it.
 ROOMS = {
     "webdataset": {"data_prep/tars.py", "data_prep/shapes.py"},
-    "streaming": {"data_prep/shards.py", "pretrain/data.py"},
+    "streaming": {"data_prep/shards.py", "data_prep/verify.py", "pretrain/data.py", "pretrain/bench/loader.py"},
     "deepspeed": {"pretrain/engine.py", "pretrain/checkpoint.py", "pretrain/train.py"},
     "tensorboard": {"pretrain/monitor.py", "pretrain/demo.py"},
-    "torch.utils.tensorboard": {"pretrain/monitor.py", "pretrain/demo.py"},
+    "torch.utils.tensorboard": {"pretrain/monitor.py", "pretrain/demo.py", "data_prep/progress.py"},
+    "fsspec": {"data_prep/storage.py"},
     "transformers": {
         "data_prep/encoders.py",
         "data_prep/make_tiny_encoders.py",
@@ -22,6 +23,7 @@ ROOMS = {
         "pretrain/bench/timing.py",
         "pretrain/bench/step.py",
         "pretrain/bench/picture.py",
+        "pretrain/bench/encode.py",
     },
 }
 ROOMS["diffusers"] = ROOMS["transformers"]

@@ -13,8 +13,9 @@ from matplotlib import colormaps
 from PIL import Image
 from support import Opened
 
+from data_prep.pictures import labelled_grid, to_image
 from pretrain.page import Entry, page
-from pretrain.pictures import labelled_grid, mask_map, to_image
+from pretrain.pictures import mask_map
 
 HOSTILE = (
     "../../x",

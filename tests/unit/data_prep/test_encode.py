@@ -15,7 +15,7 @@ import torch
 import webdataset
 from PIL import Image
 from streaming import StreamingDataset
-from support import ROOT
+from support import ROOT, contents
 
 from data_prep import shards
 from data_prep.encode import main, parse
@@ -64,7 +64,8 @@ def test_bad_input_is_counted_and_the_rest_goes_on(tmp_path: Path, capsys: pytes
         last = whole.getmember("z.jpg")
     tar.write_bytes(tar.read_bytes()[: last.offset_data + last.size // 2])
     assert encode(str(tar), tmp_path / "data") == 0
-    report = json.loads((tmp_path / "data" / "reports" / "00000.json").read_text())
+    reports = tmp_path / "data" / "reports" / "images"
+    report = json.loads((reports / "00000.json").read_text())
     assert report["written"] == {"256-512": 1, "256": 1}
     assert report["dropped"] == {
         "broken_image": 1,
@@ -78,20 +79,23 @@ def test_bad_input_is_counted_and_the_rest_goes_on(tmp_path: Path, capsys: pytes
         "unsupported_format": 1,
     }
     assert report["read"] == 11 == sum(report["written"].values()) + sum(report["dropped"].values())
-    assert {r["key"]: r["reason"] for r in report["rejects"]}["f"] == "too_large"
+    rejects = [json.loads(line) for line in (reports / "00000.jsonl").read_text().splitlines()]
+    assert {r["key"]: r["reason"] for r in rejects}["f"] == "too_large"
+    assert {r["tar"] for r in rejects} == {str(tar)}
+    assert [r["key"] for r in rejects] == [*"bcdefgijz"]  # in the tar's order
     assert "read 11 = written 2 + dropped 9" in capsys.readouterr().out
 
 
 def test_records_come_back_as_they_were(data_set: Path) -> None:
     card = shards.Card.load(data_set)
-    assert set(card.sets) == {"256", "256-512"}
+    assert set(card.sets) == {"images/256", "images/256-512"}
     keys = []
-    for name, resolutions in (("256", [256]), ("256-512", [256, 512])):
+    for name, resolutions in (("images/256", [256]), ("images/256-512", [256, 512])):
         rows = StreamingDataset(local=str(data_set / name), shuffle=False, batch_size=1)
         assert len(rows) == card.sets[name]["samples"]
         for row in rows:
             keys.append(row["key"])
-            text = shards.text_of(row)
+            text = shards.text_of(row, card.text_dtype)
             assert text.dtype == torch.bfloat16 and text.shape[1] == 128
             assert text.float().std() > 0
             assert (min(row["width"], row["height"]) >= 512) == (resolutions == [256, 512])
@@ -108,35 +112,25 @@ def test_records_come_back_as_they_were(data_set: Path) -> None:
 def test_a_second_run_makes_only_what_is_missing(data_set: Path, shape_tars: Path, tmp_path: Path, capsys) -> None:
     root = tmp_path / "data"
     shutil.copytree(data_set, root)
-    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    before = contents(root)
     # As if killed in the second tar: its report is missing, its shards are there, and a temporary folder is left.
-    (root / "reports" / "00001.json").unlink()
-    leftover = root / ".tmp-00001-dead" / "256"
+    (root / "reports" / "images" / "00001.json").unlink()
+    leftover = root / "work" / "images.00001.dead" / "256"
     leftover.mkdir(parents=True)
-    (root / "256-512" / "00001" / "shard.00000.mds").write_bytes(b"half")
+    (root / "images" / "256-512" / "00001" / "index.json").write_bytes(b"half")
     assert encode(f"{shape_tars}/*.tar", root) == 0
-    assert "2 tars, 2 of them for this worker, 1 already encoded" in capsys.readouterr().out
-    after = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
-    assert after == before
-
-
-def test_workers_share_the_tars_and_the_last_one_finishes(data_set: Path, shape_tars: Path, tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    assert encode(f"{shape_tars}/*.tar", root, "--worker", "1", "--workers", "2") == 0
-    assert not shards.Card.load(root).complete
-    assert encode(f"{shape_tars}/*.tar", root, "--worker", "0", "--workers", "2") == 0
-    assert shards.Card.load(root) == shards.Card.load(data_set)
-    for name in shards.Card.load(root).sets:
-        assert (root / name / shards.INDEX).read_text() == (data_set / name / shards.INDEX).read_text()
+    assert "2 tars, 1 of them already encoded" in capsys.readouterr().out
+    assert contents(root) == before
+    assert not list((root / "work").glob("images.*"))
 
 
 def test_mean_alone_and_a_token_cap(shape_tars: Path, tmp_path: Path, capsys) -> None:
     root = tmp_path / "data"
     options = ("--posterior", "mean", "--resolutions", "256", "--token-cap", "5")
     assert encode(f"{shape_tars}/00000.tar", root, *options) == 0
-    row = StreamingDataset(local=str(root / "256"), shuffle=False, batch_size=1)[0]
+    row = StreamingDataset(local=str(root / "images" / "256"), shuffle=False, batch_size=1)[0]
     assert shards.latent_of(row, 256).std is None
-    assert len(shards.text_of(row)) == 5
+    assert len(shards.text_of(row, "bfloat16")) == 5
     assert "10 captions were cut to 5 tokens" in capsys.readouterr().out
 
 
@@ -154,10 +148,10 @@ def test_refusals(data_set: Path, shape_tars: Path, tmp_path: Path, capsys) -> N
         (double / sub).mkdir(parents=True)
         shutil.copy(shape_tars / "00000.tar", double / sub)
     assert encode(f"{double}/**/*.tar", root) == 1
-    assert "would both become the part 00000" in capsys.readouterr().err
+    assert "would both become the part 00000 of images" in capsys.readouterr().err
     shutil.copy(shape_tars / "00001.tar", double / "x" / "00000.tar")
     assert encode(f"{double}/x/*.tar", root) == 1
-    assert "the part 00000 was made of" in capsys.readouterr().err
+    assert "the part images/00000 was made of" in capsys.readouterr().err
     for spec, words in (("tiny+nothing/here/at", "no weights at"), ("one+two+three", "expected `tiny` or TEXT+VAE")):
         assert main(["--input", tars, "--output", str(root), "--encoders", spec]) == 1
         error = capsys.readouterr().err
@@ -165,11 +159,24 @@ def test_refusals(data_set: Path, shape_tars: Path, tmp_path: Path, capsys) -> N
     text = tmp_path / "text.tar"
     text.write_text("this is no tar")
     assert encode(str(text), tmp_path / "other") == 1
-    assert "text.tar" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "no_tar" in said.out and "not one sample was written" in said.err
 
 
 @pytest.mark.parametrize(
-    "options", [["--worker", "2", "--workers", "2"], ["--resolutions", "250"], ["--token-cap", "0"]]
+    "options",
+    [
+        ["--resolutions", "250"],
+        ["--resolutions", "320", "--buckets"],
+        ["--token-cap", "0"],
+        ["--compression", "gzip"],
+        ["--shard-mb", "4096"],
+        ["--work", "w"],
+        ["--output", "s3://bucket/data"],
+        ["--output", "pipe:cat"],
+        ["--duplicate-distance", "9"],
+        ["--sources", "s.yaml"],
+    ],
 )
 def test_options_out_of_range(options: list[str]) -> None:
     with pytest.raises(SystemExit):

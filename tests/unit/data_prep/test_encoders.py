@@ -11,10 +11,17 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLMochi
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from data_prep.encoders import ASSETS, TextEncoder, Vae, parse_encoders
-from data_prep.images import to_array
+from data_prep.encoders import (
+    ASSETS,
+    TextEncoder,
+    Vae,
+    batches_by_length,
+    encode_tokens,
+    parse_encoders,
+    pixels_to_floats,
+)
+from data_prep.pictures import to_image
 from data_prep.shapes import check, draw, scenes
-from pretrain.pictures import to_image
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,8 @@ def small_mochi(folder: Path) -> Path:
 
 def test_tiny_vae_really_reconstructs(tiny_vae: Vae) -> None:
     some = list(scenes(9, seed=31))
-    pictures = torch.from_numpy(np.stack([to_array(draw(s, 256)) for s in some]))
+    pixels = torch.from_numpy(np.stack([np.asarray(draw(s, 256)) for s in some]))
+    pictures = pixels_to_floats(pixels, torch.device("cpu"))
     latents = tiny_vae.encode(pictures)
     assert latents.mean.shape == (9, 4, 32, 32)
     assert latents.mean.std(dim=(0, 2, 3)).sub(1).abs().max() < 0.4  # normalised per channel
@@ -102,6 +110,27 @@ def test_a_long_caption_is_cut_and_keeps_its_end() -> None:
     texts, cut = encoder.encode(["a red circle", "a red circle and much more behind it"], 6)
     assert cut == {1: "d much more behind it"}
     assert len(texts[1]) == 6
+
+
+def test_batches_hold_all_captions_within_the_budget() -> None:
+    lengths = [random.Random(0).randint(1, 300) for _ in range(500)] + [300, 1]
+    batches = batches_by_length(lengths, 2000)
+    assert sorted(n for batch in batches for n in batch) == list(range(len(lengths)))
+    padded = [len(batch) * max(lengths[n] for n in batch) for batch in batches]
+    assert max(padded) <= 2000
+    assert sum(padded) < 1.1 * sum(lengths)  # neighbours in length: little padding
+    assert batches_by_length([5000, 3], 2000) == [[0], [1]]  # alone, if it must be
+
+
+def test_large_batches_change_no_embedding() -> None:
+    encoder = TextEncoder("tiny")
+    captions = [s.caption for s in scenes(40, seed=3)]
+    ids = encoder.tokenizer(captions).input_ids
+    together = encode_tokens(encoder.model, ids, encoder.tokenizer.pad_token_id, encoder.device)
+    in_turn = encode_tokens(encoder.model, ids, encoder.tokenizer.pad_token_id, encoder.device, budget=30)
+    for one, other, i in zip(together, in_turn, ids, strict=True):
+        assert len(one) == len(i)
+        torch.testing.assert_close(one.float(), other.float(), rtol=2e-2, atol=2e-2)
 
 
 def test_the_fingerprint_sees_weights_and_not_how_they_were_loaded(tmp_path: Path) -> None:

@@ -10,9 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.cbook import get_sample_data
 from PIL import Image, ImageCms, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
-from data_prep.images import MAX_PIXELS, UNUSABLE_REASONS, Unusable, decode, resize_and_crop, to_array
+from data_prep.images import (
+    BUCKETS,
+    MAX_PIXELS,
+    UNUSABLE_REASONS,
+    Cut,
+    Unusable,
+    bucket_of,
+    cut,
+    decode,
+    resize_and_crop,
+    shape_of,
+)
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -378,7 +391,7 @@ def test_unusable_crosses_between_processes() -> None:
 
 
 def test_every_reason_is_tested() -> None:
-    source = Path(__file__).read_text(encoding="utf-8")
+    source = "".join(Path(__file__).with_name(f"test_{name}.py").read_text("utf-8") for name in ("images", "decoders"))
     assert all(f'"{reason}"' in source for reason in UNUSABLE_REASONS)
 
 
@@ -390,14 +403,14 @@ def test_a_side_that_fits_is_cropped_and_not_interpolated(size: tuple[int, int])
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     left, top = (size[0] - 256) // 2, (size[1] - 256) // 2
     expected = pixels(noise)[top : top + 256, left : left + 256]
-    assert np.array_equal(pixels(resize_and_crop(noise, 256)), expected)
+    assert np.array_equal(pixels(resize_and_crop(noise, 256, 256)), expected)
 
 
 @pytest.mark.parametrize("size", [(96, 64), (65, 333), (641, 480), (64, 64), (1000, 700)])
 def test_it_is_a_resize_and_a_centre_crop(size: tuple[int, int]) -> None:
     """Against the two steps one after the other, on a scale where no rounding of the longer side shows."""
     image = colourful(*size)
-    found = resize_and_crop(image, 32)
+    found = resize_and_crop(image, 32, 32)
     scale = 32 / min(size)
     scaled = image.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.LANCZOS)
     left, top = (scaled.width - 32) // 2, (scaled.height - 32) // 2
@@ -410,7 +423,7 @@ def test_it_does_not_alias() -> None:
     """A board of single pixels is grey from afar, also where the speed-up averages blocks first."""
     for side in (512, 2048):
         board = Image.fromarray((np.indices((side, side)).sum(axis=0) % 2 * 255).astype(np.uint8)).convert("RGB")
-        inner = pixels(resize_and_crop(board, 200))[5:-5, 5:-5]
+        inner = pixels(resize_and_crop(board, 200, 200))[5:-5, 5:-5]
         assert np.abs(inner - 127.5).max() <= 3
 
 
@@ -418,38 +431,227 @@ def test_the_speed_up_changes_little() -> None:
     rng = np.random.default_rng(0)
     rough = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((2400, 1800))
     plain = rough.resize((256, 256), Image.Resampling.LANCZOS, box=(300, 0, 2100, 1800))
-    assert np.abs(pixels(resize_and_crop(rough, 256)) - pixels(plain)).max() <= 4
+    assert np.abs(pixels(resize_and_crop(rough, 256, 256)) - pixels(plain)).max() <= 4
+
+
+@pytest.mark.parametrize("size", [(512, 256), (514, 257), (700, 256), (512, 900), (5000, 256)])
+def test_a_rectangle_that_fits_is_cropped_and_not_interpolated(size: tuple[int, int]) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    left, top = (size[0] - 512) // 2, (size[1] - 256) // 2
+    found = resize_and_crop(noise, 256, 512)
+    assert found.size == (512, 256)
+    if size != (514, 257):  # this one fits in its aspect ratio, and is made smaller
+        assert np.array_equal(pixels(found), pixels(noise)[top : top + 256, left : left + 512])
+
+
+@pytest.mark.parametrize("size", [(960, 640), (650, 999), (640, 480), (1000, 300)])
+def test_a_rectangle_is_the_largest_in_the_centre(size: tuple[int, int]) -> None:
+    """The picture tells by its colours which part of it is seen: red is x, green is y."""
+    found = pixels(resize_and_crop(colourful(*size), 48, 96)) / 255
+    scale = min(size[0] / 96, size[1] / 48)
+    for colour, axis, (side, wanted) in ((0, 1, (size[0], 96)), (1, 0, (size[1], 48))):
+        share = wanted * scale / side  # how much of this side is kept
+        expected = (1 - share) / 2 + share * (np.arange(wanted) + 0.5) / wanted
+        assert np.abs(found[..., colour].mean(axis=1 - axis) - expected).max() < 0.01
 
 
 @pytest.mark.parametrize("size", [(1, 1), (255, 256), (10_000, 255)])
 def test_too_small(size: tuple[int, int]) -> None:
     with pytest.raises(Unusable) as caught:
-        resize_and_crop(Image.new("RGB", size), 256)
+        resize_and_crop(Image.new("RGB", size), 256, 256)
     assert caught.value.reason == "too_small"
+    resize_and_crop(Image.new("RGB", (320, 208)), 208, 320)
+    for smaller in ((319, 1000), (1000, 207)):
+        with pytest.raises(Unusable, match="below 320 × 208"):
+            resize_and_crop(Image.new("RGB", smaller), 208, 320)
 
 
 def test_extremes() -> None:
     assert decode(encode(Image.new("RGB", (1, 1), "red"))).size == (1, 1)
-    assert resize_and_crop(Image.new("RGB", (1, 1), "red"), 1).getpixel((0, 0)) == (255, 0, 0)
+    assert resize_and_crop(Image.new("RGB", (1, 1), "red"), 1, 1).getpixel((0, 0)) == (255, 0, 0)
     wide = decode(encode(Image.new("RGB", (10_000, 300), "red"), "JPEG"))
-    assert resize_and_crop(wide, 256).size == (256, 256)
-    assert resize_and_crop(wide.transpose(Image.Transpose.ROTATE_90), 256).size == (256, 256)
+    assert resize_and_crop(wide, 256, 256).size == (256, 256)
+    assert resize_and_crop(wide.transpose(Image.Transpose.ROTATE_90), 256, 256).size == (256, 256)
 
 
-# ------------------------------------------------------------------------------------------------------------- array
+# ----------------------------------------------------------------------------------------------------------- buckets
 
 
-def test_to_array() -> None:
-    image = Image.new("RGB", (3, 2))
-    image.putpixel((2, 1), (255, 51, 0))
-    array = to_array(image)
-    assert (array.shape, array.dtype, array.flags["C_CONTIGUOUS"]) == ((3, 2, 3), np.float32, True)
-    assert array[:, 1, 2].tolist() == pytest.approx([1.0, -0.6, -1.0])
-    assert array[0, 1, 2] == 1.0
-    assert (array[:, 0] == -1.0).all()
+def test_buckets() -> None:
+    assert len(set(BUCKETS)) == len(BUCKETS) == 13
+    assert {(columns, rows) for rows, columns in BUCKETS} == set(BUCKETS)
+    assert all(abs(rows * columns / 256 - 1) <= 0.025 for rows, columns in BUCKETS)
+    assert shape_of((13, 20), 256) == (208, 320)
+    assert shape_of((26, 10), 512) == (832, 320)
 
 
-def test_all_values_survive_the_way_back() -> None:
-    ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
-    back = np.rint((to_array(ramp) + 1) * 127.5).astype(int)
-    assert np.array_equal(back.transpose(1, 2, 0), pixels(ramp))
+def test_every_bucket_is_its_own_nearest() -> None:
+    for rows, columns in BUCKETS:
+        assert bucket_of(columns * 100, rows * 100) == (rows, columns)
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"),
+    [
+        ((1000, 1000), (16, 16)),
+        ((1064, 1000), (16, 16)),  # the border to 15 × 17 is at the root of 17/15, 1.0646
+        ((1066, 1000), (15, 17)),
+        ((4000, 3000), (14, 18)),
+        ((3000, 4000), (18, 14)),
+        ((3000, 2000), (13, 20)),
+        ((1920, 1080), (12, 21)),
+        ((1080, 1920), (21, 12)),
+        ((10_000, 100), (10, 26)),
+        ((100, 10_000), (26, 10)),
+    ],
+)
+def test_bucket_of(size: tuple[int, int], bucket: tuple[int, int]) -> None:
+    assert bucket_of(*size) == bucket
+
+
+# --------------------------------------------------------------------------------------------------------------- cut
+
+
+def photo(width: int, height: int, **options: object) -> bytes:
+    """A photograph in a large JPEG."""
+    with Image.open(get_sample_data("grace_hopper.jpg")) as image:
+        scaled = image.resize((width, height), Image.Resampling.LANCZOS)
+    return encode(scaled, "JPEG", quality=90, **options)
+
+
+def without_draft(data: bytes, monkeypatch: pytest.MonkeyPatch, buckets: bool = False) -> Cut:
+    with monkeypatch.context() as patch:
+        patch.setattr(JpegImageFile, "draft", lambda *_: None)
+        return cut(data, (256, 512), buckets)
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("size", [(700, 600), (512, 900), (511, 700)])
+def test_cut_is_decode_and_resize_and_crop(fmt: str, size: tuple[int, int]) -> None:
+    data = encode(colourful(*size), fmt)
+    found = cut(data, (256, 512))
+    assert (found.width, found.height, found.bucket) == (*size, None)
+    assert sorted(found.pictures) == [256, 512][: 2 if min(size) >= 512 else 1]
+    for resolution, picture in found.pictures.items():
+        assert (picture.dtype, picture.flags.writeable, picture.flags.c_contiguous) == (np.uint8, True, True)
+        assert np.array_equal(picture, np.asarray(resize_and_crop(decode(data), resolution, resolution)))
+
+
+def test_cut_to_buckets() -> None:
+    data = encode(colourful(750, 500))
+    found = cut(data, (256, 512), buckets=True)
+    assert (found.width, found.height, found.bucket) == (750, 500, (13, 20))
+    for resolution, shape in ((256, (208, 320)), (512, (416, 640))):
+        assert np.array_equal(found.pictures[resolution], np.asarray(resize_and_crop(decode(data), *shape)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(1200, 800), (2601, 1735)])
+def test_cut_turns_as_decode_does(size: tuple[int, int], orientation: int) -> None:
+    """Also a draft, whose sides are no multiples of the picture's: 2601 and 1735 are odd."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    data = photo(*size, exif=exif)
+    upright = decode(data)
+    found = cut(data, (256, 512), buckets=True)
+    assert (found.width, found.height) == upright.size == (size if orientation < 5 else size[::-1])
+    assert found.bucket == bucket_of(*upright.size) == ((13, 20) if orientation < 5 else (20, 13))
+    assert sorted(found.pictures) == [256, 512]
+    for resolution, picture in found.pictures.items():
+        expected = pixels(resize_and_crop(upright, *shape_of(found.bucket, resolution)))
+        assert picture.shape == expected.shape
+        assert np.abs(picture - expected).mean() < 0.8
+
+
+@pytest.fixture
+def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The sizes at which libjpeg was told to decode."""
+    sizes = []
+    real = JpegImageFile.draft
+
+    def draft(image: JpegImageFile, *args: object) -> object:
+        result = real(image, *args)
+        sizes.append(image.size)
+        return result
+
+    monkeypatch.setattr(JpegImageFile, "draft", draft)
+    return sizes
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+@pytest.mark.parametrize(
+    ("size", "decoded"), [((2101, 2500), (1051, 1250)), ((4107, 4800), (1027, 1200)), ((6000, 2049), (3000, 1025))]
+)
+def test_a_draft_is_nearly_the_whole_picture(
+    size: tuple[int, int], decoded: tuple[int, int], options: dict, decoded_sizes: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = photo(*size, **options)
+    for buckets in (False, True):
+        found = cut(data, (256, 512), buckets)
+        whole = without_draft(data, monkeypatch, buckets)
+        assert (found.width, found.height, found.bucket) == (*size, whole.bucket)
+        assert list(found.pictures) == list(whole.pictures) == [256, 512]
+        for resolution, picture in found.pictures.items():
+            difference = np.abs(picture.astype(int) - whole.pictures[resolution])
+            assert difference.mean() < 0.5
+            assert difference.max() < 25
+    assert decoded_sizes[0] == decoded
+
+
+@pytest.mark.parametrize("size", [(512, 5000), (1023, 1023), (2047, 3000), (3000, 2047)])
+def test_a_draft_keeps_twice_the_largest_cut(size: tuple[int, int], decoded_sizes: list) -> None:
+    """Else the picture is decoded whole, and its cuts are exact."""
+    data = photo(*size)
+    found = cut(data, (512, 256))
+    assert decoded_sizes == [size]
+    for resolution in (256, 512):
+        expected = resize_and_crop(decode(data), resolution, resolution)
+        assert np.array_equal(found.pictures[resolution], np.asarray(expected))
+
+
+@pytest.mark.parametrize(("resolutions", "scale"), [((256,), 8), ((256, 512), 4), ((1024, 256), 2), ((256, 2048), 1)])
+def test_a_draft_of_every_scale(resolutions: tuple[int, ...], scale: int, decoded_sizes: list) -> None:
+    found = cut(photo(4096, 4100), resolutions)
+    assert sorted(found.pictures) == sorted(resolutions)
+    assert decoded_sizes == [(4096 // scale, -(-4100 // scale))]
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "MPO"])
+def test_a_draft_of_other_jpegs(mode: str, decoded_sizes: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.open(io.BytesIO(photo(1400, 1200)))
+    if mode == "MPO":
+        other = Image.new("RGB", (64, 48), "red")
+        data = encode(image, "MPO", quality=95, save_all=True, append_images=[other])
+    else:
+        data = encode(image.convert(mode), "JPEG", quality=95)
+    found, whole = cut(data, (256,)), without_draft(data, monkeypatch)
+    assert decoded_sizes == [(700, 600)]
+    assert np.abs(found.pictures[256].astype(int) - whole.pictures[256]).mean() < 0.5
+
+
+def test_a_truncated_draft_is_broken(decoded_sizes: list) -> None:
+    data = photo(2100, 2500)
+    for length in (2000, len(data) // 2, len(data) - 100):
+        with pytest.raises(Unusable) as caught:
+            cut(data[:length], (256, 512))
+        assert caught.value.reason == "broken_image"
+    assert set(decoded_sizes) == {(1050, 1250)}
+
+
+def test_what_the_header_tells_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    for size, buckets in (((600, 255), False), ((255, 256), True)):
+        with pytest.raises(Unusable, match=f"{size[0]} × {size[1]} pixels, for a resolution of 256") as caught:
+            cut(encode(colourful(*size), "JPEG"), (512, 256), buckets)
+        assert caught.value.reason == "too_small"
+    with pytest.raises(Unusable) as caught:
+        cut(encode(colourful(600, 600)), (256,), max_pixels=600 * 600 - 1)
+    assert caught.value.reason == "too_large"
+
+
+def test_a_bucket_needs_fewer_rows_than_a_square() -> None:
+    """208 of them at 13 × 20, and more columns."""
+    assert cut(encode(colourful(320, 208)), (256,), buckets=True).pictures[256].shape == (208, 320, 3)
+    for size in ((319, 208), (321, 207)):
+        with pytest.raises(Unusable, match="too_small"):
+            cut(encode(colourful(*size)), (256,), buckets=True)

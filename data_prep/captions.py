@@ -1,0 +1,112 @@
+"""Which caption a sample is stored with: one of `key.txt` and the fields of `key.json`, by choice or drawn by weight.
+
+    None                             the default: `key.txt`, or without one the field "caption" (img2dataset writes both)
+    ".txt"                           `key.txt` alone
+    "recaption"                      the field "recaption" of `key.json` alone
+    ["recaption", ".txt"]            one of several, drawn for each sample with equal weights ...
+    {"recaption": 0.8, ".txt": 0.2}  ... or with these; on a command line: recaption=0.8,.txt=0.2
+
+A caption is drawn among those that the sample has: a text that is not only white space, or a number. The draw follows
+from the sample's key alone, whatever the order and the number of workers: of all names the least -ln(u)/weight wins,
+where u in (0, 1) is a hash of key and name (Efraimidis and Spirakis, 2006). So a name falls out without stirring the
+draws among the others, and its share goes to them by their weights.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TXT = ".txt"
+MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
+
+
+@dataclass(frozen=True)
+class CaptionChoice:
+    """The names to draw from, sorted, with their shares, which add up to 1; no names are the default."""
+
+    shares: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def parse(cls, spec: str | Mapping[str, float] | Sequence[str] | None) -> "CaptionChoice":
+        """Raises ValueError at a spec that names nothing, names something twice, or has a weight that is none."""
+        if spec is None:
+            return cls()
+        pairs = _pairs(spec)
+        if not pairs:
+            raise _mistake(spec, "names nothing")
+        names = [name for name, _ in pairs]
+        for name, weight in pairs:
+            if not isinstance(name, str) or not name.strip():
+                raise _mistake(spec, f"{name!r} is no name")
+            if names.count(name) > 1:
+                raise _mistake(spec, f"{name!r} stands in it twice")
+            if type(weight) not in (int, float) or not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+                raise _mistake(
+                    spec, f"the weight of {name!r} is {weight!r}, no number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}"
+                )
+        total = math.fsum(weight for _, weight in pairs)
+        total = 1.0 if math.isclose(total, 1.0) else total  # so that the shares of `setting` give themselves again
+        return cls(tuple(sorted((name, float(f"{weight / total:.12g}")) for name, weight in pairs)))
+
+    @property
+    def setting(self) -> dict[str, float] | None:
+        """The spec in one form, for JSON: two runs with equal ones choose alike; `parse` takes it."""
+        return dict(self.shares) or None
+
+    @property
+    def reads_txt(self) -> bool:
+        """Whether `pick` looks at `key.txt`: where not, it need not even be UTF-8."""
+        return not self.shares or TXT in dict(self.shares)
+
+    def pick(self, key: str, txt: str | None, metadata: Mapping[str, Any]) -> str | None:
+        """The caption of the sample `key`: None if it has none of those named, only white space if all are blank."""
+        if not self.shares:
+            return txt if txt is not None else _text(metadata.get("caption"))
+        found = {name: txt if name == TXT else _text(metadata.get(name)) for name, _ in self.shares}
+        usable = [(name, share) for name, share in self.shares if (found[name] or "").strip()]
+        if not usable:
+            return next((text for text in found.values() if text is not None), None)
+        name, _ = min(usable, key=lambda pair: -math.log(_uniform(pair[0], key)) / pair[1])
+        return found[name]
+
+
+def _pairs(spec: Any) -> list[tuple[Any, Any]]:
+    """Names with their weights, not yet checked."""
+    if isinstance(spec, Mapping):
+        return list(spec.items())
+    if isinstance(spec, Sequence) and not isinstance(spec, (str, bytes)):
+        return [(name, 1.0) for name in spec]
+    if not isinstance(spec, str):
+        raise _mistake(spec, f"is a {type(spec).__name__}")
+    if "=" not in spec and "," not in spec:
+        return [(spec.strip(), 1.0)]
+    pairs: list[tuple[Any, Any]] = []
+    for part in spec.split(","):
+        name, equals, weight = part.rpartition("=")
+        if not equals:
+            raise _mistake(spec, f"{part.strip()!r} has no weight")
+        try:
+            pairs.append((name.strip(), float(weight)))
+        except ValueError:
+            pairs.append((name.strip(), weight.strip()))
+    return pairs
+
+
+def _mistake(spec: object, what: str) -> ValueError:
+    return ValueError(f"captions {spec!r}: {what}; write a field of the json or {TXT}, or several as a=0.8,{TXT}=0.2")
+
+
+def _text(value: object) -> str | None:
+    if isinstance(value, str):
+        return value
+    if type(value) is int or (type(value) is float and math.isfinite(value)):  # pandas' NaN is an absent caption
+        return str(value)
+    return None
+
+
+def _uniform(name: str, key: str) -> float:
+    """A hash in (0, 1), never at its ends."""
+    digest = hashlib.sha256(f"{name}\0{key}".encode("utf-8", "surrogatepass")).digest()
+    return ((int.from_bytes(digest[:8], "big") >> 12) + 0.5) / 2**52

@@ -1,0 +1,180 @@
+"""Where tars come from and shards go to: local paths, and `s3://`, `gs://` or `http(s)://` through fsspec.
+
+    find_tars     a pattern to the tars that there are, each with its size
+    open_tar      a tar to read forwards; a remote one is opened again where the connection broke
+    Remote        a folder on object storage that finished files are uploaded to
+
+Nothing else is opened: webdataset's `pipe:` commands and fsspec's chained URLs (`a::b`) are refused.
+"""
+
+from __future__ import annotations
+
+import glob
+import time
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+import braceexpand
+import fsspec
+
+SCHEMES = ("s3", "gs", "gcs", "http", "https")
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+_TRIES, _FIRST_WAIT = 5, 1.0
+
+
+class Unreachable(OSError):
+    """A tar or folder that could not be read or written for now: says nothing about its content."""
+
+
+def is_remote(url: str) -> bool:
+    """Whether `url` names object storage or a web server. Raises ValueError for every other scheme."""
+    scheme, separator, _ = url.partition("://")
+    if "::" in url or url.startswith("pipe:") or (separator and scheme not in SCHEMES):
+        raise ValueError(
+            f"{url}: give a local path, or {', '.join(f'{s}://' for s in SCHEMES)}; commands are never run"
+        )
+    return bool(separator)
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a remote URL, and the path within it. Raises ValueError where its package is missing."""
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        package = _PACKAGES[url.partition("://")[0]]
+        raise ValueError(f"{url}: this needs the package {package}; run pip install {package}") from error
+
+
+def find_tars(pattern: str) -> dict[str, int]:
+    """The tars that a folder, a pattern or a URL names, with their sizes in bytes, in order.
+
+    A pattern may have `*`, `**`, `?`, `[…]` and, as webdataset's, braces: `{00000..00123}.tar`.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: a scheme that is not supported.
+    """
+    found: dict[str, int] = {}
+    for one in braceexpand.braceexpand(pattern):
+        found |= _remote_tars(one) if is_remote(one) else _local_tars(one)
+    if not found:
+        raise FileNotFoundError(f"{pattern}: no such file; quote a pattern so that the shell leaves it whole")
+    return dict(sorted(found.items()))
+
+
+def _local_tars(pattern: str) -> dict[str, int]:
+    pattern = f"{pattern}/*.tar" if Path(pattern).is_dir() else pattern
+    return {p: Path(p).stat().st_size for p in glob.glob(pattern, recursive=True)}
+
+
+def _remote_tars(pattern: str) -> dict[str, int]:
+    fs, path = file_system(pattern)
+    try:
+        if not fsspec.core.has_magic(path) and fs.isdir(path) and not path.endswith(".tar"):
+            path = f"{path.rstrip('/')}/*.tar"
+        names = fs.glob(path) if fsspec.core.has_magic(path) else [path]
+        return {fs.unstrip_protocol(n): int(fs.info(n)["size"] or 0) for n in names}
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # each back end raises its own kinds
+        raise Unreachable(
+            f"{pattern} cannot be listed ({_line(error)}); check the address and the credentials"
+        ) from error
+
+
+def open_tar(url: str) -> BinaryIO:
+    """A tar to be read forwards. Raises FileNotFoundError, or Unreachable for a remote one."""
+    return cast("BinaryIO", _Resumed(url)) if is_remote(url) else open(url, "rb")
+
+
+class _Resumed:
+    """A remote file, read forwards; after an error it is opened again at the same byte, some seconds later."""
+
+    def __init__(self, url: str):
+        self._url, self._at = url, 0
+        self._file: IO[bytes] | None = None
+
+    def read(self, size: int) -> bytes:
+        wait = _FIRST_WAIT
+        for left in reversed(range(_TRIES)):
+            try:
+                if self._file is None:
+                    fs, path = file_system(self._url)
+                    self._file = fs.open(path, "rb", block_size=8 << 20, cache_type="readahead")
+                    self._file.seek(self._at)
+                data = self._file.read(size)
+                self._at += len(data)
+                return data
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # each back end raises its own kinds
+                self.close()
+                if not left:
+                    raise Unreachable(f"{self._url} cannot be read at byte {self._at}: {_line(error)}") from error
+                time.sleep(wait)
+                wait *= 2
+        raise AssertionError
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> _Resumed:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Remote:
+    """A folder on object storage. Objects appear whole: an upload that is cut off leaves nothing, or what was there."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self._fs, self._path = file_system(self.url)
+
+    def upload(self, local: Path, name: str) -> None:
+        """Uploads a file, or the files of a folder, to `name` within the folder. Raises Unreachable."""
+        files = [local] if local.is_file() else sorted(p for p in local.rglob("*") if p.is_file())
+        for file in files:
+            place = name if file == local else f"{name}/{file.relative_to(local).as_posix()}"
+            self._try(lambda file=file, place=place: self._fs.put_file(str(file), f"{self._path}/{place}"), place)
+
+    def download(self, name: str, local: Path) -> bool:
+        """Fetches a file whole; False where there is none. Raises Unreachable."""
+        if not self._try(lambda: self._fs.exists(f"{self._path}/{name}"), name):
+            return False
+        local.parent.mkdir(parents=True, exist_ok=True)
+        self._try(lambda: self._fs.get_file(f"{self._path}/{name}", str(local)), name)
+        return True
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """The files under `name` with their sizes in bytes, by their names within the folder."""
+        start = len(self._path) + 1
+        found = self._try(lambda: self._fs.find(f"{self._path}/{name}", detail=True), name)
+        return {path[start:]: about["size"] for path, about in found.items()}
+
+    def remove(self, name: str) -> None:
+        """Removes what is under `name`, if anything is."""
+        if self._try(lambda: self._fs.exists(f"{self._path}/{name}"), name):
+            self._try(lambda: self._fs.rm(f"{self._path}/{name}", recursive=True), name)
+
+    def _try(self, action: Any, name: str) -> Any:
+        wait = _FIRST_WAIT
+        for left in reversed(range(_TRIES)):
+            try:
+                return action()
+            except Exception as error:  # each back end raises its own kinds
+                self._fs.invalidate_cache()
+                if not left:
+                    raise Unreachable(
+                        f"{self.url}/{name}: {_line(error)}; check the address, the credentials and the network"
+                    ) from error
+                time.sleep(wait)
+                wait *= 2
+        raise AssertionError
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
