@@ -31,9 +31,21 @@ setup(
         "pillow>=10.3",
         "matplotlib>=3.8",
         "einops>=0.8",
+        "fsspec>=2024.2",
+        "braceexpand>=0.1.7",
+        "pyyaml>=6",
         "omegaconf>=2.3",
         "pydantic>=2.6",
         "tqdm>=4.66",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13"]},
+    # What fsspec needs for tars from, and shards to, object storage and web servers.
+    extras_require={
+        "s3": ["s3fs>=2024.2"],
+        "gs": ["gcsfs>=2024.2"],
+        "http": ["aiohttp>=3.9"],
+        "dev": [
+            *("pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13"),
+            *("s3fs>=2024.2", "aiohttp>=3.9", "moto[s3]>=5", "flask>=3", "flask-cors>=4"),  # an S3 server on loopback
+        ],
+    },
 )

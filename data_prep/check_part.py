@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from hashlib import sha256
+from math import isfinite
+
+from torch import Tensor
 
 from data_prep import report as reports
 from data_prep import shards
@@ -129,9 +132,10 @@ class _PartCheck:
         self.found.shards += 1
         self.found.bytes += len(data)
         try:
-            data = shards.unpacked(data, shard)
-            if len(data) != raw["bytes"] or sha256(data).hexdigest() != raw["hashes"]["sha256"]:
-                raise ValueError("unpacks to other bytes than its index says")
+            if stored is not raw:
+                data = shards.unpacked(data, shard)
+                if len(data) != raw["bytes"] or sha256(data).hexdigest() != raw["hashes"]["sha256"]:
+                    raise ValueError("unpacks to other bytes than its index says")
             bad = [] if self.card is None else list(self._problems(data, shard, set_, details, self.card))
         except ValueError as error:
             raise Wrong(name, str(error)) from error
@@ -190,7 +194,7 @@ def problem_of(row: Json, part: str, card: shards.Card, details: Json) -> str | 
         return f"text_scale is {row['text_scale'].shape}, expected {shape[:1]}"
     if card.text_dtype in shards.EIGHT_BITS and not (row["text_scale"] > 0).all():
         return "text_scale is not above 0 everywhere"
-    if not shards.text_of(row, card.text_dtype).isfinite().all():
+    if not _finite(shards.text_of(row, card.text_dtype)):
         return "text is not finite"
     for r in card.resolutions:
         bucket = details["bucket"]
@@ -207,8 +211,13 @@ def problem_of(row: Json, part: str, card: shards.Card, details: Json) -> str | 
                 continue
             if values.shape != expected:
                 return f"latent_{r}_{part_} is {tuple(values.shape)}, expected {expected}"
-            if not values.isfinite().all():
+            if not _finite(values):
                 return f"latent_{r}_{part_} is not finite"
         if latent.std is not None and latent.std.min() < 0:
             return f"latent_{r}_std is below 0"
     return None
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity: both show in the extremes, which takes a tenth of a look at each value."""
+    return all(isfinite(float(extreme)) for extreme in values.aminmax())

@@ -81,8 +81,8 @@ class DecoderPool:
                 break
             except (EOFError, BrokenPipeError):
                 self._bury(child)
-                if (code := child.returncode) == -signal.SIGALRM:
-                    raise Unusable("too_slow", f"longer than {self._seconds:g} s") from None
+                if (code := child.returncode) == -signal.SIGPROF:
+                    raise Unusable("too_slow", f"more than {self._seconds:g} s of computing") from None
                 if not again:  # the first time somebody else may have killed it: the kernel, short of memory
                     raise Unusable("decoder_crashed", f"signal {-code}" if code < 0 else f"exit code {code}") from None
         if not done:
@@ -162,7 +162,7 @@ def main(seconds: float, memory_bytes: int, stderr: int) -> None:
     """The child."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a job: the parent decides
         signal.signal(number, signal.SIG_IGN)
-    for number in (signal.SIGALRM, signal.SIGPIPE):  # the time is over; the parent is gone
+    for number in (signal.SIGPROF, signal.SIGPIPE):  # the time is over; the parent is gone
         signal.signal(number, signal.SIG_DFL)
     os.nice(5)
     _, most = resource.getrlimit(resource.RLIMIT_AS)
@@ -174,9 +174,9 @@ def main(seconds: float, memory_bytes: int, stderr: int) -> None:
     with contextlib.suppress(EOFError):
         while True:
             task = _read(sys.stdin.buffer)
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # not the clock's: a machine may stand still
             answer = _answer(task, memory_bytes)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             _write(answers, answer)
 
 

@@ -197,7 +197,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compression", help="of the shards: zstd, or zstd:LEVEL (default none)")
     add("--shard-mb", type=int, default=shards.SHARD_BYTES >> 20, help="largest size of a shard in MiB (default 128)")
     add("--decoders", type=int, default=default_decoders(), help="processes that decode pictures (default: one a core)")
-    add("--image-seconds", type=float, default=30.0, help="a picture that takes longer is dropped (default 30)")
+    add(
+        "--image-seconds",
+        type=float,
+        default=30.0,
+        help="of computing that a picture may take, else it is dropped (default 30)",
+    )
     add("--image-memory-mb", type=int, default=4096, help="of a decoding process, in MiB (default 4096)")
     add("--claim-timeout", type=float, default=60.0, help="seconds after which a silent worker counts as dead")
     add("--compile", action="store_true", help="torch.compile the encoders; pays on GPUs")

@@ -36,7 +36,7 @@ UnusableReason = Literal[
     "too_large",  # more pixels than the limit, by the header: a decompression bomb
     "animated",  # an APNG or WebP of several frames: no caption says which of them it is about
     "too_small",  # a side is below the wanted size: nothing is ever scaled up
-    "too_slow",  # decoding took longer than the limit
+    "too_slow",  # decoding took more processor time than the limit
     "too_much_memory",  # decoding wanted more than the limit
     "decoder_crashed",  # the process that decoded it died of it
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import os
 import sys
 import threading
 import time
@@ -92,9 +92,14 @@ class Progress:
             ("dropped_share", self._dropped / max(1, self._read)),
             ("encoders_waited_share", self._waited / max(1e-9, now - self._start)),
             ("hours_left", self.hours_left),
-            ("memory_gib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20),
+            ("memory_gib", _resident_bytes() / 2**30),
         ):
             self._points.add_scalar(f"encode/{tag}", value, self._read)
+
+
+def _resident_bytes() -> int:
+    """Of this process, by now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _hours(hours: float) -> str:

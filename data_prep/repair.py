@@ -106,9 +106,9 @@ def _needed(runs: list[Run], work: Path, damaged: set[str], files: set[str]) -> 
 def _remove_part(files: Files, work: Path, name: str) -> None:
     source, of = name.split("/")
     if files.remote is not None:
-        sets = {n.split("/")[1] for n in files.sizes if n.startswith(f"{source}/") and n.split("/")[2] == of}
-        reports_ = [f"{shards.REPORTS}/{name}.json", f"{shards.REPORTS}/{name}.jsonl"]
-        for place in (*reports_, *(f"{source}/{set_}/{of}" for set_ in sets)):
+        there = [n.split("/") for n in files.sizes]
+        folders = {f"{source}/{n[1]}/{of}" for n in there if len(n) == 4 and (n[0], n[2]) == (source, of)}
+        for place in (f"{shards.REPORTS}/{name}.json", f"{shards.REPORTS}/{name}.jsonl", *sorted(folders)):
             files.remote.remove(place)
     shards.remove(work, name)
 

@@ -192,6 +192,7 @@ def histograms(report: Mapping[str, Any], root: Path) -> list[Path]:
         places = [int(k) for k in report[key]]
         axes.bar(places, list(report[key].values()), width=width, align="edge" if width > 1 else "center")
         axes.set(xlabel=label, ylabel="samples", title=f"{report['written']} samples")
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         temporary = root / shards.WORK / temporary_name(name)
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})

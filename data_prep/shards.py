@@ -23,11 +23,14 @@ are at both places.
 
 from __future__ import annotations
 
+import filecmp
+import glob
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +38,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from streaming import MDSWriter
 from streaming.base.compression import decompress
 from streaming.base.format.mds import MDSReader
@@ -201,7 +204,7 @@ def set_name(resolutions: Iterable[int], bucket: tuple[int, int] | None) -> str:
 # ---- files ----
 
 
-def write(root: Path, name: str, content: str) -> Path:
+def write(root: Path, name: str, content: str | bytes) -> Path:
     """Writes a small file of the data set; it is absent, old, or whole, and a killed writer leaves nothing outside work/."""
     path, work = root / name, root / WORK
     for folder in (path.parent, work):
@@ -268,11 +271,10 @@ class PartWriter:
         self.bytes: dict[str, int] = {}
         self.text_error = [0.0, 0.0]  # sums of squares: of what 8 bits lost, of what there was
         self._writers: dict[str, MDSWriter] = {}
-        self._temporary = root / WORK / f"{self.source}.{self.part}.{token}"
+        self._temporary = root / WORK / "parts" / self.source / self.part / token
 
     def __enter__(self) -> PartWriter:
-        for left in self._temporary.parent.glob(f"{self.source}.{self.part}.*"):
-            shutil.rmtree(left, ignore_errors=True)  # of a writer that died
+        shutil.rmtree(self._temporary.parent, ignore_errors=True)  # of a writer that died
         return self
 
     def write(self, record: Record) -> None:
@@ -313,10 +315,9 @@ class PartWriter:
                 self.remote.upload(self._temporary / name, f"{self.source}/{name}/{self.part}")
                 for shard in (self._temporary / name).glob("*.mds*"):
                     shard.unlink()
-        for place in (
-            p for p in (self.root / self.source).glob(f"*/{self.part}") if p.parent.name not in self._writers
-        ):
-            shutil.rmtree(place)  # of a tar that had other samples
+        for stale in (self.root / self.source).glob(f"*/{glob.escape(self.part)}"):
+            if stale.parent.name not in self._writers:
+                shutil.rmtree(stale)  # of a tar that had other samples
         for name in self._writers:
             _put(self._temporary / name, self.root / self.source / name / self.part)
         lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects)
@@ -330,13 +331,16 @@ class PartWriter:
         for writer in self._writers.values():
             writer.cancel_future_jobs()
         shutil.rmtree(self._temporary, ignore_errors=True)
+        with suppress(OSError):  # it never was, or another worker is at work in it
+            self._temporary.parent.rmdir()
 
 
 def _put(folder: Path, place: Path) -> None:
-    """Renames a folder into place; what is there already stays if it is the same, by the hashes of its index."""
+    """Renames a folder into place. What is there already stays if it is the same: another worker may just count it in."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if place.is_dir():
-        if (place / INDEX).is_file() and (place / INDEX).read_bytes() == (folder / INDEX).read_bytes():
+        files = sorted(p.name for p in folder.iterdir())
+        if filecmp.cmpfiles(folder, place, files, shallow=False)[0] == files:
             return
         aside = folder.with_name(temporary_name(folder.name))
         place.rename(aside)
@@ -426,9 +430,7 @@ def part_shards(folder: Path, part: str) -> list[dict[str, Any]]:
 
 def save_null_text(root: Path, text: Tensor) -> None:
     """Keeps the encoded empty caption [L, E] beside the card."""
-    temporary = root / WORK / temporary_name(NULL_TEXT)
-    save_file({"text": text}, temporary)
-    temporary.replace(root / NULL_TEXT)
+    write(root, NULL_TEXT, save({"text": text}))
 
 
 def load_null_text(root: Path) -> Tensor:

@@ -20,6 +20,8 @@ import fsspec
 SCHEMES = ("s3", "gs", "gcs", "http", "https")
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 _TRIES, _FIRST_WAIT = 5, 1.0
+_BLOCK_BYTES = 8 << 20  # that are asked for at once
+_SILENCE = 60.0  # seconds after which a server counts as dead
 
 
 class Unreachable(OSError):
@@ -39,10 +41,16 @@ def is_remote(url: str) -> bool:
 def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system for a remote URL, and the path within it. Raises ValueError where its package is missing."""
     try:
-        return fsspec.core.url_to_fs(url)
+        fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = _PACKAGES[url.partition("://")[0]]
         raise ValueError(f"{url}: this needs the package {package}; run pip install {package}") from error
+    if url.startswith("http"):
+        from aiohttp import ClientTimeout
+
+        # Its default ends every answer after five minutes, and so a tar that is sent while it is encoded.
+        fs.client_kwargs.setdefault("timeout", ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE))
+    return fs, path
 
 
 def find_tars(pattern: str) -> dict[str, int]:
@@ -70,16 +78,27 @@ def _local_tars(pattern: str) -> dict[str, int]:
 def _remote_tars(pattern: str) -> dict[str, int]:
     fs, path = file_system(pattern)
     try:
-        if not fsspec.core.has_magic(path) and fs.isdir(path) and not path.endswith(".tar"):
+        # Of a web server's file, isdir would ask for all.
+        if not fsspec.core.has_magic(path) and not path.endswith(".tar") and fs.isdir(path):
             path = f"{path.rstrip('/')}/*.tar"
         names = fs.glob(path) if fsspec.core.has_magic(path) else [path]
         return {fs.unstrip_protocol(n): int(fs.info(n)["size"] or 0) for n in names}
-    except FileNotFoundError:
-        return {}
     except Exception as error:  # each back end raises its own kinds
+        reason = _reason(error, pattern)
+        if _is_absence(reason):
+            return {}
         raise Unreachable(
-            f"{pattern} cannot be listed ({_line(error)}); check the address and the credentials"
+            f"{pattern} cannot be listed ({_line(reason)}); check the address and the credentials"
         ) from error
+
+
+def _reason(error: BaseException, url: str) -> BaseException:
+    """What went wrong: of a web server fsspec says FileNotFoundError even where it is down, busy or refuses."""
+    return error.__cause__ or error if isinstance(error, FileNotFoundError) and url.startswith("http") else error
+
+
+def _is_absence(reason: BaseException) -> bool:
+    return isinstance(reason, FileNotFoundError) or getattr(reason, "status", None) in (404, 410)
 
 
 def open_tar(url: str) -> BinaryIO:
@@ -93,27 +112,42 @@ class _Resumed:
     def __init__(self, url: str):
         self._url, self._at = url, 0
         self._file: IO[bytes] | None = None
+        self._whole = False  # whether the server sends files from their first byte only
 
     def read(self, size: int) -> bytes:
+        """`size` bytes, fewer only at the end of the file."""
         wait = _FIRST_WAIT
         for left in reversed(range(_TRIES)):
             try:
                 if self._file is None:
-                    fs, path = file_system(self._url)
-                    self._file = fs.open(path, "rb", block_size=8 << 20, cache_type="readahead")
-                    self._file.seek(self._at)
-                data = self._file.read(size)
+                    self._file = self._open()
+                data = _read_up_to(self._file, size)
                 self._at += len(data)
                 return data
-            except FileNotFoundError:
-                raise
             except Exception as error:  # each back end raises its own kinds
                 self.close()
+                reason = _reason(error, self._url)
+                if _is_absence(reason):
+                    raise FileNotFoundError(f"{self._url}: no such file") from error
                 if not left:
-                    raise Unreachable(f"{self._url} cannot be read at byte {self._at}: {_line(error)}") from error
-                time.sleep(wait)
-                wait *= 2
+                    raise Unreachable(f"{self._url} cannot be read at byte {self._at}: {_line(reason)}") from error
+                if isinstance(error, ValueError) and not self._whole and self._url.startswith("http"):
+                    self._whole = True  # so fsspec says that the server passes over which bytes it was asked for
+                else:
+                    time.sleep(wait)
+                    wait *= 2
         raise AssertionError
+
+    def _open(self) -> Any:
+        """The file from `_at` on."""
+        fs, path = file_system(self._url)
+        file = fs.open(path, "rb", block_size=0 if self._whole else _BLOCK_BYTES, cache_type="readahead")
+        if file.size is not None:
+            file.seek(self._at)
+        else:  # a server that sends the whole file at each request, or does not say how long it is
+            for start in range(0, self._at, _BLOCK_BYTES):
+                _read_up_to(file, min(_BLOCK_BYTES, self._at - start))
+        return file
 
     def close(self) -> None:
         if self._file is not None:
@@ -125,6 +159,17 @@ class _Resumed:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _read_up_to(file: Any, size: int) -> bytes:
+    """`size` bytes, fewer only at the end of the file. Raises OSError where the connection ended before."""
+    pieces, left = [], size
+    while left and (piece := file.read(left)):
+        pieces.append(piece)
+        left -= len(piece)
+    if left and file.size is not None and file.tell() < file.size:
+        raise OSError(f"the connection ended before byte {file.size}")
+    return b"".join(pieces)
 
 
 class Remote:
@@ -176,5 +221,5 @@ class Remote:
         raise AssertionError
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -147,7 +147,7 @@ def table(result: Result) -> str:
     if len(strays) > STRAYS_SHOWN:
         strays[STRAYS_SHOWN:] = [f"warning: and {len(strays) - STRAYS_SHOWN} more folders with such files"]
     lines += [*strays, *(f"damaged: {damage}" for damage in result.damages)]
-    return "\n".join([*lines, f"{len(result.damages)} damages" if result.damages else "whole"])
+    return "\n".join([*lines, f"damages: {len(result.damages)}" if result.damages else "whole"])
 
 
 # ---- sample ----

@@ -4,8 +4,8 @@ Letters: B samples of a micro-batch, C latent channels, E text width, M text tok
 
 One item of the loader is everything that a process needs for one optimizer step, as a list of micro-batches. The order of
 samples depends on the seed and the settings of `DataSection` only, never on the number of processes, workers or
-micro-batches; and each sample carries a seed of its own (from the run's seed, the epoch and its key), from which all its
-random numbers come.
+micro-batches; and each sample carries a seed of its own (from the run's seed, the epoch, its key, and how often it was drawn
+in this epoch before), from which all its random numbers come. Which sets are read, and from where, is in `streams.py`.
 """
 
 from __future__ import annotations
@@ -233,7 +233,6 @@ class Loader:
         return {
             "data_set": self.card.fingerprint,
             "indexes": {name: _sha256(self.root / name / shards.INDEX) for name in self.plan.draws},
-            "sources": d.sources,
             "draws": self.plan.draws,
             "resolution": d.resolution,
             "seed": self.config.seed,
@@ -255,10 +254,17 @@ class Loader:
         done = self.position.step_in_epoch
         if done >= self.steps_per_epoch:
             return
-        state = self.data.state_dict(done * self.global_batch, from_beginning=True)
-        self.data.load_state_dict({**state, "epoch": self.position.epoch, "sample_in_epoch": done * self.global_batch})
-        self.data.epoch = self.position.epoch
         d = self.config.data
+        # Not from `state_dict`, which reads what another process may be about to write.
+        self.data.load_state_dict(
+            {
+                "epoch": self.position.epoch,
+                "sample_in_epoch": done * self.global_batch,
+                "num_canonical_nodes": d.canonical_nodes,
+                "shuffle_seed": self.config.seed,
+            }
+        )
+        self.data.epoch = self.position.epoch
         loader = DataLoader(
             self.data,
             batch_size=self.data.batch_size,
@@ -284,7 +290,7 @@ class Loader:
 
 def check_fits(card: shards.Card, config: Config, backbone: DiTConfig, global_batch: int) -> None:
     """Refuses a data set that the model cannot be trained on, naming both sides."""
-    path = config.data.path
+    path, sets = config.data.path, card.sets_with(config.data.resolution)
     if not card.complete:
         raise ValueError(f"{path} is not finished: parts are missing; run data_prep/encode.py on it again")
     wrong = [
@@ -298,9 +304,18 @@ def check_fits(card: shards.Card, config: Config, backbone: DiTConfig, global_ba
     if config.data.resolution not in card.resolutions:
         held = ", ".join(str(r) for r in card.resolutions)
         wrong.append(f"  resolution: the data set has {held} px, the config asks for {config.data.resolution} px")
+    unit = card.vae["downsample"] * backbone.patch if card.buckets else 1
+    shapes = [
+        [side * config.data.resolution // 16 for side in about["bucket"]] for about in sets.values() if card.buckets
+    ]
+    if odd := [shape for shape in shapes if shape[0] % unit or shape[1] % unit]:
+        wrong.append(
+            f"  patch: the data set has pictures of {odd[0][0]} × {odd[0][1]} px, the model ({config.model.preset}) takes "
+            f"sides divisible by {unit}, as its patch is {backbone.patch}"
+        )
     if wrong:
         raise ValueError(f"{path} does not fit this run:\n" + "\n".join(wrong))
-    if not card.sets_with(config.data.resolution):
+    if not sets:
         raise ValueError(f"{path} holds no samples that are large enough for {config.data.resolution} px")
     if card.buckets and global_batch % config.data.canonical_nodes:
         raise ValueError(

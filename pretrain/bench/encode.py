@@ -1,8 +1,8 @@
 """Encoding: the whole pipeline from tars to shards against the bare encoders fed from memory.
 
-A T5-large-sized text encoder and a full-size AutoencoderKL with random weights. The pipeline reads tars of JPEGs, decodes and cuts
-them, encodes and writes; the bare encoders get the same batches of token ids and pixels that are in memory already. Both in turn
-in one run. Also what one core decodes, which tells how many cores a GPU needs beside it.
+A T5-large-sized text encoder and a full-size AutoencoderKL with random weights. The pipeline reads tars of JPEGs, decodes and
+cuts them, encodes and writes; the bare encoders get the same batches of token ids and pixels that are in memory already. Both in
+turn in one run. Also what one core decodes, which tells how many cores a GPU needs beside it.
 """
 
 from __future__ import annotations
@@ -83,9 +83,7 @@ def run(args: argparse.Namespace) -> str:
 def _encoders(folder: Path, size: str) -> str:
     """Saves both encoders with random weights; returns their spec."""
     text, vae = folder / "text", folder / "vae"
-    T5EncoderModel(
-        T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **SIZES[size])  # type: ignore[arg-type]
-    ).save_pretrained(text)
+    T5EncoderModel(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **SIZES[size])).save_pretrained(text)
     AutoTokenizer.from_pretrained(ASSETS / "tiny_t5").save_pretrained(text)
     wide = 4 if size == "large" else 1
     AutoencoderKL(

@@ -73,7 +73,7 @@ def test_killed_again_and_again_with_ever_other_numbers_of_workers(
     assert kills >= 5
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert contents(root) == uninterrupted
-    assert not list((root / shards.WORK).glob("images.*"))  # no half-made part
+    assert not list((root / shards.WORK / "parts").glob("*/*"))  # no half-made part
     assert not list((root / shards.WORK / "claims").glob("*.claim"))
 
     card = shards.Card.load(root)
@@ -116,7 +116,7 @@ def test_a_full_disk_stops_it_and_room_lets_it_go_on(
             p for p in uninterrupted if p.startswith((f"{shards.REPORTS}/{name}.json", name.replace("/", "/64/")))
         ):
             assert (out / path).read_bytes() == uninterrupted[path]
-    assert not list((out / shards.WORK).glob("images.*"))
+    assert not list((out / shards.WORK / "parts").glob("*/*"))
     assert (tmp_path / "second.code").read_text().strip() == "0", (tmp_path / "second.txt").read_text()
     assert f"{len(made)} of them already encoded" in (tmp_path / "second.txt").read_text()
     assert contents(Path(f"{out}.whole")) == uninterrupted

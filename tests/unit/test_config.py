@@ -196,6 +196,28 @@ def test_all_contradictions_at_once():
         assert mend in said
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.path=s3://bucket/set", "data.cache: path is remote, so give a folder on each node's own disk"),
+        ("data.path=https://host/set", "data.path: https://host/set must be a local folder, or an s3:// or gs:// URL"),
+        (
+            "data.cache_limit=9gb",
+            "data.cache_limit: it limits the cache, and there is none; set data.cache, or leave it out",
+        ),
+        ("data.sources={a: 1, b: -1}", "data.sources.b: Input should be greater than 0, not -1"),
+    ],
+)
+def test_where_the_data_set_is_and_what_is_drawn(override, line):
+    assert complaint(override) == [line]
+
+
+def test_a_data_set_by_its_path_or_url():
+    data = load("demo_256", ["data.path=gs://bucket/set", "data.cache=/disk", "data.sources={a: 3, b: 1}"])[0].data
+    assert (data.path, data.cache, data.sources) == ("gs://bucket/set", Path("/disk"), {"a": 3, "b": 1})
+    assert configs.DataSection(path=Path("/shards"), resolution=256).path == "/shards"
+
+
 def test_problems_of_fields_do_not_hide_contradictions():
     lines = complaint("logging.every=often", "model.preset=dit_huge", "optimizer.warmup_steps=1000")
     assert starts(lines) == ["logging.every", "model.preset", "optimizer.warmup_steps"]

@@ -190,8 +190,8 @@ def test_repeats_against_brute_force(name, distance):
 @pytest.mark.parametrize("name", ["sparse", "clusters"])
 def test_repeats_with_small_chunks_and_many_splits(name, distance, monkeypatch):
     monkeypatch.setattr(duplicates, "_CHUNK", 37)
-    monkeypatch.setattr(duplicates, "_LONG", 4)
-    monkeypatch.setattr(duplicates, "_SORT", 3)
+    monkeypatch.setattr(duplicates, "_LONG", 2)
+    monkeypatch.setattr(duplicates, "_SORT", 1)
     depth = deepest = 0
     search = duplicates._search
 
@@ -203,7 +203,7 @@ def test_repeats_with_small_chunks_and_many_splits(name, distance, monkeypatch):
         depth -= 1
 
     monkeypatch.setattr(duplicates, "_search", watched)
-    hashes = INPUTS[name][:600]
+    hashes = INPUTS[name][:500]
     assert repeats(hashes, distance).tolist() == brute_force(hashes, distance)
     if distance > 0:
         assert deepest >= 2 + (name == "clusters")  # else there was nothing to see

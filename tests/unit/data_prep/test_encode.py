@@ -115,13 +115,13 @@ def test_a_second_run_makes_only_what_is_missing(data_set: Path, shape_tars: Pat
     before = contents(root)
     # As if killed in the second tar: its report is missing, its shards are there, and a temporary folder is left.
     (root / "reports" / "images" / "00001.json").unlink()
-    leftover = root / "work" / "images.00001.dead" / "256"
+    leftover = root / "work" / "parts" / "images" / "00001" / "dead" / "256"
     leftover.mkdir(parents=True)
     (root / "images" / "256-512" / "00001" / "index.json").write_bytes(b"half")
     assert encode(f"{shape_tars}/*.tar", root) == 0
     assert "2 tars, 1 of them already encoded" in capsys.readouterr().out
     assert contents(root) == before
-    assert not list((root / "work").glob("images.*"))
+    assert not list((root / "work" / "parts").glob("*/*"))
 
 
 def test_mean_alone_and_a_token_cap(shape_tars: Path, tmp_path: Path, capsys) -> None:

@@ -65,7 +65,7 @@ def verify(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
         lines = said.out.splitlines()
         damages = [line.removeprefix("damaged: ") for line in lines if line.startswith("damaged: ")]
         assert code == (1 if damages else 0)
-        assert lines[-1] == (f"{len(damages)} damages" if damages else "whole")
+        assert lines[-1] == (f"damages: {len(damages)}" if damages else "whole")
         assert all("; --repair " in damage for damage in damages)
         return [damage.partition("; --repair ")[0] for damage in damages]
 
@@ -499,6 +499,7 @@ def test_object_storage(
 # ---- pictures ----
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_sample(data_set: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is decoded shows what its caption says; the seed decides which they are."""
     told = {}
