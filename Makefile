@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+IMG2DATASET := $(VENV)/img2dataset
 # Kept bytecode halves the start of every process, of which there are many; some environments switch it off.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -10,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: $(READY)
 	$(BIN)/python -m pretrain.demo
 
-test: $(READY)
+test: $(READY) $(IMG2DATASET)/.ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(READY)
@@ -21,6 +22,12 @@ $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# img2dataset, whose tars a test encodes, wants an older webdataset than this project.
+$(IMG2DATASET)/.ready: Makefile | $(READY)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(IMG2DATASET)
+	$(BIN)/uv pip install --quiet --python $(IMG2DATASET)/bin/python img2dataset==1.47.0
 	touch $@
 
 clean:

@@ -37,6 +37,7 @@ VAES = {
     "sdxl": "stabilityai/sdxl-vae",
 }
 DOWNSAMPLE = 8  # pixels per latent pixel, of every VAE that is supported
+CHARACTERS_PER_TOKEN = 100  # more are not read
 TOKEN_BUDGET = 16384  # tokens that are encoded together, padding included
 
 
@@ -95,7 +96,9 @@ def working_dtype(device: torch.device | str) -> torch.dtype:
 
 def tokenize(tokenizer: Any, captions: Sequence[str], token_cap: int) -> tuple[list[list[int]], dict[int, str]]:
     """Token ids of each caption, at most `token_cap`, and by number what was cut off those that have more."""
-    whole = tokenizer(list(captions), add_special_tokens=True, truncation=False, verbose=False).input_ids
+    # No caption of a megabyte shall keep the others waiting: tokens have some 4 characters.
+    captions = [c[: CHARACTERS_PER_TOKEN * token_cap] for c in captions]
+    whole = tokenizer(captions, add_special_tokens=True, truncation=False, verbose=False).input_ids
     # A cut caption keeps its end token.
     ids = [i if len(i) <= token_cap else i[: token_cap - 1] + i[-1:] for i in whole]
     cut = {n: tokenizer.decode(i[token_cap - 1 : -1]) for n, i in enumerate(whole) if len(i) > token_cap}

@@ -20,6 +20,7 @@ No torch in here: the child processes of `decoders.py` import this file, and are
 
 import io
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,7 +122,8 @@ def _damage_is_unusable() -> Iterator[None]:
     except MemoryError:  # says something of the machine and not of the image
         raise
     except Exception as error:
-        raise Unusable("broken_image", f"{type(error).__name__}: {error}") from error
+        words = re.sub(r" at 0x[0-9a-f]+", "", str(error))  # Pillow names objects by address: another one in each run
+        raise Unusable("broken_image", f"{type(error).__name__}: {words}") from error
 
 
 def _colour_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

@@ -180,7 +180,7 @@ def text_of(row: dict[str, Any], dtype: str) -> Tensor:
     bits = _tensor(row["text"])
     if dtype == "bfloat16":
         return bits.view(torch.bfloat16)
-    scale_L = _tensor(row["text_scale"])
+    scale_L = torch.from_numpy(row["text_scale"].copy())
     return (bits.view(EIGHT_BITS[dtype]).float() * scale_L[:, None]).bfloat16()
 
 
@@ -376,7 +376,7 @@ def remove(root: Path, name: str) -> None:
     source, part = name.split("/")
     (root / REPORTS / f"{name}.json").unlink(missing_ok=True)
     (root / REPORTS / f"{name}.jsonl").unlink(missing_ok=True)
-    for place in (root / source).glob(f"*/{part}"):
+    for place in (root / source).glob(f"*/{glob.escape(part)}"):
         shutil.rmtree(place)
 
 

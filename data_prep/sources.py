@@ -27,6 +27,7 @@ from data_prep.storage import find_tars
 
 ONLY = "images"  # the source's name where the command line gives one
 RESERVED = ("reports", "work")
+UNFIT = ("", ".", "..", "index.json")  # for a part: not its own folder, or a name that the set itself has
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class Source:
         for pattern in self.tars:
             for url, size in find_tars(pattern).items():
                 part = PurePosixPath(url).stem
+                if part in UNFIT or not part.isprintable():
+                    raise ValueError(
+                        f"{url!r} would become the part {part!r}, which no folder can be called; rename it"
+                    )
                 if part in found and found[part].url != url:
                     raise ValueError(
                         f"{found[part].url} and {url} would both become the part {part} of {self.name}; rename one, or "

@@ -241,6 +241,9 @@ class Worker:
         tally = Tally(job)
         try:
             tally.expected = expected_samples(job.url)
+        except ValueError as error:
+            self.progress.say(f"warning: {error}")
+        try:
             for number, sample in enumerate(self._samples(job)):
                 if self._stop.is_set():
                     return

@@ -188,3 +188,27 @@ def test_it_runs_as_a_script() -> None:
     done = subprocess.run([sys.executable, "data_prep/encode.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert "--encoders" in done.stdout
+
+
+def test_a_stats_file_that_says_nothing_stops_no_tar(shape_tars: Path, tmp_path: Path, capsys) -> None:
+    shutil.copy(shape_tars / "00000.tar", tmp_path)
+    (tmp_path / "00000_stats.json").write_text("{}")
+    assert encode(str(tmp_path), tmp_path / "data", "--resolutions", "64") == 0
+    assert "states no count `successes`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["index.json.tar", "...tar", "a\nb.tar", "\udcff.tar"])
+def test_a_tar_whose_name_no_folder_can_have(shape_tars: Path, tmp_path: Path, capsys, name: str) -> None:
+    shutil.copy(shape_tars / "00000.tar", tmp_path / name)
+    assert encode(str(tmp_path / name), tmp_path / "data", "--resolutions", "64") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("which no folder can be called; rename it")
+
+
+def test_tars_of_which_one_name_begins_like_another(shape_tars: Path, tmp_path: Path) -> None:
+    for name, tar in (("a.tar", "00000.tar"), ("a.b.tar", "00001.tar"), ("[a].tar", "00000.tar")):
+        shutil.copy(shape_tars / tar, tmp_path / name)
+    root = tmp_path / "data"
+    assert encode(str(tmp_path / "*.tar"), root, "--resolutions", "64") == 0
+    assert shards.made(root) == ["images/[a]", "images/a", "images/a.b"]
+    assert shards.Card.load(root).counts["written"] == 30
