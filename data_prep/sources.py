@@ -27,7 +27,7 @@ from data_prep.storage import find_tars
 
 ONLY = "images"  # the source's name where the command line gives one
 RESERVED = ("reports", "work")
-UNFIT = ("", ".", "..", "index.json")  # for a part: not its own folder, or a name that the set itself has
+UNFIT = ("", ".", "..", "index.json")  # for a part: no folder of its own, or a name that its set needs
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Source:
         for pattern in self.tars:
             for url, size in find_tars(pattern).items():
                 part = PurePosixPath(url).stem
-                if part in UNFIT or not part.isprintable():
+                if part in UNFIT or part.encode(errors="ignore").decode() != part:
                     raise ValueError(
                         f"{url!r} would become the part {part!r}, which no folder can be called; rename it"
                     )

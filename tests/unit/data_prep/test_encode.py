@@ -197,7 +197,7 @@ def test_a_stats_file_that_says_nothing_stops_no_tar(shape_tars: Path, tmp_path:
     assert "states no count `successes`" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["index.json.tar", "...tar", "a\nb.tar", "\udcff.tar"])
+@pytest.mark.parametrize("name", ["index.json.tar", "...tar", "\udcff.tar"])
 def test_a_tar_whose_name_no_folder_can_have(shape_tars: Path, tmp_path: Path, capsys, name: str) -> None:
     shutil.copy(shape_tars / "00000.tar", tmp_path / name)
     assert encode(str(tmp_path / name), tmp_path / "data", "--resolutions", "64") == 1
