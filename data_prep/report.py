@@ -181,6 +181,7 @@ def estimate(made: Iterable[Mapping[str, Any]], all_bytes: int) -> float:
 def histograms(report: Mapping[str, Any], root: Path) -> list[Path]:
     """Writes the pictures of token lengths and of picture sizes; returns their paths."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     drawn = []
     for name, key, label, width in (
@@ -192,7 +193,7 @@ def histograms(report: Mapping[str, Any], root: Path) -> list[Path]:
         places = [int(k) for k in report[key]]
         axes.bar(places, list(report[key].values()), width=width, align="edge" if width > 1 else "center")
         axes.set(xlabel=label, ylabel="samples", title=f"{report['written']} samples")
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         temporary = root / shards.WORK / temporary_name(name)
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
