@@ -59,14 +59,15 @@ def find_tars(pattern: str) -> dict[str, int]:
     A pattern may have `*`, `**`, `?`, `[…]` and, as webdataset's, braces: `{00000..00123}.tar`.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: there are none, or one of a list in braces is missing.
         ValueError: a scheme that is not supported.
     """
     found: dict[str, int] = {}
     for one in braceexpand.braceexpand(pattern):
-        found |= _remote_tars(one) if is_remote(one) else _local_tars(one)
-    if not found:
-        raise FileNotFoundError(f"{pattern}: no such file; quote a pattern so that the shell leaves it whole")
+        some = _remote_tars(one) if is_remote(one) else _local_tars(one)
+        if not some:  # also of a list in braces: none is left out silently
+            raise FileNotFoundError(f"{one}: no such file; quote a pattern so that the shell leaves it whole")
+        found |= some
     return dict(sorted(found.items()))
 
 

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, get_args
 
 from data_prep.captions import CaptionChoice
-from data_prep.storage import is_remote, open_tar
+from data_prep.storage import Unreachable, is_remote, open_tar
 
 # ------------------------------------------------------------------------------------------------ 1. what comes out
 
@@ -295,6 +295,8 @@ class _TarStream:
         """`size` bytes, fewer only at the end of the file."""
         try:
             data = self._file.read(size)
+        except Unreachable:  # says all of it
+            raise
         except OSError as error:
             where = f"{getattr(self._file, 'name', 'the tar')} cannot be read at byte {self._offset}"
             raise OSError(error.errno, f"{where}: {error.strerror or error}") from error
