@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from support import ROOT, Finished, start_training
+from support import ROOT, Finished, fork_training
 
 if TYPE_CHECKING:
     from pretrain.pipeline import FocusDiTPipeline
@@ -36,17 +37,21 @@ def data_set(shape_tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture
-def train() -> Callable[..., Finished]:
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
     """Runs a training to its end; fails with its output where a process fails, unless `check=False`."""
 
-    def run(config: str, *overrides: str, processes: int = 1, check: bool = True) -> Finished:
-        started = start_training(config, *overrides, processes=processes)
+    def run(config: str, *overrides: str, processes: int = 1, check: bool = True, **env: str) -> Finished:
+        log = tmp_path_factory.mktemp("train") / "log"
+        started = fork_training(log, config, *overrides, processes=processes, **env)
         try:
-            outputs = [p.communicate(timeout=300)[0] for p in started]
+            deadline = time.monotonic() + 300
+            for p in started:
+                p.join(max(0, deadline - time.monotonic()))
         finally:
             for p in started:
                 p.kill()
-        finished = Finished([p.returncode for p in started], "\n".join(outputs))
+                p.join()
+        finished = Finished([p.exitcode for p in started], log.read_text())  # type: ignore[misc]
         assert not check or not any(finished.codes), finished.output
         return finished
 

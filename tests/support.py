@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html.parser import HTMLParser
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
@@ -40,31 +41,66 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def launcher(rank: int, processes: int, port: str) -> dict[str, str]:
+    """What a launcher tells each process of a node."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": str(max(1, 2 // processes)),
+    }
+
+
 def start_training(config: str, *overrides: str, processes: int = 1) -> list[subprocess.Popen[str]]:
-    """Real training processes over gloo, with the variables that a launcher sets."""
+    """The command that users run, as real processes over gloo."""
     port = str(free_port())
-    started = []
-    for rank in range(processes):
-        launcher = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": str(max(1, 2 // processes)),
-        }
-        command = [sys.executable, "-m", "pretrain.train", config, *overrides]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | launcher, text=True, **pipes))  # type: ignore[call-overload]
-    return started
+    command = [sys.executable, "-m", "pretrain.train", config, *overrides]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return [
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | launcher(rank, processes, port), text=True, **pipes)  # type: ignore[call-overload]
+        for rank in range(processes)
+    ]
 
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["data_prep.encode"])  # else each process imports for seconds
+# Else each process imports for many seconds.
+_FORKSERVER.set_forkserver_preload(["data_prep.encode", "pretrain.train"])
 
 
-def start_encoding(log: Path, *argv: str) -> multiprocessing.process.BaseProcess:
+def fork_training(log: Path, config: str, *overrides: str, processes: int = 1, **env: str) -> list[ForkServerProcess]:
+    """The same as `start_training` in a second instead of ten, as the imports are made; all write to `log`."""
+    port = str(free_port())
+    started = []
+    for rank in range(processes):
+        variables = launcher(rank, processes, port) | env
+        process = _FORKSERVER.Process(target=_train, args=(str(log), variables, [config, *overrides]))
+        process.start()
+        started.append(process)
+    return started
+
+
+def _train(log: str, env: dict[str, str], argv: list[str]) -> None:
+    import torch
+
+    from pretrain.train import main
+
+    os.environ.update(env)
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    os.chdir(ROOT)
+    _write_to(log)
+    sys.exit(main(argv))
+
+
+def _write_to(log: str) -> None:
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def start_encoding(log: Path, *argv: str) -> ForkServerProcess:
     """A process of `data_prep/encode.py`'s own, with one thread, that writes what it says to `log`."""
     process = _FORKSERVER.Process(target=_encode, args=(str(log), argv))
     process.start()
@@ -77,9 +113,7 @@ def _encode(log: str, argv: tuple[str, ...]) -> None:
     from data_prep.encode import main
 
     torch.set_num_threads(1)  # another number may change the last bits of a product
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    _write_to(log)
     sys.exit(main(list(argv)))
 
 
