@@ -74,7 +74,7 @@ class DiTConfig:
         absolute: positions added to the tokens: none (the release) | sincos (PixArt-alpha).
         position_scale: positions are divided by it; one number, or one for rows and one for columns.
         mask_hidden: hidden widths of the query mask's MLP.
-        mask_dropout: dropout of the mask itself while training.
+        mask_dropout: dropout of the mask itself while training; the trainer draws it (`mask.draw_keep`).
         norm_eps: of the blocks' LayerNorms.
         removed_ffns: numbers of the blocks whose FFN was pruned away; their query masks stay, as the next ones read them.
     """
@@ -159,6 +159,7 @@ class Context:
     rotary: Rotary
     shared_expert: ffn.Vocabulary | None
     skip: Skip | None
+    keep_KBN: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class Block(nn.Module):
         self.cross_attention = CrossAttention(D, config.heads)
         self.query_mask = None
         if config.mask != "none":
-            self.query_mask = mask.QueryMask(D, config.mask, config.mask_hidden, config.mask_dropout)
+            self.query_mask = mask.QueryMask(D, config.mask, config.mask_hidden)
         self.ffn = None
         if index not in config.removed_ffns:
             self.ffn = ffn.Vocabulary(D, ffn.local_size(config.ffn, D, config.shared_width, index, config.depth))
@@ -209,7 +210,8 @@ class Block(nn.Module):
         x = torch.addcmul(x, gate_msa, attended)
         x = x + self.cross_attention(x, text)
         if self.query_mask is not None:
-            m = self.query_mask(x, m, *self.mask_time(context))
+            keep = None if context.keep_KBN is None else context.keep_KBN[self.index, ..., None]
+            m = self.query_mask(x, m, *self.mask_time(context), keep)
         if self.ffn is not None:
             z, vocabulary = modulate(x, shift_mlp, scale_mlp, self.eps), self._vocabulary(context.shared_expert)
             skip = context.skip
@@ -325,6 +327,7 @@ class DiT(nn.Module):
         timestep_B: Tensor | TimeMemory,
         text: PackedText | TextMemory,
         skip: Skip | None = None,
+        keep_KBN: Tensor | None = None,
     ) -> Prediction:
         """Predicts for latents [B, C, H, W] at timesteps [B] in 0..1000 (0 is data), each with its caption.
 
@@ -332,6 +335,7 @@ class DiT(nn.Module):
             timestep_B: one for each latent, or what `read_times` made of one for all of them.
             text: the captions, or what `read` made of them.
             skip: leaves the FFN out where the query mask weighs it little.
+            keep_KBN: dropout of each block's query mask while training, from `mask.draw_keep`; none by default.
 
         Raises:
             ValueError: the latent's sides are not divisible by the patch, latents, timesteps and captions differ in number,
@@ -360,6 +364,7 @@ class DiT(nn.Module):
             rotary=self._positions((rows, columns), x_BND),
             shared_expert=self.shared_expert,
             skip=skip,
+            keep_KBN=None if keep_KBN is None else keep_KBN.to(x_BND.dtype),
         )
         seen: Iterable[PackedText | Runs]
         if isinstance(text, PackedText):
@@ -370,7 +375,7 @@ class DiT(nn.Module):
         masks = []
         for block, its_text in zip(self.blocks, seen, strict=True):
             if self.recompute and torch.is_grad_enabled():
-                state = checkpoint(block, state, context, its_text, use_reentrant=False)
+                state = checkpoint(block, state, context, its_text, use_reentrant=False, preserve_rng_state=False)
             else:
                 state = block(state, context, its_text)
             masks.append(state.mask_BN1.squeeze(-1))

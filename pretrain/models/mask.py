@@ -14,6 +14,7 @@ back through it. Two kinds differ in how the time t enters:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -39,7 +40,7 @@ class MaskLinear(nn.Module):
 class QueryMask(nn.Module):
     """Predicts a block's query mask [B, N, 1] from its tokens, the time and the block before's mask."""
 
-    def __init__(self, width: int, kind: str, hidden: tuple[int, ...], dropout: float):
+    def __init__(self, width: int, kind: str, hidden: tuple[int, ...]):
         super().__init__()
         if kind == "release":
             self.time_table = nn.Embedding(TIMESTEPS + 1, width)
@@ -52,7 +53,6 @@ class QueryMask(nn.Module):
         sizes = (width, *hidden, 1)
         self.layers = nn.ModuleList(MaskLinear(i, o) for i, o in pairwise(sizes[:-1]))
         self.last = MaskLinear(sizes[-2], 1)
-        self.dropout = nn.Dropout(dropout)
 
     def read_time(self, time_BD: Tensor, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift [B, 1, D] of the tokens at these times."""
@@ -64,9 +64,21 @@ class QueryMask(nn.Module):
             scale, shift = (self.time_shift + time_BD[:, None]).chunk(2, dim=1)
         return scale, shift
 
-    def forward(self, x_BND: Tensor, mask_BN1: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def forward(
+        self, x_BND: Tensor, mask_BN1: Tensor, scale: Tensor, shift: Tensor, keep_BN1: Tensor | None = None
+    ) -> Tensor:
         h = torch.addcmul(shift, F.layer_norm(x_BND, x_BND.shape[-1:], eps=1e-5), 1 + scale)
         for layer in self.layers:
             h = F.relu(layer(h, mask_BN1))
         # Dropout acts on the mask itself, and the mask goes on to the next block as it is after dropout.
-        return self.dropout(torch.sigmoid(self.last(h, mask_BN1)))
+        mask = torch.sigmoid(self.last(h, mask_BN1))
+        return mask if keep_BN1 is None else mask * keep_BN1
+
+
+def draw_keep(seeds: Sequence[int], depth: int, tokens: int, dropout: float, device: torch.device) -> Tensor:
+    """The masks' dropout of a batch, each image's from its own seed: 0 or 1 / (1 − dropout), [depth, B, tokens] in fp32."""
+    generator = torch.Generator(device)
+    keep_BKN = torch.empty(len(seeds), depth, tokens, device=device)
+    for row_KN, seed in zip(keep_BKN, seeds, strict=True):
+        row_KN.bernoulli_(1 - dropout, generator=generator.manual_seed(seed ^ 1))
+    return keep_BKN.transpose(0, 1) / (1 - dropout)

@@ -15,9 +15,9 @@ def run(module: QueryMask, x: torch.Tensor, previous: torch.Tensor, time: torch.
     return module(x, previous, *module.read_time(time, timestep))
 
 
-def seeded(kind: str, dropout: float = 0.0) -> QueryMask:
+def seeded(kind: str) -> QueryMask:
     """A query mask with random parameters, so that no unit and no previous mask is without effect."""
-    module = QueryMask(WIDTH, kind, HIDDEN, dropout).double()
+    module = QueryMask(WIDTH, kind, HIDDEN).double()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -129,19 +129,20 @@ def test_the_order_is_scale_then_shift(kind):
     )
 
 
-def test_dropout_acts_on_the_mask_itself_and_only_in_training():
-    module, (x, previous, time, timestep) = seeded("adaln_single", dropout=0.25), inputs()
-    x, previous = x.repeat(1, 300, 1), previous.repeat(1, 300, 1)
-    module.eval()
+def test_dropout_acts_on_the_mask_itself():
+    module, (x, previous, time, timestep) = seeded("adaln_single"), inputs()
+    keep = draw_keep([7] * len(x), 1, x.shape[1], 0.25, x.device)[0, ..., None].to(x)
     whole = run(module, x, previous, time, timestep)
-    assert torch.equal(whole, run(module, x, previous, time, timestep))
+    dropped = module(x, previous, *module.read_time(time, timestep), keep)
+    torch.testing.assert_close(dropped, whole * keep)
 
-    module.train()
-    torch.manual_seed(0)
-    dropped = run(module, x, previous, time, timestep)
-    zero = dropped == 0
-    assert zero.double().mean().item() == pytest.approx(0.25, abs=0.02)
-    torch.testing.assert_close(dropped[~zero], whole[~zero] / 0.75)
+
+def test_dropout_follows_from_each_images_seed_alone():
+    keep_KBN = draw_keep([3, 4, 5], 28, 256, 0.25, torch.device("cpu"))
+    assert torch.equal(keep_KBN[:, 1:2], draw_keep([4], 28, 256, 0.25, torch.device("cpu")))
+    assert set(keep_KBN.unique().tolist()) == {0.0, pytest.approx(1 / 0.75)}
+    assert (keep_KBN == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert not torch.equal(keep_KBN[:, 0], keep_KBN[:, 1])
 
 
 def test_gradients_reach_the_previous_mask():
