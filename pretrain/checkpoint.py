@@ -5,37 +5,35 @@
         rank_00000-of-00002.safetensors  that process's slices: master, exp_avg, exp_avg_sq, ema of each group
     RUN/checkpoints/latest               the newest one's name
 
-A checkpoint is written under another name, hashed, described by `state.json`, and renamed once all processes agree; only
-then `latest` is replaced. Nothing is pickled. It holds fp32 slices alone (16 bytes a parameter with the average): the
-bf16 weights are their rounding, and all random numbers follow from the seed and the position.
+Here they are read; `saver.py` writes them, under another name first. Nothing is pickled. A checkpoint holds fp32 slices alone
+(16 bytes a parameter with the average): the bf16 weights are their rounding, and all random numbers follow from the seed and
+the position.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.files import write_whole
-from pretrain.config import CheckpointSection
 from pretrain.data import Position
 from pretrain.ema import Ema
-from pretrain.engine import Engine, Slot, World
+from pretrain.engine import Engine, Slot, World, gather, together
+from pretrain.guard import Health
 
 FOLDER, LATEST, STATE = "checkpoints", "latest", "state.json"
-FORMAT = 1
+FORMAT = 2
+MEND = "remove {} to use the one before"
 
 
 @dataclass(frozen=True)
@@ -46,25 +44,43 @@ class Progress:
     updates: int = 0
     images: int = 0
     position: Position = field(default_factory=Position)
+    health: Health = field(default_factory=Health)
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint whose files are not those that were written."""
 
 
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk.
+
+    Raises:
+        DamagedCheckpoint: `state.json` is missing or altered.
+        ValueError: another version's.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         try:
             self.state: dict[str, Any] = json.loads((path / STATE).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no complete checkpoint ({error}); remove it to use the one before") from error
-        if self.state.get("format") != FORMAT:
+            whole = sealed({k: v for k, v in self.state.items() if k != "sha256"}) == (path / STATE).read_text()
+        except (OSError, ValueError, AttributeError) as error:
+            raise DamagedCheckpoint(f"{path / STATE} cannot be read ({error}); {MEND.format(path)}") from error
+        if self.state.get("format") != FORMAT and "sha256" not in self.state:
             raise ValueError(f"{path} is of another version; this one reads format {FORMAT}")
+        if not whole:
+            raise DamagedCheckpoint(f"{path / STATE} is damaged: it does not match its own hash; {MEND.format(path)}")
         self._open: dict[str, Any] = {}
 
     @property
     def progress(self) -> Progress:
         p = self.state["progress"]
-        return Progress(p["step"], p["updates"], p["images"], Position(**p["position"]))
+        return Progress(p["step"], p["updates"], p["images"], Position(**p["position"]), Health.of(p["health"]))
+
+    def totals(self, world: World) -> list[float]:
+        """The monitor's sums that this process goes on with: all processes' together, however many there were."""
+        mine = self.state["totals"][world.rank :: world.size]
+        return [sum(column) for column in zip(*mine, strict=True)]
 
     @cached_property
     def slots(self) -> dict[str, Slot]:
@@ -72,12 +88,18 @@ class Checkpoint:
         return {s["name"]: Slot(s["name"], tuple(s["shape"]), s["group"], s["offset"]) for s in self.state["layout"]}
 
     def verify(self, some: slice = slice(None)) -> None:
-        """Compares files with their recorded size and SHA-256. Raises ValueError naming the damaged one."""
+        """Compares files with their recorded size and SHA-256. Raises DamagedCheckpoint naming the damaged one."""
         for name, about in list(self.state["files"].items())[some]:
             path = self.path / name
-            if not path.is_file() or path.stat().st_size != about["bytes"] or _sha256(path) != about["sha256"]:
-                raise ValueError(
-                    f"{path} is damaged: its size or hash is not the recorded one; remove {self.path} to use the one before"
+            bytes_there = path.stat().st_size if path.is_file() else None
+            if bytes_there is None:
+                raise DamagedCheckpoint(f"{path} is missing; {MEND.format(self.path)}")
+            if bytes_there != about["bytes"]:
+                found = f"{bytes_there} bytes, expected {about['bytes']}"
+                raise DamagedCheckpoint(f"{path} is damaged: {found}; {MEND.format(self.path)}")
+            if sha256(path) != about["sha256"]:
+                raise DamagedCheckpoint(
+                    f"{path} is damaged: its hash is not the recorded one; {MEND.format(self.path)}"
                 )
 
     def parameter(self, kind: str, name: str) -> Tensor:
@@ -97,7 +119,7 @@ class Checkpoint:
         return {name: self.parameter(kind, name) for name in self.slots}
 
     def _file(self, rank: int) -> Any:
-        name = _file_name(rank, self.state["world"])
+        name = file_name(rank, self.state["world"])
         if name not in self._open:
             self._open[name] = safe_open(self.path / name, framework="pt")
         return self._open[name]
@@ -106,14 +128,19 @@ class Checkpoint:
 def newest(run_dir: Path) -> Checkpoint | None:
     """A run's newest complete checkpoint: the one that `latest` names. None where the run has none."""
     folder = run_dir / FOLDER
-    complete = sorted(p for p in folder.glob("step_*") if (p / STATE).is_file())
+    complete = [p for p in by_age(folder) if (p / STATE).is_file()]
     latest = folder / LATEST
     if not complete:
         if latest.exists():
             raise ValueError(f"{latest} names {latest.read_text().strip()}, but {folder} holds no complete checkpoint")
         return None
-    named = folder / latest.read_text().strip() if latest.is_file() else complete[-1]
-    return Checkpoint(named if named in complete else complete[-1])
+    named = folder / latest.read_text().strip() if latest.is_file() else complete[0]
+    return Checkpoint(named if named in complete else complete[0])
+
+
+def by_age(folder: Path) -> list[Path]:
+    """The folders of checkpoints, damaged ones too, the newest first."""
+    return sorted(folder.glob("step_*"), reverse=True)
 
 
 def find_run(name: str) -> Path:
@@ -124,87 +151,13 @@ def find_run(name: str) -> Path:
     raise FileNotFoundError(f"no run at {name} or runs/{name}: a run directory holds {FOLDER}/; train it first")
 
 
-# ---- writing ----
+def sealed(state: dict[str, Any]) -> str:
+    """`state.json`'s text, with a hash of itself."""
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return json.dumps(state | {"sha256": digest}) + "\n"
 
 
-def save(
-    run_dir: Path, engine: Engine, ema: Ema, progress: Progress, about: dict[str, Any], keep: CheckpointSection
-) -> Path:
-    """Writes a checkpoint from all processes together and publishes it.
-
-    Raises:
-        RuntimeError: on all processes, naming what failed on which (a full disk, say); older checkpoints are untouched.
-    """
-    world, folder = engine.world, run_dir / FOLDER
-    name = f"step_{progress.step:08d}"
-    writing = folder / f".writing-{name}"
-    if world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".writing-*"):
-            shutil.rmtree(leftover)
-        writing.mkdir()
-    _together(world)
-    kinds = {"master": engine.masters, "ema": ema.shares, **engine.moments()}
-    mine: dict[str, Any] = {"name": _file_name(world.rank, world.size)}
-    try:
-        tensors = {f"{k}.{g}": t.detach().contiguous() for k, shares in kinds.items() for g, t in enumerate(shares)}
-        mine |= _write(writing / mine["name"], tensors)
-    except (OSError, RuntimeError, ValueError) as error:  # safetensors raises its own kind, a ValueError's sibling
-        mine["error"] = str(error)
-    files = _gather(mine, world)
-    if errors := [f"process {r}: {f['error']}" for r, f in enumerate(files) if "error" in f]:
-        raise RuntimeError(f"{writing} could not be written: " + "; ".join(errors))
-    if world.rank == 0:
-        state = {
-            "format": FORMAT,
-            "progress": asdict(progress),
-            "world": world.size,
-            "layout": engine.layout,
-            "layout_hash": engine.layout_hash,
-            "shares": [m.numel() for m in engine.masters],
-            **about,
-            "files": {f["name"]: {"bytes": f["bytes"], "sha256": f["sha256"]} for f in files},
-        }
-        write_whole(writing / STATE, json.dumps(state) + "\n")
-        _publish(writing, folder / name)
-        _retain(folder, keep)
-    _together(world)
-    return folder / name
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _publish(writing: Path, path: Path) -> None:
-    """Gives a complete folder its name, then points `latest` to it."""
-    _sync_folder(writing)
-    if path.exists():  # the same step, reached again after `latest` was lost
-        shutil.rmtree(path)
-    writing.rename(path)
-    _sync_folder(path.parent)
-    write_whole(path.parent / LATEST, path.name + "\n")
-
-
-def _retain(folder: Path, keep: CheckpointSection) -> None:
-    """Removes all but the last `keep_last` and every `keep_every`-th step's."""
-    there = sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name))
-    for path in there[: -keep.keep_last]:
-        step = int(path.name.removeprefix("step_"))
-        if not keep.keep_every or step % keep.keep_every:
-            shutil.rmtree(path)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 22):
@@ -212,24 +165,55 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _file_name(rank: int, world: int) -> str:
+def file_name(rank: int, world: int) -> str:
     return f"rank_{rank:05d}-of-{world:05d}.safetensors"
 
 
-def _together(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()
+# ---- taking a checkpoint ----
 
 
-def _gather(item: Any, world: World) -> list[Any]:
-    items: list[Any] = [None] * world.size
-    if world.size > 1:
-        dist.all_gather_object(items, item)
-        return items
-    return [item]
+def newest_whole(
+    run_dir: Path, world: World, warn: Callable[[str], None], wanted: Callable[[Checkpoint], bool] = lambda _: True
+) -> Checkpoint | None:
+    """A run's newest checkpoint that is whole and wanted; damaged ones are told of. All processes call it.
+
+    Each process verifies its part of the files. None where the run has no checkpoint at all.
+
+    Raises:
+        ValueError: there are checkpoints, and every one is damaged or unwanted.
+    """
+    folder, lines = run_dir / FOLDER, []
+    for path in gather(by_age(folder), world)[0]:  # as process 0 sees them
+        problem, found = None, None
+        try:
+            found = Checkpoint(path)
+            found.verify(slice(world.rank, None, world.size))
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        if problems := [p for p in gather(problem, world) if p]:
+            lines.append(f"  {problems[0]}")
+            warn(f"WARNING: {problems[0].partition('; remove')[0]}; taking the one before")
+        elif found is not None and wanted(found):
+            return found
+    if lines or (folder / LATEST).exists():
+        raise ValueError(f"{folder}: no checkpoint can be used:\n" + "\n".join(lines))
+    return None
 
 
-# ---- reading ----
+def set_aside_later(run_dir: Path, step: int, world: World) -> None:
+    """Renames checkpoints of later steps to `aside_…`, so that retention and restarts take none for the run's; `latest` follows.
+
+    Process 0 does it, while the others wait.
+    """
+    folder = run_dir / FOLDER
+    if world.rank == 0:
+        for path in by_age(folder):
+            if path.name > (name := f"step_{step:08d}"):
+                aside = folder / path.name.replace("step_", "aside_")
+                shutil.rmtree(aside, ignore_errors=True)
+                write_whole(folder / LATEST, name + "\n")
+                path.rename(aside)
+    together(world)
 
 
 def resume(checkpoint: Checkpoint, engine: Engine, ema: Ema, data: dict[str, Any]) -> Progress:
@@ -239,16 +223,8 @@ def resume(checkpoint: Checkpoint, engine: Engine, ema: Ema, data: dict[str, Any
         data: the loader's fingerprint; the checkpoint's position is valid for the same one only.
 
     Raises:
-        ValueError: damaged files, another model, or another data order.
+        ValueError: another model, or another data order.
     """
-    world = engine.world
-    problem = None
-    try:
-        checkpoint.verify(slice(world.rank, None, world.size))
-    except ValueError as error:
-        problem = str(error)
-    if problems := [p for p in _gather(problem, world) if p]:
-        raise ValueError(problems[0])
     if different := [k for k, v in data.items() if checkpoint.state["data"].get(k) != v]:
         lines = [f"  {k}: there {checkpoint.state['data'].get(k)}, now {data[k]}" for k in different]
         raise ValueError(
@@ -275,3 +251,21 @@ def take_over(checkpoint: Checkpoint, engine: Engine, ema: Ema, moments: bool) -
             engine.fill(shares, lambda name, kind=kind: checkpoint.parameter(kind, name))  # type: ignore[misc]
         engine.updates = checkpoint.progress.updates
     engine.publish(engine.masters)
+
+
+def changes(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What differs between two states' config and data, a line each: `section.key: old → new`."""
+    old, new = (_flat({**state["config"], "data_set": state["data"]}) for state in (there, here))
+    dull = ("name", "run_dir", "init_from", "data_set.indexes", "data_set.draws")
+    return [
+        f"{key}: {old.get(key, 'not there')} → {new.get(key, 'not there')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(dull)
+    ]
+
+
+def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return flat

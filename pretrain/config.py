@@ -152,6 +152,26 @@ class CheckpointSection(Section):
     keep_every: NotNegative = 10000
     """Checkpoints at multiples of these steps are kept for ever; 0 keeps none."""
 
+    background: bool = True
+    """Write them while training goes on, from a copy in the host's memory: 16 bytes a parameter over all processes."""
+    time_limit: Annotated[float, Field(gt=0)] | None = None
+    """Hours after its start at which a run writes a checkpoint and ends to be started again; none by default."""
+
+
+class GuardSection(Section):
+    deviations: Annotated[float, Field(ge=0)] = 8.0
+    """A step is skipped where its loss or gradient norm is so many robust deviations above the median; 0: where not finite."""
+    window: Positive = 256
+    """Last applied steps from which the bound comes."""
+    after: Positive = 100
+    """Applied steps before there is a bound."""
+    patience: Positive = 5
+    """Steps skipped in a row after which the run goes back to its last good checkpoint, with other noise and data order."""
+    rollbacks: NotNegative = 3
+    """Such returns before the run stops with a report."""
+    seconds: Positive = 600
+    """All processes stop where one of them shows no progress for so long; six times as long until the first step is done."""
+
 
 class LoggingSection(Section):
     every: Positive = 20
@@ -198,6 +218,7 @@ class Config(Section):
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    guard: GuardSection = GuardSection()
     logging: LoggingSection = LoggingSection()
     preview: PreviewSection = PreviewSection()
 
@@ -218,6 +239,8 @@ class Config(Section):
         found += [f"data.{p}" for p in self.data.problems()]
         if self.optimizer.warmup_steps > self.steps:
             found.append(f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is above steps ({self.steps})")
+        if self.guard.after > self.guard.window:
+            found.append(f"guard.after: {self.guard.after} is above guard.window ({self.guard.window})")
         if self.carry_moments and not self.init_from:
             found.append("carry_moments: true needs init_from, the run whose moments are taken")
         if self.preview.every and not self.preview.file().is_file():

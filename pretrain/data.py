@@ -38,6 +38,8 @@ from pretrain.streams import Place, once_per_node, open_card, plan, prepare
 
 # Where a set is drawn in part, so many samples of a shard are taken or left together: fewer shards are fetched for them.
 GRANULE = 64
+# Added to the seed for each rollback: more than any run has epochs, which are added to it, too.
+ROLLBACK_OFFSET = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ class Loader:
         self.data = TrainingSet(streams, config, self.card, null_text, global_batch // world)
         self.steps_per_epoch = sum(self.plan.draws.values()) // global_batch
         self.collate = Collate(micro)
-        self.position = Position()
+        self.resume(Position())
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -241,9 +243,9 @@ class Loader:
             "global_batch": self.global_batch,
         }
 
-    def resume(self, position: Position) -> None:
-        """Continues at a position of a run with the same fingerprint."""
-        self.position = position
+    def resume(self, position: Position, rollbacks: int = 0) -> None:
+        """Continues at a position of a run with the same fingerprint; after rollbacks with other noise and another order."""
+        self.position, self._seed = position, self.config.seed + ROLLBACK_OFFSET * rollbacks
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while True:
@@ -261,10 +263,10 @@ class Loader:
                 "epoch": self.position.epoch,
                 "sample_in_epoch": done * self.global_batch,
                 "num_canonical_nodes": d.canonical_nodes,
-                "shuffle_seed": self.config.seed,
+                "shuffle_seed": self._seed,
             }
         )
-        self.data.epoch = self.position.epoch
+        self.data.epoch, self.data.run_seed = self.position.epoch, self._seed
         loader = DataLoader(
             self.data,
             batch_size=self.data.batch_size,

@@ -63,6 +63,29 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+def gather(item: Any, world: World) -> list[Any]:
+    """Every process's item, in order of their numbers."""
+    items: list[Any] = [item]
+    if world.size > 1:
+        items = [None] * world.size
+        dist.all_gather_object(items, item)
+    return items
+
+
+def together(world: World) -> None:
+    """Waits until all processes are here."""
+    if world.size > 1:
+        dist.barrier()
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found of a step's gradient: its norm over all processes, and whether it may be applied."""
+
+    norm: Tensor
+    admitted: bool
+
+
 @dataclass(frozen=True)
 class Slot:
     """One parameter's place: its group's flat buffer holds it from `offset` on."""
@@ -96,7 +119,10 @@ class Engine:
             0
         ]
         self._zero = self._engine.optimizer
-        self._zero.check_grad_overflow = True  # a non-finite gradient on one process skips the step on all
+        # One pass over the gradients serves clipping and the judge; DeepSpeed by itself looks at them twice.
+        self._zero.check_grad_overflow = True
+        self._zero.check_overflow = self._look
+        self._zero.scaled_global_norm = lambda norm_type=2: self._norm
         self.module: nn.Module = self._engine.module
         self.dtype = next(self.module.parameters()).dtype
         self.masters: list[Tensor] = list(self._zero.single_partition_of_fp32_groups)
@@ -120,21 +146,32 @@ class Engine:
         """Adds the gradients of one micro-batch; the mean over micro-batches is taken here."""
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> None:
-        """Ends a micro-batch. At an accumulation boundary: reduces, clips, and updates with this learning rate."""
+    def step(self, lr: float, judge: Callable[[Tensor], Look]) -> None:
+        """Ends a micro-batch. At an accumulation boundary: reduces, clips, and updates with this learning rate.
+
+        Args:
+            judge: told this process's share of the gradient's squared norm (fp64); where it does not admit the step, nothing
+                is updated. It must come to the same verdict on all processes.
+        """
         for group in self._zero.param_groups:
             group["lr"] = lr
+        self._judge = judge
         self._engine.step()
+
+    def _look(self, partition_gradients: bool = True) -> None:
+        """In place of DeepSpeed's search for overflow."""
+        mine = [g for some in self._zero.averaged_gradients.values() for g in some if g is not None]
+        device = self.masters[0].device
+        squared = torch.zeros((), dtype=torch.float64, device=device)
+        if mine:
+            squared = torch.stack(torch._foreach_norm(mine, 2, torch.float32)).double().square().sum()
+        look = self._judge(squared)
+        self._norm, self._zero.overflow = look.norm, not look.admitted
 
     @property
     def applied(self) -> bool:
-        """Whether the last step updated the parameters; False after a non-finite gradient."""
+        """Whether the last step updated the parameters."""
         return self._engine.was_step_applied()
-
-    @property
-    def gradient_norm(self) -> Tensor | float:
-        """The norm of the last step's gradient before clipping, over all processes."""
-        return self._engine.get_global_grad_norm()
 
     # ---- this process's share ----
 

@@ -22,6 +22,7 @@ from pretrain.config import Config
 from pretrain.data import Batch
 from pretrain.diffusion import Loss
 from pretrain.engine import Engine
+from pretrain.guard import Verdict
 from pretrain.models import DiTConfig
 from pretrain.models.cost import tokens_of, training_flops
 
@@ -68,22 +69,53 @@ class Totals:
     skipped: int = 0
     steps: int = 0
 
+    @property
+    def on_device(self) -> list[Tensor]:
+        return [self.loss, self.bin_loss, self.bin_count, self.masks]
+
+
+# Totals' fields on the host: those that add up over processes, and those that all processes count alike.
+SHARED, ALIKE = ("micro_batches", "images", "text_tokens", "wait_s"), ("skipped", "steps")
+
 
 class Monitor:
     """Collects figures and writes them at logging steps."""
 
-    def __init__(self, config: Config, backbone: DiTConfig, engine: Engine, step: int):
+    def __init__(self, config: Config, backbone: DiTConfig, engine: Engine):
         self.config, self.backbone, self.world = config, backbone, engine.world
-        self.writer = None
-        if self.world.rank == 0:
-            self.writer = SummaryWriter(
-                str(config.run_dir / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=10
-            )
+        self.writer: SummaryWriter | None = None
         peak = config.logging.peak_tflops or peak_tflops(self.world.device, engine.dtype)
         self.peak = peak * 1e12 * self.world.size
         self.image_tokens = tokens_of(backbone, config.data.resolution)
-        self.totals = self._zeros()
-        self.since = time.perf_counter()
+        self.totals, self.since = self._zeros(), time.perf_counter()
+
+    def begin(self, step: int, sums: list[float]) -> None:
+        """Goes on after this step, with the sums that `sums` gave there ([] for none); later points of the curves are purged."""
+        self.close()
+        if self.world.rank == 0:
+            folder, purge = self.config.run_dir / "tensorboard", step + 1 if step else None
+            self.writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+        self.totals, self.since = self._zeros(), time.perf_counter()
+        if sums:
+            t = self.totals
+            sizes = [len(total) for total in t.on_device]
+            *host, seconds = sums[sum(sizes) :]
+            for total, values in zip(t.on_device, torch.tensor(sums[: sum(sizes)]).split(sizes), strict=True):
+                total.copy_(values)
+            vars(t).update({name: type(getattr(t, name))(v) for name, v in zip(SHARED + ALIKE, host, strict=True)})
+            self.since -= seconds
+
+    def sums(self) -> list[float]:
+        """What has added up since the last logging step, for a checkpoint; what was written is safe on disk after it.
+
+        Over all processes they sum up to the run's, so process 0 alone tells what all count alike.
+        """
+        if self.writer is not None:
+            self.writer.flush()
+        t, first = self.totals, self.world.rank == 0
+        alike = [float(getattr(t, name)) if first else 0.0 for name in ALIKE]
+        seconds = time.perf_counter() - self.since if first else 0.0
+        return [*torch.cat(t.on_device).tolist(), *(float(getattr(t, name)) for name in SHARED), *alike, seconds]
 
     def _zeros(self) -> Totals:
         def zeros(n: int) -> Tensor:
@@ -111,18 +143,18 @@ class Monitor:
         t.images += len(batch.keys)
         t.text_tokens += sum(batch.text.lengths)
 
-    def step(self, step: int, engine: Engine, lr: float) -> None:
+    def step(self, step: int, verdict: Verdict, lr: float) -> None:
         """After optimizer step number `step` (from 1); writes at logging steps. All processes call it."""
         self.totals.steps += 1
-        self.totals.skipped += not engine.applied
+        self.totals.skipped += verdict.fault is not None
         if step % self.config.logging.every == 0 or step == self.config.steps:
-            self._write(step, engine, lr)
+            self._write(step, verdict, lr)
             self.totals, self.since = self._zeros(), time.perf_counter()
 
-    def _write(self, step: int, engine: Engine, lr: float) -> None:
+    def _write(self, step: int, verdict: Verdict, lr: float) -> None:
         t = self.totals
         host = torch.tensor([t.micro_batches, t.images, t.text_tokens, t.wait_s], device=self.world.device)
-        sums = torch.cat([t.loss, t.bin_loss, t.bin_count, t.masks, host])
+        sums = torch.cat([*t.on_device, host])
         if self.world.size > 1:
             dist.all_reduce(sums)
         bins, blocks = len(t.bin_loss), len(t.masks)
@@ -133,7 +165,7 @@ class Monitor:
         micro, images, text_tokens, wait = host.tolist()
         scalars = {
             "train/loss": loss.item() / micro,
-            "train/gradient_norm": float(engine.gradient_norm),
+            "train/gradient_norm": verdict.norm,
             "train/learning_rate": lr,
             "train/steps_skipped": float(t.skipped),
             "speed/images_per_s": images / seconds,
@@ -173,9 +205,15 @@ class Monitor:
         yield
         self.since += time.perf_counter() - start
 
+    def stood_still(self, step: int, seconds: float) -> None:
+        """Training waited so long for a checkpoint."""
+        if self.writer is not None:
+            self.writer.add_scalar("speed/checkpoint_stop_s", seconds, step)
+
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+            self.writer = None
 
 
 def _clock(seconds: float) -> str:

@@ -1,50 +1,58 @@
 """Training: python -m pretrain.train CONFIG [section.key=value ...]
 
 Runs under any launcher that sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT (torchrun,
-slurm/*.sh), or alone as one process. Started again, it goes on at the exact next sample of its newest checkpoint.
+slurm/*.sh), or alone as one process. Started again, it goes on at the exact next sample of its newest whole checkpoint.
+
+Exit codes: 0 the stage is complete; 75 to be started again (asked to stop, or a process was lost); 1 an error; 2 wrong usage.
+docs/operations.md says what happens at each fault.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
-from data_prep.files import write_whole
-from data_prep.shards import CARD, NULL_TEXT
 from pretrain import checkpoint, engine, optim
 from pretrain.checkpoint import Progress
 from pretrain.config import Config, geometry, load
 from pretrain.console import quiet
-from pretrain.data import Batch, Loader, sample_seed
-from pretrain.diffusion import Objective, draw, measure
+from pretrain.data import Batch, Loader
+from pretrain.diffusion import Loss, Objective, draw, measure
 from pretrain.ema import Ema
 from pretrain.engine import Engine, World
+from pretrain.guard import SKIPPED, Guard
 from pretrain.models import DiT
+from pretrain.models.mask import draw_keep
 from pretrain.monitor import Monitor
 from pretrain.preview import Preview
+from pretrain.provenance import keep_what_is_used
+from pretrain.saver import Saver
+from pretrain.stopping import REQUEUE, Stop
+from pretrain.watchdog import WAITING, Watchdog
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """The parts of a training step."""
+    """The parts of a training."""
 
     config: Config
+    loader: Loader
+    model: DiT
     engine: Engine
     ema: Ema
     objective: Objective
+    guard: Guard
+    watchdog: Watchdog
     monitor: Monitor
+    preview: Preview
+    saver: Saver
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,34 +61,35 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="section.key=value, or deepspeed.key=value")
     args = parser.parse_args(argv)
     quiet()
+    watchdog = None
     try:
         config, deepspeed = load(args.config, args.overrides)
+        stop = Stop(config.checkpoint.time_limit)
         world = engine.start()
-        train(config, deepspeed, world)
+        watchdog = Watchdog(world, config.guard.seconds)
+        stopped = train(build(config, deepspeed, world, stop, watchdog))
+        watchdog.close()
+        stop.close()
+        engine.stop()
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("FOCUSDIT_TRACEBACK"):
             raise
+        line, code = watchdog.failed(error) if watchdog else (str(error), 1)
         rank = os.environ.get("RANK", "0")
-        print(f"train: process {rank}: {error}" if rank != "0" else f"train: {error}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        engine.stop()
-    return 0
+        print(f"train: process {rank}: {line}" if rank != "0" else f"train: {line}", file=sys.stderr, flush=True)
+        if watchdog and world.size > 1:
+            os._exit(code)  # leaving a broken group in good order may wait for the others
+        return code
+    return REQUEUE if stopped else 0
 
 
-def train(config: Config, deepspeed: dict[str, Any], world: World) -> None:
-    """Wires the parts in the order of the data, and runs to the last step."""
+def build(config: Config, deepspeed: dict[str, Any], world: World, stop: Stop, watchdog: Watchdog) -> Trainer:
+    """Wires the parts in the order of the data."""
     accumulation = geometry(deepspeed, world.size)
     deepspeed = {**deepspeed, "gradient_accumulation_steps": accumulation}
     backbone = config.model.backbone()
-    loader = Loader(
-        config,
-        backbone,
-        deepspeed["train_batch_size"],
-        deepspeed["train_micro_batch_size_per_gpu"],
-        world.rank,
-        world.size,
-    )
+    batch, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
+    loader = Loader(config, backbone, batch, micro, world.rank, world.size)
     keep_what_is_used(config, deepspeed, loader, world)
     preview = Preview(config, loader.card, world)
     torch.manual_seed(config.seed)
@@ -91,117 +100,183 @@ def train(config: Config, deepspeed: dict[str, Any], world: World) -> None:
             block.compile()
     zero = Engine(model, optim.build(model, config.optimizer), deepspeed, world)
     ema = Ema(zero, config.optimizer.ema_decay)
-    progress = begin(config, zero, ema, loader)
-    monitor = Monitor(config, backbone, zero, progress.step)
-    trainer = Trainer(config, zero, ema, config.objective.build(), monitor)
+    guard = Guard(config.guard, world, stop)
+    monitor = Monitor(config, backbone, zero)
     about = {"data": loader.fingerprint, "config": config.model_dump(mode="json")}
-    batches = timed(iter(loader), monitor)
+    saver = Saver(config, zero, ema, about)
+    objective = config.objective.build()
+    return Trainer(config, loader, model, zero, ema, objective, guard, watchdog, monitor, preview, saver)
+
+
+def train(t: Trainer) -> str | None:
+    """Runs to the last step (None), or until some process is asked to stop (by what)."""
+    config, monitor = t.config, t.monitor
+    progress = begin(t)
+    batches = timed(t, progress)
     while progress.step < config.steps:
-        progress = replace(train_step(trainer, next(batches), progress), position=loader.position)
-        if preview.due(progress.step):
+        progress = replace(train_step(t, next(batches), progress), position=t.loader.position)
+        step, verdict = progress.step, t.guard.verdict
+        if verdict.fault:
+            tell_of_fault(t, progress)
+            if progress.health.in_a_row >= config.guard.patience:
+                progress = roll_back(t, progress)
+                batches = timed(t, progress)
+                continue
+        last = step == config.steps or verdict.stop > 0
+        if t.preview.due(step):
+            t.watchdog.at(step, "drawing the preview")
             with monitor.paused():
-                preview.draw(model, ema, monitor, progress.step)
-        if progress.step % config.checkpoint.every == 0 or progress.step == config.steps:
-            with monitor.paused():
-                path = checkpoint.save(config.run_dir, zero, ema, progress, about, config.checkpoint)
-            log(world, f"checkpoint {path}")
+                t.preview.draw(t.model, t.ema, monitor, step)
+        if step % config.checkpoint.every == 0 or last:
+            save(t, progress, wait=last)
+        if news := t.saver.news():
+            log(t, news)
+        if verdict.stop and step < config.steps:
+            why = t.guard.stopped_by()
+            log(t, f"stopped by {why} after step {step}; started again, it goes on from there")
+            return why
     monitor.close()
-    log(world, f"{config.name} is complete: {progress.step} steps, {progress.images} images; {config.run_dir}")
+    log(t, f"{config.name} is complete: {progress.step} steps, {progress.images} images; {config.run_dir}")
+    return None
 
 
-def train_step(trainer: Trainer, batches: list[Batch], progress: Progress) -> Progress:
-    """One optimizer step over this process's micro-batches."""
-    config, zero = trainer.config, trainer.engine
-    lr = optim.learning_rate(progress.step, config.steps, config.optimizer)
-    for i, host_batch in enumerate(batches):
+def train_step(t: Trainer, batches: list[Batch], progress: Progress) -> Progress:
+    """One optimizer step over this process's micro-batches; `t.guard.verdict` tells whether it was applied."""
+    zero, window = t.engine, t.config.guard.window
+    lr = optim.learning_rate(progress.step, t.config.steps, t.config.optimizer)
+    t.watchdog.at(progress.step, WAITING)
+    t.guard.begin(progress.health)
+    for host_batch in batches:
         batch = host_batch.to(zero.world.device, zero.dtype)
-        # Dropout follows from the step, so that a resumed run needs no random state.
-        torch.manual_seed(sample_seed(config.seed, progress.step, f"{zero.world.rank}/{i}"))
-        numbers = draw(batch.seeds, batch.mean_BCHW.shape, zero.world.device)
-        noisy = trainer.objective.corrupt(batch.latent(numbers.posterior_BCHW), numbers.noise_BCHW, numbers.uniform_B)
-        prediction = zero.forward(noisy.noisy_BCHW.to(zero.dtype), noisy.timestep_B, batch.text)
-        loss = measure(prediction.sample_BCHW, noisy)
-        trainer.monitor.record(batch, loss, prediction.masks_KBN)
+        loss = forward(t, batch)
+        t.guard.add(batch.keys, loss)
         zero.backward(loss.mean)
-        zero.step(lr)
+        zero.step(lr, t.guard)
     if zero.applied:
-        trainer.ema.update(progress.updates)
-    step, images = progress.step + 1, zero.world.size * sum(len(b.keys) for b in batches)
-    trainer.monitor.step(step, zero, lr)
-    return replace(progress, step=step, updates=progress.updates + zero.applied, images=progress.images + images)
+        t.ema.update(progress.updates)
+    t.monitor.step(progress.step + 1, t.guard.verdict, lr)
+    return replace(
+        progress,
+        step=progress.step + 1,
+        updates=progress.updates + zero.applied,
+        images=progress.images + zero.world.size * sum(len(b.keys) for b in batches),
+        health=progress.health.after(t.guard.verdict, window),
+    )
 
 
-def begin(config: Config, zero: Engine, ema: Ema, loader: Loader) -> Progress:
-    """From the run's own newest checkpoint, else from another run's weights, else from nothing."""
-    world = zero.world
-    if own := checkpoint.newest(config.run_dir):
-        progress = checkpoint.resume(own, zero, ema, loader.fingerprint)
-        loader.resume(progress.position)
+def forward(t: Trainer, batch: Batch) -> Loss:
+    """A micro-batch's loss. All random numbers of a sample come from its own seed."""
+    device, backbone = t.engine.world.device, t.model.config
+    numbers = draw(batch.seeds, batch.mean_BCHW.shape, device)
+    noisy = t.objective.corrupt(batch.latent(numbers.posterior_BCHW), numbers.noise_BCHW, numbers.uniform_B)
+    keep_KBN = None
+    if backbone.mask != "none" and backbone.mask_dropout:
+        tokens = noisy.noisy_BCHW[0, 0].numel() // backbone.patch**2
+        keep_KBN = draw_keep(batch.seeds, backbone.depth, tokens, backbone.mask_dropout, device)
+    prediction = t.engine.forward(noisy.noisy_BCHW.to(t.engine.dtype), noisy.timestep_B, batch.text, None, keep_KBN)
+    loss = measure(prediction.sample_BCHW, noisy)
+    t.monitor.record(batch, loss, prediction.masks_KBN)
+    return loss
+
+
+def begin(t: Trainer) -> Progress:
+    """From the run's own newest whole checkpoint, else from another run's weights, else from nothing."""
+    config, world = t.config, t.engine.world
+    if own := checkpoint.newest_whole(config.run_dir, world, lambda line: log(t, line)):
+        progress = take_up(t, own)
         p = progress.position
-        log(world, f"going on from {own.path}: step {progress.step}, epoch {p.epoch}, its step {p.step_in_epoch}")
+        log(t, f"going on from {own.path}: step {progress.step}, epoch {p.epoch}, its step {p.step_in_epoch}")
         return progress
+    t.monitor.begin(0, [])
     if config.init_from is None:
-        log(world, f"starting {config.name} from nothing")
+        log(t, f"starting {config.name} from nothing")
         return Progress()
-    other = checkpoint.newest(checkpoint.find_run(config.init_from))
+    other = checkpoint.newest_whole(checkpoint.find_run(config.init_from), world, lambda line: log(t, line))
     if other is None:
         raise ValueError(f"init_from: {config.init_from} has no complete checkpoint yet; train it first")
-    other.verify()
-    checkpoint.take_over(other, zero, ema, moments=config.carry_moments)
+    if other.progress.step < other.state["config"]["steps"]:
+        done = f"{other.progress.step} of its {other.state['config']['steps']} steps"
+        log(t, f"WARNING: {config.init_from} is not finished: it has {done}")
+    checkpoint.take_over(other, t.engine, t.ema, moments=config.carry_moments)
     moments = "the optimizer's moments too" if config.carry_moments else "fresh optimizer moments"
-    log(world, f"starting {config.name} from {other.path}: its weights and average, {moments}, data from the start")
+    log(t, f"starting {config.name} from {other.path}: its weights and average, {moments}, data from the start")
+    for line in checkpoint.changes(other.state, t.saver.about):
+        log(t, f"  {line}")
     return Progress(updates=other.progress.updates if config.carry_moments else 0)
 
 
-def timed(batches: Iterator[list[Batch]], monitor: Monitor) -> Iterator[list[Batch]]:
-    """The same batches; the monitor learns how long each was waited for."""
+def take_up(t: Trainer, own: checkpoint.Checkpoint) -> Progress:
+    """Puts one of the run's own checkpoints back everywhere; those of later steps are set aside."""
+    checkpoint.set_aside_later(t.config.run_dir, own.progress.step, t.engine.world)
+    progress = checkpoint.resume(own, t.engine, t.ema, t.loader.fingerprint)
+    t.monitor.begin(progress.step, own.totals(t.engine.world))
+    return progress
+
+
+def tell_of_fault(t: Trainer, progress: Progress) -> None:
+    """A skipped step in the log, and with its samples in the run's list."""
+    t.guard.record(t.config.run_dir, progress.step)
+    health, file = progress.health, t.config.run_dir / SKIPPED
+    counted = f"{health.in_a_row} in a row, {health.skipped} in all"
+    log(t, f"WARNING: step {progress.step} was skipped: {t.guard.verdict.fault} ({counted}; its samples: {file})")
+
+
+def roll_back(t: Trainer, progress: Progress) -> Progress:
+    """After too many skipped steps in a row: the last good checkpoint, with other noise and another order of the data.
+
+    Raises:
+        RuntimeError: there is no such checkpoint, or it has been tried often enough.
+    """
+    health, limit = progress.health, t.config.guard.rollbacks
+    what = f"the last {health.in_a_row} steps up to {progress.step} were skipped, the last one because {t.guard.verdict.fault}"
+    where = f"Their samples and losses: {t.config.run_dir / SKIPPED}"
+    if health.rollbacks >= limit:
+        raise RuntimeError(
+            f"{what}, after {health.rollbacks} rollbacks (guard.rollbacks is {limit}). {where}. Look at the data they name "
+            "and at the loss curve, lower optimizer.lr, or start from an older checkpoint by removing the newer ones"
+        )
+    t.saver.wait()
+    good = checkpoint.newest_whole(
+        t.config.run_dir, t.engine.world, lambda line: log(t, line), lambda c: not c.progress.health.in_a_row
+    )
+    if good is None:
+        raise RuntimeError(f"{what}, and there is no checkpoint to go back to. {where}")
+    back = take_up(t, good)
+    health = replace(back.health, skipped=health.skipped, rollbacks=health.rollbacks + 1)
+    log(
+        t,
+        f"WARNING: {what}; back to {good.path} with other noise and data order ({health.rollbacks} of {limit} rollbacks)",
+    )
+    return replace(back, health=health)
+
+
+def save(t: Trainer, progress: Progress, wait: bool) -> None:
+    """Starts a checkpoint, and finishes it if `wait`: then one that fails is an error, else a warning."""
+    t.watchdog.at(progress.step, "writing a checkpoint")
+    with t.monitor.paused():
+        t.saver.save(progress, t.monitor.sums())
+        if wait:
+            t.saver.wait()
+    if wait and t.saver.error:
+        raise RuntimeError(t.saver.error)
+    t.monitor.stood_still(progress.step, t.saver.stood_still)
+
+
+def timed(t: Trainer, progress: Progress) -> Iterator[list[Batch]]:
+    """The batches from a position on; the monitor learns how long each was waited for."""
+    t.loader.resume(progress.position, progress.health.rollbacks)
+    batches = iter(t.loader)
     while True:
         start = time.perf_counter()
+        t.watchdog.at(t.watchdog.step, "reading data")
         batch = next(batches)
-        monitor.waited(time.perf_counter() - start)
+        t.monitor.waited(time.perf_counter() - start)
         yield batch
 
 
-def keep_what_is_used(config: Config, deepspeed: dict[str, Any], loader: Loader, world: World) -> None:
-    """Writes the resolved config, DeepSpeed's, the environment and the data set's card into the run directory."""
-    if world.rank == 0:
-        run = config.run_dir
-        run.mkdir(parents=True, exist_ok=True)
-        write_whole(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
-        write_whole(run / "ds_config.json", json.dumps(deepspeed, indent=2) + "\n")
-        write_whole(run / "environment.json", json.dumps(environment(world), indent=2) + "\n")
-        for name in (CARD, NULL_TEXT):
-            shutil.copyfile(loader.root / name, run / name)
-    if world.size > 1:
-        torch.distributed.barrier()
-
-
-def environment(world: World) -> dict[str, Any]:
-    """Where and with what a run was started."""
-    packages = ("torch", "deepspeed", "mosaicml-streaming", "transformers", "diffusers")
-    return {
-        "argv": sys.argv,
-        "git_revision": _git("rev-parse", "HEAD"),
-        "git_dirty_diff": _git("diff", "HEAD"),
-        "versions": {p: version(p) for p in packages} | {"python": sys.version.split()[0]},
-        "processes": world.size,
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-        "slurm": {k: v for k, v in os.environ.items() if k.startswith("SLURM_JOB")},
-    }
-
-
-def _git(*words: str) -> str | None:
-    """What git says of this code; None outside a checkout."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def log(world: World, line: str) -> None:
+def log(t: Trainer, line: str) -> None:
     """A line from process 0."""
-    if world.rank == 0:
+    if t.engine.world.rank == 0:
         print(line, flush=True)
 
 

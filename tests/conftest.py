@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -40,9 +40,9 @@ def data_set(shape_tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
     """Runs a training to its end; fails with its output where a process fails, unless `check=False`."""
 
-    def run(config: str, *overrides: str, processes: int = 1, check: bool = True, **env: str) -> Finished:
+    def run(config: str, *overrides: str, processes: int = 1, check: bool = True, **more: Any) -> Finished:
         log = tmp_path_factory.mktemp("train") / "log"
-        started = fork_training(log, config, *overrides, processes=processes, **env)
+        started = fork_training(log, config, *overrides, processes=processes, **more)
         try:
             deadline = time.monotonic() + 300
             for p in started:

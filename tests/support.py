@@ -7,13 +7,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -70,24 +71,29 @@ _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(["data_prep.encode", "pretrain.train"])
 
 
-def fork_training(log: Path, config: str, *overrides: str, processes: int = 1, **env: str) -> list[ForkServerProcess]:
-    """The same as `start_training` in a second instead of ten, as the imports are made; all write to `log`."""
+def fork_training(
+    log: Path, config: str, *overrides: str, processes: int = 1, before: Callable[[], None] | None = None, **env: str
+) -> list[ForkServerProcess]:
+    """The same as `start_training` in a second instead of ten, as the imports are made; all write to `log`.
+
+    `before` is called in each process first: a fault of `faults.py`.
+    """
     port = str(free_port())
     started = []
     for rank in range(processes):
         variables = launcher(rank, processes, port) | env
-        process = _FORKSERVER.Process(target=_train, args=(str(log), variables, [config, *overrides]))
+        process = _FORKSERVER.Process(target=_train, args=(str(log), variables, [config, *overrides], before))
         process.start()
         started.append(process)
     return started
 
 
-def _train(log: str, env: dict[str, str], argv: list[str]) -> None:
-    import torch
-
+def _train(log: str, env: dict[str, str], argv: list[str], before: Callable[[], None] | None) -> None:
     from pretrain.train import main
 
     os.environ.update(env)
+    if before:
+        before()
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     os.chdir(ROOT)
     _write_to(log)
@@ -108,8 +114,6 @@ def start_encoding(log: Path, *argv: str) -> ForkServerProcess:
 
 
 def _encode(log: str, argv: tuple[str, ...]) -> None:
-    import torch
-
     from data_prep.encode import main
 
     torch.set_num_threads(1)  # another number may change the last bits of a product
@@ -132,6 +136,24 @@ def scalars(run_dir: Path, tag: str) -> dict[int, float]:
     points = events.Scalars(tag)
     assert len({p.step for p in points}) == len(points), f"{tag} has doubled points"
     return {p.step: p.value for p in points}
+
+
+def state_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    """All that a run's newest checkpoint keeps of its parameters; its files are verified."""
+    from pretrain.checkpoint import newest
+
+    found = newest(run_dir)
+    assert found is not None
+    found.verify()
+    return {f"{k}/{n}": v for k in ("master", "exp_avg", "exp_avg_sq", "ema") for n, v in found.parameters(k).items()}
+
+
+def same_state(one: Path, other: Path) -> bool:
+    """Whether two runs stand at the same step with the same parameters, moments and average, bit for bit."""
+    from pretrain.checkpoint import newest
+
+    a, b = state_of(one), state_of(other)
+    return newest(one).progress == newest(other).progress and all(torch.equal(a[name], b[name]) for name in a)  # type: ignore[union-attr]
 
 
 def levels(pictures: Iterable[Image.Image]) -> np.ndarray:

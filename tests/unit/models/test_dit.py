@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pretrain.models import DiT, DiTConfig, PackedText
 from pretrain.models.dit import TokenState
+from pretrain.models.mask import draw_keep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

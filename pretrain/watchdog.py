@@ -1,0 +1,165 @@
+"""Never a silent hang: all processes end within a set time when one of them dies or no longer moves.
+
+Each process posts a sign of life with its last step and what it is doing, from a thread of its own, and reads those of the
+others. Gloo and NCCL notice some deaths by themselves, none that leaves a process there but still (SIGSTOP, a file system
+that hangs), and never say whose it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.board import Board, DistStoreError
+from pretrain.engine import World
+from pretrain.stopping import REQUEUE
+
+
+@dataclass
+class Seen:
+    """What is known here of a process; `changed` is when its last sign of life came, on this process's clock."""
+
+    changed: float
+    note: dict[str, Any]
+
+
+class Watchdog:
+    """Watches all processes of a run from each of them.
+
+    Attributes:
+        seconds: so long a process may give no sign of life, or stay at one thing, before all end with REQUEUE.
+        step: the number of steps done.
+    """
+
+    def __init__(self, world: World, seconds: float):
+        self.world, self.seconds = world, seconds
+        self._beat = min(seconds / 5, 5.0)
+        self._board = Board(patience=min(seconds / 2, 30.0))
+        self.step, self._doing, self._first = 0, "starting", True
+        self._failed: dict[str, str] = {}
+        self._seen: dict[int, Seen] = {}
+        self._forget_time()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def at(self, step: int, doing: str) -> None:
+        """The main thread is at this step (the number of those done), doing this."""
+        self._first = self._first and step == self.step
+        self.step, self._doing, self._since = step, doing, time.monotonic()
+
+    def close(self) -> None:
+        """Ends the watch. All processes call it at their end."""
+        self._done.set()
+        self._thread.join()
+
+    def failed(self, error: BaseException) -> tuple[str, int]:
+        """After an error here: posts it, and says for a broken collective whose fault it was.
+
+        Returns:
+            One line for the log, and this process's exit code: REQUEUE where no process had an error of its own, and 1 else.
+        """
+        if self.world.size == 1 or not (isinstance(error, RuntimeError) and _of_collective(error)):
+            self._failed = {"failed": str(error)}
+            if self.world.size > 1 and self.world.rank == 0:
+                time.sleep(2 * self._beat)  # who keeps the board leaves last, so that the others can read this
+            return str(error), 1
+        deadline = time.monotonic() + 3 * self._beat + 2
+        while time.monotonic() < deadline and not self._causes():
+            time.sleep(self._beat / 4)
+        if causes := self._causes():
+            return causes[0], 1
+        silent = [r for r in self._silent(2 * self._beat) if r != self.world.rank]
+        gone = [0] if 0 in silent else silent  # without process 0 nothing is heard of the others
+        what = f"{self._names(gone)} died" if gone else f"the processes lost each other, though all are alive ({error})"
+        return f"{what}\n{self.table()}", REQUEUE
+
+    def _causes(self) -> list[str]:
+        return [f"process {r} failed: {seen.note['failed']}" for r, seen in self._seen.items() if "failed" in seen.note]
+
+    def table(self) -> str:
+        """Each process's last step, what it was doing, and for how long it has given no sign of life; the stillest first."""
+        now = time.monotonic()
+        by_silence = sorted(self._seen.items(), key=lambda item: item[1].changed)
+        lines = [
+            f"  process {rank} on {seen.note.get('host', '?')}: {seen.note.get('step', 0)} steps done, "
+            f"{seen.note.get('doing', 'not started')} for {seen.note.get('idle', 0):.0f} s, "
+            f"last sign of life {now - seen.changed:.0f} s ago"
+            for rank, seen in by_silence[:32]
+        ]
+        return "\n".join(lines + ([f"  and {len(by_silence) - 32} more"] if len(by_silence) > 32 else []))
+
+    # ---- the thread ----
+
+    def _watch(self) -> None:
+        while True:
+            start = time.monotonic()
+            if self._done.wait(self._beat):
+                return
+            if time.monotonic() - start > 3 * self._beat:
+                self._forget_time()  # this process itself was stopped, perhaps with all the others
+            with contextlib.suppress(DistStoreError):  # process 0 does not answer: nothing is heard of any
+                self._post()
+                self._look()
+            limit = self.seconds * (6 if self._first else 1)
+            if silent := self._silent(limit):
+                self._end(f"{self._names([0] if 0 in silent else silent)} gave no sign of life for {limit:.0f} s")
+            if still := [r for r, seen in self._seen.items() if seen.note.get("idle", 0) > limit]:
+                self._end(f"no step for {limit:.0f} s; {self._names(self._behind(still))} held up the others")
+
+    def _forget_time(self) -> None:
+        now = time.monotonic()
+        self._since = now
+        self._seen = {r: Seen(now, self._seen[r].note if r in self._seen else {}) for r in range(self.world.size)}
+
+    def _post(self) -> None:
+        """A sign of life; its time makes each differ from the one before."""
+        now = time.monotonic()
+        note = {"step": self.step, "doing": self._doing, "idle": now - self._since, "at": now}
+        self._board.post(f"alive/{self.world.rank}", note | {"host": socket.gethostname()} | self._failed)
+
+    def _look(self) -> None:
+        there = [r for r, seen in self._seen.items() if seen.note or self._board.has(f"alive/{r}")]
+        for rank, note in zip(there, self._board.read([f"alive/{r}" for r in there]), strict=True):
+            if note != self._seen[rank].note:
+                self._seen[rank] = Seen(time.monotonic(), note)
+
+    def _silent(self, limit: float) -> list[int]:
+        now = time.monotonic()
+        return [rank for rank, seen in self._seen.items() if now - seen.changed > limit]
+
+    def _behind(self, still: list[int]) -> list[int]:
+        """Those of the still ones who keep the others waiting: all but those that wait in a collective themselves."""
+        busy = [r for r in still if self._seen[r].note.get("doing") != WAITING]
+        steps = {r: self._seen[r].note.get("step", 0) for r in still}
+        return busy or [r for r in still if steps[r] == min(steps.values())]
+
+    def _names(self, ranks: list[int]) -> str:
+        shown = ", ".join(f"{r} on {self._seen[r].note.get('host', '?')}" for r in ranks[:8])
+        return f"process {shown}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+    def _end(self, why: str) -> None:
+        """Ends this process, whatever its main thread is in. The first one alive tells why."""
+        alive = [r for r in self._seen if r not in self._silent(3 * self._beat)]
+        if not alive or self.world.rank == alive[0]:
+            print(f"watchdog: {why}; all processes end\n{self.table()}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback()
+        else:
+            time.sleep(1)  # or the launcher would end the one that is still telling
+        os._exit(REQUEUE)
+
+
+WAITING = "computing and waiting for the others"
+
+
+def _of_collective(error: RuntimeError) -> bool:
+    """Whether it is torch's word for another process that went away."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "ncclRemoteError")
+    return any(word in str(error) for word in words)

@@ -1,0 +1,129 @@
+"""Faults for training processes: what each does is arranged in the process itself, by `fork_training(before=…)`.
+
+The moment of a kill is chosen here, where no outside killer could meet it; the kill itself is a real SIGKILL.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+
+def is_rank(rank: int) -> bool:
+    return os.environ["RANK"] == str(rank)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def record_keys(folder: Path) -> None:
+    """Each process appends the keys of every step that it takes, a line a step."""
+    from pretrain import train
+
+    whole = train.train_step
+
+    def step(t, batches, progress):
+        keys = " ".join(key for batch in batches for key in batch.keys)
+        with (folder / f"{t.loader.position.epoch}_{os.environ['RANK']}").open("a") as file:
+            file.write(f"{progress.step + 1} {keys}\n")
+        return whole(t, batches, progress)
+
+    train.train_step = step
+
+
+def die_in_publishing(place: str, count: int) -> None:
+    """Process 0 is killed at one place of the `count`-th checkpoint of this start."""
+    if not is_rank(0):
+        return
+    from pretrain import saver
+
+    seen = 0
+
+    def dying(function, before: bool, when=lambda *_: True):
+        def call(*args, **kwargs):
+            nonlocal seen
+            if not when(*args):
+                return function(*args, **kwargs)
+            seen += 1
+            if seen == count and before:
+                die()
+            result = function(*args, **kwargs)
+            if seen == count:
+                die()
+            return result
+
+        return call
+
+    if place == "before the file":
+        saver.save_file = dying(saver.save_file, before=True)
+    elif place == "after the file":
+        saver.save_file = dying(saver.save_file, before=False)
+    elif place == "before the rename":
+        saver.publish = dying(saver.publish, before=True)
+    elif place == "after the rename":  # `latest` still names the one before
+        saver.write_whole = dying(saver.write_whole, before=True, when=lambda path, _: path.name == "latest")
+    elif place == "before retention":
+        saver.retain = dying(saver.retain, before=True)
+    elif place == "while one is removed":
+        shutil.rmtree = dying(shutil.rmtree, before=False, when=lambda path, *_: Path(path).name.startswith("step_"))
+    else:
+        raise ValueError(place)
+
+
+PLACES = (
+    "before the file",
+    "after the file",
+    "before the rename",
+    "after the rename",
+    "before retention",
+    "while one is removed",
+)
+
+
+def bad_losses(steps: dict[int, float], rank: int = 0) -> None:
+    """At these steps (from 1) one process's loss is multiplied by a factor: by nan, or to a spike."""
+    if not is_rank(rank):
+        return
+    from dataclasses import replace
+
+    from pretrain import train
+
+    whole, forward, now = train.train_step, train.forward, [0]
+
+    def step(t, batches, progress):
+        now[0] = progress.step + 1
+        return whole(t, batches, progress)
+
+    def bad(t, batch):
+        loss, factor = forward(t, batch), steps.get(now[0], 1.0)
+        return replace(loss, mean=loss.mean * factor, per_sample_B=loss.per_sample_B * torch.tensor(factor))
+
+    train.train_step, train.forward = step, bad
+
+
+def at_step(step: int, rank: int, what: str) -> None:
+    """One process stops itself (SIGSTOP), dies (SIGKILL), sleeps in reading, or raises an error once it has done `step` steps."""
+    if not is_rank(rank):
+        return
+    from pretrain import train
+
+    whole = train.train_step
+
+    def faulty(t, batches, progress):
+        if progress.step == step:
+            if what == "error":
+                raise ValueError("a fault of its own")
+            if what == "sleep":
+                t.watchdog.at(step, "reading data")
+                time.sleep(600)
+            os.kill(os.getpid(), getattr(signal, what))
+        return whole(t, batches, progress)
+
+    train.train_step = faulty
