@@ -9,16 +9,16 @@ import json
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistStoreError
+from torch.distributed import DistError, DistNetworkError
 from torch.distributed.distributed_c10d import _get_default_store
 
-__all__ = ["Board", "DistStoreError"]
+__all__ = ["Board", "DistError", "DistNetworkError"]
 
 
 class Board:
     """Notes by name. Each thread wants a board of its own: a connection serves one request at a time.
 
-    Reading raises DistStoreError where a note is not there, or process 0 gives no answer, within `patience` seconds.
+    Reading raises DistError where a note is not there within `patience` seconds, or process 0 is gone (DistNetworkError).
     """
 
     def __init__(self, patience: float):

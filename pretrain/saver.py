@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.files import write_whole
-from pretrain.board import Board, DistStoreError
+from pretrain.board import Board, DistError
 from pretrain.checkpoint import FOLDER, FORMAT, LATEST, STATE, Progress, file_name, sealed, sha256
 from pretrain.config import Config
 from pretrain.ema import Ema
@@ -123,7 +123,7 @@ class Saver:
             if world.rank == 0:
                 self._board.post(f"saved/{self._count}", self._finish(progress, writing))
             self.error = self._board.read([f"saved/{self._count}"])[0]
-        except DistStoreError as error:
+        except DistError as error:
             self.error = f"{writing}: not all processes wrote their part within {PATIENCE / 60:.0f} minutes ({error})"
 
     def _finish(self, progress: Progress, writing: Path) -> str | None:

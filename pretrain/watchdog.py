@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.board import Board, DistStoreError
+from pretrain.board import Board, DistError, DistNetworkError
 from pretrain.engine import World
 from pretrain.stopping import REQUEUE
 
@@ -44,11 +44,12 @@ class Watchdog:
         self._board = Board(patience=min(seconds / 2, 30.0))
         self.step, self._doing, self._first = 0, "starting", True
         self._failed: dict[str, str] = {}
+        self._failing = False  # the main thread looks for the cause itself
         self._seen: dict[int, Seen] = {}
         self._forget_time()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        for work in (self._talk, self._watch):
+            threading.Thread(target=work, daemon=True).start()
 
     def at(self, step: int, doing: str) -> None:
         """The main thread is at this step (the number of those done), doing this."""
@@ -58,7 +59,6 @@ class Watchdog:
     def close(self) -> None:
         """Ends the watch. All processes call it at their end."""
         self._done.set()
-        self._thread.join()
 
     def failed(self, error: BaseException) -> tuple[str, int]:
         """After an error here: posts it, and says for a broken collective whose fault it was.
@@ -68,9 +68,12 @@ class Watchdog:
         """
         if self.world.size == 1 or not (isinstance(error, RuntimeError) and _of_collective(error)):
             self._failed = {"failed": str(error)}
+            with contextlib.suppress(DistError):
+                self._post(Board(self._beat))
             if self.world.size > 1 and self.world.rank == 0:
                 time.sleep(2 * self._beat)  # who keeps the board leaves last, so that the others can read this
             return str(error), 1
+        self._failing = True
         deadline = time.monotonic() + 3 * self._beat + 2
         while time.monotonic() < deadline and not self._causes():
             time.sleep(self._beat / 4)
@@ -86,8 +89,10 @@ class Watchdog:
 
     def table(self) -> str:
         """Each process's last step, what it was doing, and for how long it has given no sign of life; the stillest first."""
-        now = time.monotonic()
-        by_silence = sorted(self._seen.items(), key=lambda item: item[1].changed)
+        now, own = time.monotonic(), self.world.rank
+        by_silence = sorted(
+            (self._seen | {own: Seen(time.monotonic(), self._mine())}).items(), key=lambda s: s[1].changed
+        )
         lines = [
             f"  process {rank} on {seen.note.get('host', '?')}: {seen.note.get('step', 0)} steps done, "
             f"{seen.note.get('doing', 'not started')} for {seen.note.get('idle', 0):.0f} s, "
@@ -96,40 +101,53 @@ class Watchdog:
         ]
         return "\n".join(lines + ([f"  and {len(by_silence) - 32} more"] if len(by_silence) > 32 else []))
 
-    # ---- the thread ----
+    # ---- the threads ----
+
+    def _talk(self) -> None:
+        """Posts and reads. It stands still where process 0, who keeps the board, does not answer; so it decides nothing."""
+        while not self._done.wait(self._beat):
+            try:
+                self._post(self._board)
+                self._look()
+            except DistNetworkError:
+                return  # process 0 is gone
+            except DistError:
+                continue
 
     def _watch(self) -> None:
         while True:
             start = time.monotonic()
-            if self._done.wait(self._beat):
+            if self._done.wait(self._beat) or self._failing:
                 return
             if time.monotonic() - start > 3 * self._beat:
                 self._forget_time()  # this process itself was stopped, perhaps with all the others
-            with contextlib.suppress(DistStoreError):  # process 0 does not answer: nothing is heard of any
-                self._post()
-                self._look()
             limit = self.seconds * (6 if self._first else 1)
             if silent := self._silent(limit):
-                self._end(f"{self._names([0] if 0 in silent else silent)} gave no sign of life for {limit:.0f} s")
+                silent = [0] if 0 in silent else silent  # without process 0 nothing is heard of the others
+                self._end(silent, f"{self._names(silent)} gave no sign of life for {limit:.0f} s")
             if still := [r for r, seen in self._seen.items() if seen.note.get("idle", 0) > limit]:
-                self._end(f"no step for {limit:.0f} s; {self._names(self._behind(still))} held up the others")
+                behind = self._behind(still)
+                self._end(behind, f"no step for {limit:.0f} s; {self._names(behind)} held up the others")
 
     def _forget_time(self) -> None:
         now = time.monotonic()
         self._since = now
         self._seen = {r: Seen(now, self._seen[r].note if r in self._seen else {}) for r in range(self.world.size)}
 
-    def _post(self) -> None:
+    def _mine(self) -> dict[str, Any]:
         """A sign of life; its time makes each differ from the one before."""
         now = time.monotonic()
         note = {"step": self.step, "doing": self._doing, "idle": now - self._since, "at": now}
-        self._board.post(f"alive/{self.world.rank}", note | {"host": socket.gethostname()} | self._failed)
+        return note | {"host": socket.gethostname()} | self._failed
+
+    def _post(self, board: Board) -> None:
+        board.post(f"alive/{self.world.rank}", self._mine())
 
     def _look(self) -> None:
         there = [r for r, seen in self._seen.items() if seen.note or self._board.has(f"alive/{r}")]
         for rank, note in zip(there, self._board.read([f"alive/{r}" for r in there]), strict=True):
             if note != self._seen[rank].note:
-                self._seen[rank] = Seen(time.monotonic(), note)
+                self._seen = self._seen | {rank: Seen(time.monotonic(), note)}
 
     def _silent(self, limit: float) -> list[int]:
         now = time.monotonic()
@@ -145,14 +163,15 @@ class Watchdog:
         shown = ", ".join(f"{r} on {self._seen[r].note.get('host', '?')}" for r in ranks[:8])
         return f"process {shown}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
-    def _end(self, why: str) -> None:
-        """Ends this process, whatever its main thread is in. The first one alive tells why."""
+    def _end(self, whose: list[int], why: str) -> None:
+        """Ends this process, whatever its main thread is in. The first one alive tells why, and who is at fault where it is."""
         alive = [r for r in self._seen if r not in self._silent(3 * self._beat)]
         if not alive or self.world.rank == alive[0]:
             print(f"watchdog: {why}; all processes end\n{self.table()}", file=sys.stderr, flush=True)
+        if self.world.rank in whose:
+            print(f"watchdog: where process {self.world.rank} is:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback()
-        else:
-            time.sleep(1)  # or the launcher would end the one that is still telling
+        time.sleep(1)  # or the launcher would end the one that is still telling
         os._exit(REQUEUE)
 
 

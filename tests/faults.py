@@ -87,22 +87,24 @@ PLACES = (
 )
 
 
-def bad_losses(steps: dict[int, float], rank: int = 0) -> None:
-    """At these steps (from 1) one process's loss is multiplied by a factor: by nan, or to a spike."""
+def bad_losses(steps: dict[int, float], rank: int = 0, times: int = 1_000) -> None:
+    """At these steps (from 1) one process's loss is multiplied by a factor, nan or one that makes a spike; so many times."""
     if not is_rank(rank):
         return
     from dataclasses import replace
 
     from pretrain import train
 
-    whole, forward, now = train.train_step, train.forward, [0]
+    whole, forward, now, left = train.train_step, train.forward, 0, times
 
     def step(t, batches, progress):
-        now[0] = progress.step + 1
+        nonlocal now, left
+        now = progress.step + 1
+        left -= now in steps
         return whole(t, batches, progress)
 
     def bad(t, batch):
-        loss, factor = forward(t, batch), steps.get(now[0], 1.0)
+        loss, factor = forward(t, batch), steps.get(now, 1.0) if left >= 0 else 1.0
         return replace(loss, mean=loss.mean * factor, per_sample_B=loss.per_sample_B * torch.tensor(factor))
 
     train.train_step, train.forward = step, bad

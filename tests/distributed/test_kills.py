@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.connection
 import random
 import signal
 import time
@@ -30,11 +31,11 @@ def test_25_kills_leave_no_trace(data_set: Path, train, tmp_path: Path) -> None:
         victims = rng.choice([started, started[:1], started[1:]])
         if place is None:
             lines = log.read_text().count("step ") if log.exists() else 0
-            wait_for(lambda: log.read_text().count("step ") > lines + 1)
+            wait_for_lines(log, lines + 2)
             time.sleep(rng.uniform(0, 0.4))
             for process in victims:
                 process.kill()
-        wait_for(lambda: not all(process.is_alive() for process in started))
+        multiprocessing.connection.wait([process.sentinel for process in started], timeout=120)
         codes = [process.exitcode for process in started]
         for process in started:  # as `srun --kill-on-bad-exit` does
             process.kill()
@@ -67,8 +68,9 @@ def test_other_numbers_of_processes_repeat_and_lose_no_sample(data_set: Path, tr
     assert {step: losses[step] for step in straight} == pytest.approx(straight, rel=1e-4)
 
 
-def wait_for(condition, seconds: float = 120) -> None:
+def wait_for_lines(log: Path, count: int, seconds: float = 120) -> None:
+    """Until the log tells of so many steps."""
     deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+    while not log.exists() or log.read_text().count("step ") < count:
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
