@@ -201,12 +201,13 @@ def test_refusals(tmp_path: Path) -> None:
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
     with pytest.raises(
-        ValueError, match=rf"1 shards are missing or cut:\n  {shard}: {len(content) - 1} bytes, expected"
+        ValueError,
+        match=rf"1 shards are missing or cut, data\.damaged_shards .*\n  {shard}: {len(content) - 1} bytes, expected",
     ):
-        loader_of(root)
+        loader_of(root, "data.damaged_shards=0")
     shard.unlink()
     with pytest.raises(ValueError, match=f"{shard}: missing"):
-        loader_of(root)
+        loader_of(root, "data.damaged_shards=0")
     index = root / "a/256/index.json"
     index.write_text(index.read_text().replace("00000/shard.00000", "../../elsewhere"))
     with pytest.raises(ValueError, match="names files outside of its folder"):
@@ -269,7 +270,7 @@ def test_a_cache_for_plain_shards_and_its_limit(tmp_path: Path) -> None:
     shard = next(root.rglob("*.mds"))
     shard.unlink()
     with pytest.raises(ValueError, match=f"{shard}: missing"):
-        loader_of(root, f"data.cache={tmp_path}/cache")
+        loader_of(root, f"data.cache={tmp_path}/cache", "data.damaged_shards=0")
 
 
 def test_a_place_on_object_storage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,11 +295,11 @@ def test_sizes_on_object_storage_are_listed_once(tmp_path: Path, monkeypatch: py
     memory.put(str(root), "/bucket/set", recursive=True)
     monkeypatch.setattr(streams, "is_remote", lambda url: url.startswith("memory://"))
     place = Place("memory://bucket/set", root, cached=True)
-    check_shards(place, ["a/256"])
+    assert check_shards(place, ["a/256"], 0) == []
     shard = sorted((root / "a/256/00000").glob("*.mds"))[0]
     memory.rm(f"/bucket/set/a/256/00000/{shard.name}")
     with pytest.raises(ValueError, match=f"memory://bucket/set/a/256/00000/{shard.name}: missing"):
-        check_shards(place, ["a/256"])
+        check_shards(place, ["a/256"], 0)
 
 
 # ---- the order, for any number of processes and workers, with real buckets ----
@@ -412,7 +413,7 @@ def test_the_order_for_any_processes_and_workers(bucketed: Path, tmp_path: Path)
     ]
     broken = write_set(tmp_path / "broken", {"a": 14})
     next(broken.rglob("*.mds")).unlink()
-    jobs.append({"words": [f"data.path={broken}"]})
+    jobs.append({"words": [f"data.path={broken}", "data.damaged_shards=0"]})
     one, two = orders(jobs, 1), orders(jobs, 2)
     assert all("1 shards are missing or cut" in said[-1] for said in (*one, *two)), "no process waits for the others"
     for i, (name, (_, per_epoch)) in enumerate(cases.items()):
