@@ -12,8 +12,8 @@ from math import isfinite
 
 from torch import Tensor
 
+from data_prep import mds, shards
 from data_prep import report as reports
-from data_prep import shards
 from data_prep.damage import MALFORMED, Damage, Files, Json, Wrong, difference, noted
 from data_prep.images import BUCKETS, shape_of
 
@@ -133,7 +133,7 @@ class _PartCheck:
         self.found.bytes += len(data)
         try:
             if stored is not raw:
-                data = shards.unpacked(data, shard)
+                data = mds.unpacked(data, shard)
                 if len(data) != raw["bytes"] or sha256(data).hexdigest() != raw["hashes"]["sha256"]:
                     raise ValueError("unpacks to other bytes than its index says")
             bad = [] if self.card is None else list(self._problems(data, shard, set_, details, self.card))
@@ -144,7 +144,7 @@ class _PartCheck:
 
     def _problems(self, data: bytes, shard: Json, set_: str, details: Json, card: shards.Card) -> Iterator[str]:
         """The damaged samples of a shard, each with its problem; the others are counted."""
-        for row in shards.rows_of(data, shard, shards.columns(details["resolutions"], card)):
+        for row in mds.rows_of(data, shard, shards.columns(details["resolutions"], card)):
             self.found.samples += 1
             key, problem = row["key"], problem_of(row, self.found.name, card, details)
             if key in self._keys:

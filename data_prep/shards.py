@@ -32,7 +32,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from streaming import MDSWriter
-from streaming.base.compression import decompress
-from streaming.base.format.mds import MDSReader
 from torch import Tensor
 
+from data_prep import mds
 from data_prep.files import temporary_name, write_whole
 from data_prep.storage import Remote
 
 CARD, NULL_TEXT, REPORTS, INDEX, WORK = "dataset.json", "null_text.safetensors", "reports", "index.json", "work"
-FORMAT = 2
+FORMAT = 3
 SHARD_BYTES = 128 << 20
 EIGHT_BITS = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 TEXT_DTYPES = ("bfloat16", *EIGHT_BITS)
@@ -140,11 +138,19 @@ def columns(resolutions: Iterable[int], card: Card) -> dict[str, str]:
     text = {"text": "ndarray:uint16"}
     if card.text_dtype in EIGHT_BITS:
         text = {"text": "ndarray:uint8", "text_scale": "ndarray:float32"}
-    return {"key": "str", "caption": "str", "width": "int", "height": "int", **text, **latents}
+    return {
+        "key": "str",
+        "caption": "str",
+        "width": "int",
+        "height": "int",
+        **text,
+        **latents,
+        mds.CRC: mds.CRC_ENCODING,
+    }
 
 
 def to_row(record: Record, card: Card) -> dict[str, Any]:
-    """A record in its stored form."""
+    """A record in its stored form, yet without its checksum."""
     row: dict[str, Any] = {
         "key": record.key,
         "caption": record.caption,
@@ -172,7 +178,7 @@ def _text_columns(text_LE: Tensor, dtype: str) -> dict[str, np.ndarray]:
 
 def size_of(value: Any) -> int:
     """The bytes of a stored value."""
-    return value.nbytes if isinstance(value, np.ndarray) else len(str(value).encode())
+    return value.nbytes if isinstance(value, np.ndarray | np.generic) else len(str(value).encode())
 
 
 def text_of(row: dict[str, Any], dtype: str) -> Tensor:
@@ -211,37 +217,6 @@ def write(root: Path, name: str, content: str | bytes) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, content, by=work)
     return path
-
-
-def unpacked(stored: bytes, shard: dict[str, Any]) -> bytes:
-    """The uncompressed bytes of a shard's file; `shard` is its entry in an index. Raises ValueError where it is damaged."""
-    if shard["zip_data"] is None:
-        return stored
-    try:
-        return decompress(shard["compression"], stored)
-    except Exception as error:  # each method of compression raises its own kind
-        raise ValueError(f"cannot be decompressed ({error})") from error
-
-
-def rows_of(raw: bytes, shard: dict[str, Any], expected: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """The rows of a shard's uncompressed bytes; `shard` is its entry in an index, `expected` are the columns by the card.
-
-    Raises ValueError where they are damaged. Other columns are not decoded: MDS would unpickle where an index asks for it.
-    """
-    there = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-    if there != expected:
-        raise ValueError(f"has other columns than the card's: {sorted(there.items() ^ expected.items())}")
-    places = np.frombuffer(raw, "<u4", min(len(raw) // 4, shard["samples"] + 2))
-    if len(places) < 2 or places[0] != shard["samples"] or len(places) != places[0] + 2:
-        raise ValueError(f"does not hold the {shard['samples']} samples of its index")
-    if places[-1] != len(raw) or (np.diff(places[1:].astype(np.int64)) <= 0).any():
-        raise ValueError("has samples at impossible places")
-    try:
-        reader = MDSReader.from_json("", None, shard)
-        for start, end in pairwise(places[1:].tolist()):
-            yield reader.decode_sample(raw[start:end])
-    except Exception as error:  # MDS promises no set of exceptions for damaged data
-        raise ValueError(f"cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 # ---- parts ----
@@ -288,14 +263,15 @@ class PartWriter:
                 size_limit=self.shard_bytes,
                 compression=self.compression,
             )
-        row = to_row(record, self.card)
+        writer = self._writers[name]
+        row = mds.sealed(to_row(record, self.card), writer.encode_sample)
         for column, value in row.items():
             self.bytes[column] = self.bytes.get(column, 0) + size_of(value)
         if self.card.text_dtype in EIGHT_BITS:
             was = record.text.float()
             self.text_error[0] += float((text_of(row, self.card.text_dtype).float() - was).square().sum())
             self.text_error[1] += float(was.square().sum())
-        self._writers[name].write(row)
+        writer.write(row)
         self.written[name] = self.written.get(name, 0) + 1
 
     def finish(self) -> int:

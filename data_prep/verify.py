@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from data_prep import mds, shards
 from data_prep import report as reports
-from data_prep import shards
 from data_prep.check_part import Part, check_part
 from data_prep.check_whole import check_whole, named_parts, read_card
 from data_prep.damage import Damage, Files, Json, Wrong
@@ -187,8 +187,8 @@ def _chosen(files: Files, card: shards.Card, count: int, seed: int) -> Iterator[
             first += shard["samples"]
             if inside:
                 stored = shard["zip_data"] or shard["raw_data"]
-                data = shards.unpacked(files.read(f"{folder}/{stored['basename']}", keep=False), shard)
-                rows = enumerate(shards.rows_of(data, shard, columns))
+                data = mds.unpacked(files.read(f"{folder}/{stored['basename']}", keep=False), shard)
+                rows = enumerate(mds.rows_of(data, shard, columns))
                 yield from ((row, max(about["resolutions"])) for n, row in rows if n in inside)
 
 

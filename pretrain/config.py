@@ -110,6 +110,8 @@ class DataSection(Section):
     """Batches that each loader process keeps ready."""
     timeout: NotNegative = 600
     """Seconds after which a loader that gives nothing is an error; 0 waits for ever."""
+    damaged_shards: NotNegative = 10
+    """Shards that may be missing or damaged, other samples of their set standing in for theirs; with more, training stops."""
     shuffle_block: Positive = 262144
     """Samples among which are shuffled; part of the data order."""
     canonical_nodes: Positive = 1

@@ -6,51 +6,55 @@ One item of the loader is everything that a process needs for one optimizer step
 samples depends on the seed and the settings of `DataSection` only, never on the number of processes, workers or
 micro-batches; and each sample carries a seed of its own (from the run's seed, the epoch, its key, and how often it was drawn
 in this epoch before), from which all its random numbers come. Which sets are read, and from where, is in `streams.py`.
+
+A sample that cannot be read is replaced by another one of its set, so that all others stay in their places; the batch says so.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-import os
 import random
-import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from streaming import Stream, StreamingDataset
-from streaming.base.format import Reader
-from streaming.base.format.mds.encodings import mds_decode
-from streaming.base.format.mds.reader import MDSReader
+from streaming import StreamingDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from data_prep import shards
 from pretrain.config import Config
 from pretrain.models import DiTConfig, PackedText
+from pretrain.reading import Damage, SetStream, Shard
+from pretrain.shared_names import own_names, remove_stale_names
 from pretrain.streams import Place, once_per_node, open_card, plan, prepare
 
 # Where a set is drawn in part, so many samples of a shard are taken or left together: fewer shards are fetched for them.
 GRANULE = 64
 # Added to the seed for each rollback: more than any run has epochs, which are added to it, too.
 ROLLBACK_OFFSET = 1_000_003
+# So many samples in a row may be unreadable, each in the place of the one before.
+ATTEMPTS = 32
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, latents in fp16. `std_BCHW` is None where the data set keeps the posteriors' means alone."""
+    """A micro-batch, latents in fp16. `std_BCHW` is None where the data set keeps the posteriors' means alone.
+
+    `damaged` are the samples that belong into it, but could not be read: others of their sets are in their places.
+    """
 
     keys: tuple[str, ...]
     seeds: tuple[int, ...]
     text: PackedText
     mean_BCHW: Tensor
     std_BCHW: Tensor | None
+    damaged: tuple[Damage, ...] = ()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """The batch on a device, the text in `dtype`, the latents in fp32 (half of that is copied: they are cast there)."""
@@ -69,12 +73,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample, its caption perhaps replaced by the null text."""
+    """One sample, its caption perhaps replaced by the null text; `damaged` are those that it stands in for."""
 
     key: str
     seed: int
     text: Tensor
     latent: shards.Latent
+    damaged: tuple[Damage, ...] = ()
 
 
 def sample_seed(seed: int, epoch: int, key: str) -> int:
@@ -83,9 +88,11 @@ def sample_seed(seed: int, epoch: int, key: str) -> int:
 
 
 class TrainingSet(StreamingDataset):
-    """The samples of one resolution. Set `epoch` before each pass."""
+    """The samples of one resolution. Set `epoch` and `first` (its first sample) before each pass."""
 
-    def __init__(self, streams: list[Stream], config: Config, card: shards.Card, null_text: Tensor, device_batch: int):
+    def __init__(
+        self, streams: list[SetStream], config: Config, card: shards.Card, null_text: Tensor, device_batch: int
+    ):
         super().__init__(
             streams=streams,
             batch_size=device_batch,
@@ -99,11 +106,16 @@ class TrainingSet(StreamingDataset):
             cache_limit=config.data.cache_limit,
             allow_unsafe_types=False,
         )
-        self.epoch = 0
+        self.epoch = self.first = 0
         self.null_text, self.text_dtype = null_text, card.text_dtype
         self.run_seed, self.resolution, self.dropout = config.seed, config.data.resolution, config.data.caption_dropout
-        self.shards = [_Shard(shard) for shard in self.shards]
+        self.set_names = [stream.name for stream in streams]
+        self.shards: list[Shard] = [Shard(shard) for shard in self.shards]  # type: ignore[assignment]
         self.spanner = _Repeated(self.spanner, self.num_samples)  # type: ignore[assignment]
+
+    def _resume(self, world: Any, epoch: int) -> tuple[int, int]:
+        """Where a pass starts. streaming reads it from shared memory, and starts at 0 where somebody removed that."""
+        return self.epoch, self.first
 
     def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[Any, Any]:
         """An epoch's samples; the number of one that is drawn again counts on behind those of all samples."""
@@ -113,37 +125,41 @@ class TrainingSet(StreamingDataset):
         return units, numbers
 
     def __getitem__(self, at: Any) -> Any:
-        row = super().__getitem__(at)
-        repeat = int(at) // self.num_samples
+        repeat, number = divmod(int(at), self.num_samples)
+        row, damaged = self._readable(number)
         seed = sample_seed(self.run_seed, self.epoch, f"{row['key']}/{repeat}" if repeat else row["key"])
         dropped = random.Random(seed).random() < self.dropout
         text = self.null_text if dropped else shards.text_of(row, self.text_dtype)
-        return Sample(row["key"], seed, text, shards.latent_of(row, self.resolution))
+        return Sample(row["key"], seed, text, shards.latent_of(row, self.resolution), damaged)
 
+    def _readable(self, number: int) -> tuple[dict[str, Any], tuple[Damage, ...]]:
+        """The row of a sample or, where it cannot be read, of another one; and what could not. Raises ValueError."""
+        damaged: list[Damage] = []
+        for other in chain([number], self._others(number)):
+            try:
+                return self.get_item(other), tuple(damaged)
+            except (OSError, ValueError) as error:
+                shard, place = self.spanner[other]
+                name = f"{self.set_names[self.stream_per_shard[shard]]}/{self.shards[shard].stored}"
+                damaged.append(Damage(name, int(place), str(error)))
+        first = damaged[0]
+        raise ValueError(
+            f"{first.shard}: sample {first.sample} cannot be read ({first.reason}), nor can any of {ATTEMPTS} others of its "
+            "set; run data_prep/verify.py --repair on the data set"
+        )
 
-class _Shard(MDSReader):
-    """streaming's reader of a shard, with one copy of a sample's bytes in place of three, into memory that may be written."""
+    def _others(self, number: int) -> Iterator[int]:
+        """Samples of the same set to stand in for one, the same for any processes.
 
-    def __init__(self, reader: Reader):
-        vars(self).update(vars(reader))
-
-    def get_sample_data(self, idx: int) -> memoryview:  # type: ignore[override]
-        with open(os.path.join(self.dirname, self.split, self.raw_data.basename), "rb", 0) as file:
-            begin, end = struct.unpack("<2I", os.pread(file.fileno(), 8, 4 + 4 * idx))
-            data = np.empty(end - begin, np.uint8).data
-            file.seek(begin)
-            if file.readinto(data) != len(data):
-                raise ValueError(f"{file.name} is cut off: sample {idx} ends at byte {end}")
-        return data
-
-    def decode_sample(self, data: memoryview) -> dict[str, Any]:  # type: ignore[override]
-        at = 4 * sum(size is None for size in self.column_sizes)
-        stored = iter(struct.unpack_from(f"<{at // 4}I", data))
-        row = {}
-        for name, encoding, size in zip(self.column_names, self.column_encodings, self.column_sizes, strict=True):
-            value = data[at : (at := at + (next(stored) if size is None else size))]
-            row[name] = mds_decode(encoding, bytes(value) if encoding == "str" else value)  # type: ignore[arg-type]
-        return row
+        For those of one shard they come from one other shard, if that can be read: few are fetched for them.
+        """
+        shard, place = self.spanner[number]
+        stream = self.stream_per_shard[shard]
+        first, count = self.shard_offset_per_stream[stream], self.shards_per_stream[stream]
+        start = sample_seed(self.run_seed, self.epoch, f"in place of shard {shard}")
+        for attempt in range(1, ATTEMPTS + 1):
+            other = first + (start + attempt) % count
+            yield int(self.sample_offset_per_shard[other] + (place + attempt) % self.samples_per_shard[other])
 
 
 @dataclass(frozen=True)
@@ -183,6 +199,7 @@ class Collate:
             text=PackedText.pack([s.text[:, :0] for s in samples]).with_tokens(_joined([s.text for s in samples])),
             mean_BCHW=_joined([s.latent.mean[None] for s in samples]),
             std_BCHW=_joined(stds) if stds else None,
+            damaged=tuple(damage for s in samples for damage in s.damaged),
         )
 
 
@@ -214,16 +231,15 @@ class Loader:
         self.card = open_card(place, world)
         check_fits(self.card, config, backbone, global_batch)
         self.plan = plan(self.card, config.data, global_batch)
-        prepare(place, self.plan.draws, world)
-        once_per_node(remove_stale_shared_memory, world)
+        self.claim = once_per_node(place.claim, world)
+        missing = prepare(place, self.plan.draws, config.data.damaged_shards, world)
+        once_per_node(remove_stale_names, world)
         if rank == 0:
-            print("".join(f"{note}\n" for note in self.plan.notes), end="", flush=True)
-        streams = [
-            Stream(local=f"{self.root}/{name}", remote=f"{place.origin}/{name}" if place.cached else None, choose=count)
-            for name, count in self.plan.draws.items()
-        ]
+            print("".join(f"{note}\n" for note in (*self.plan.notes, *missing)), end="", flush=True)
+        streams = [SetStream(place, name, choose=count) for name, count in self.plan.draws.items()]
         null_text = shards.load_null_text(self.root)
-        self.data = TrainingSet(streams, config, self.card, null_text, global_batch // world)
+        with own_names(world):
+            self.data = TrainingSet(streams, config, self.card, null_text, global_batch // world)
         self.steps_per_epoch = sum(self.plan.draws.values()) // global_batch
         self.collate = Collate(micro)
         self.resume(Position())
@@ -257,16 +273,8 @@ class Loader:
         if done >= self.steps_per_epoch:
             return
         d = self.config.data
-        # Not from `state_dict`, which reads what another process may be about to write.
-        self.data.load_state_dict(
-            {
-                "epoch": self.position.epoch,
-                "sample_in_epoch": done * self.global_batch,
-                "num_canonical_nodes": d.canonical_nodes,
-                "shuffle_seed": self._seed,
-            }
-        )
-        self.data.epoch, self.data.run_seed = self.position.epoch, self._seed
+        self.data.epoch, self.data.first = self.position.epoch, done * self.global_batch
+        self.data.run_seed = self.data.shuffle_seed = self._seed
         loader = DataLoader(
             self.data,
             batch_size=self.data.batch_size,
@@ -283,11 +291,10 @@ class Loader:
             yield batches
             if self.position.step_in_epoch == self.steps_per_epoch:
                 return  # several processes repeat samples to be even; that must not make a step that one has not
-        if self.position.step_in_epoch < self.steps_per_epoch:
-            raise RuntimeError(
-                f"{self.config.data.path}: epoch {self.position.epoch} ended after {self.position.step_in_epoch} of "
-                f"{self.steps_per_epoch} steps; a shard is missing or damaged: compare the set with its index.json"
-            )
+        raise RuntimeError(
+            f"{d.path}: epoch {self.position.epoch} ended after {self.position.step_in_epoch} of {self.steps_per_epoch} "
+            "steps: a thread of streaming failed, see above"
+        )
 
 
 def check_fits(card: shards.Card, config: Config, backbone: DiTConfig, global_batch: int) -> None:
@@ -324,24 +331,6 @@ def check_fits(card: shards.Card, config: Config, backbone: DiTConfig, global_ba
             f"data.canonical_nodes: {config.data.canonical_nodes} must divide the global batch of {global_batch}, as "
             f"{path} has buckets"
         )
-
-
-def remove_stale_shared_memory(folder: Path = Path("/dev/shm")) -> None:
-    """Removes what killed runs of streaming left of this user's, and nothing that a living process still maps.
-
-    streaming refuses to start on a data set whose shared memory is still there; its own clean-up would take that of
-    other runs on this node, too.
-    """
-    left = {p for p in folder.glob("[0-9]*_*") if re.fullmatch(r"\d{6}_\w+", p.name) and p.stat().st_uid == os.getuid()}
-    if not left:
-        return
-    mapped = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):  # the process ended, or belongs to somebody else
-            mapped |= {line.split(None, 5)[-1].strip() for line in maps.read_text().splitlines() if str(folder) in line}
-    for path in left:
-        if str(path) not in mapped:
-            path.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

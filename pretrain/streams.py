@@ -2,18 +2,19 @@
 
 plan        samples of each set in an epoch: all of them once, or a mixture of sources
 Place       a folder, or a URL or folder with a cache on this node's own disk
-prepare     once per node: the indexes fetched, the cache rid of what is stale, every shard there and whole
+prepare     once per node: the indexes fetched, the cache rid of what is stale, missing and cut shards named
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import torch
 
@@ -21,6 +22,9 @@ from data_prep import shards
 from data_prep.files import temporary_name
 from data_prep.storage import Remote, is_remote
 from pretrain.config import DataSection
+
+T = TypeVar("T")
+CLAIM = "in-use"  # locked in the cache
 
 # ---- what an epoch draws ----
 
@@ -155,6 +159,20 @@ class Place:
         digest = hashlib.sha256(origin.encode()).hexdigest()[:8]
         return cls(origin, data.cache / f"{origin.rpartition('/')[2]}-{digest}", cached=True)
 
+    def claim(self) -> IO[str] | None:
+        """Keeps other trainings out of the cache while the returned file is open. Raises ValueError where one is in it."""
+        if not self.cached:
+            return None
+        self.root.mkdir(parents=True, exist_ok=True)
+        file = (self.root / CLAIM).open("w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"data.cache: {self.root} is in use by another training on this node; give this one another folder"
+            ) from error
+        return file
+
     def fetch(self, name: str) -> Path:
         """Fetches a small file of the data set, and returns its path: beside its place in the cache, to be renamed."""
         place = self.root / name
@@ -183,20 +201,22 @@ def open_card(place: Place, world: int) -> shards.Card:
     return card
 
 
-def prepare(place: Place, sets: Iterable[str], world: int) -> None:
+def prepare(place: Place, sets: Iterable[str], budget: int, world: int) -> list[str]:
     """Makes the sets ready to be read: once per node, the other processes wait.
 
+    Returns: in the first process of a node what is missing, one line each; `budget` is how many shards that may be.
+
     Raises:
-        ValueError: on all processes: shards are missing or cut, which would end an epoch early or hang it.
+        ValueError: on all processes: more are missing or cut, or the cache is in use.
     """
 
-    def action() -> None:
+    def action() -> list[str]:
         for name in sets:
             if place.cached:
                 _refresh(place, name)
-        check_shards(place, sets)
+        return check_shards(place, sets, budget)
 
-    once_per_node(action, world)
+    return once_per_node(action, world) or []
 
 
 def _refresh(place: Place, name: str) -> None:
@@ -230,21 +250,26 @@ def _shards(index: Path) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
     return found
 
 
-def check_shards(place: Place, sets: Iterable[str]) -> None:
-    """Refuses a data set with missing or cut shards, which would otherwise end an epoch early or hang it."""
+def check_shards(place: Place, sets: Iterable[str], budget: int) -> list[str]:
+    """A line for each shard that is missing or cut. Raises ValueError where those are more than the budget."""
     bad = []
     for name in sets:
         wanted = [stored or raw for raw, stored in _shards(place.root / name / shards.INDEX)]
         sizes = _sizes(place.origin, name, [about["basename"] for about in wanted])
         bad += [
-            f"  {place.origin}/{name}/{about['basename']}: "
+            f"{place.origin}/{name}/{about['basename']}: "
             f"{'missing' if size is None else f'{size} bytes'}, expected {about['bytes']} bytes"
             for about in wanted
             if (size := sizes.get(about["basename"])) != about["bytes"]
         ]
-    if bad:
+    if len(bad) > budget:
+        lines = "".join(f"\n  {line}" for line in bad[:10])
         more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise ValueError(f"{place.origin}: {len(bad)} shards are missing or cut:\n" + "\n".join(bad[:10]) + more)
+        raise ValueError(
+            f"{place.origin}: {len(bad)} shards are missing or cut, data.damaged_shards allows {budget}; "
+            f"data_prep/verify.py --repair makes them again:{lines}{more}"
+        )
+    return [f"data: {line}; other samples stand in for its own" for line in bad]
 
 
 def _sizes(origin: str, name: str, basenames: list[str]) -> dict[str, int]:
@@ -259,12 +284,12 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def once_per_node(action: Callable[[], None], world: int) -> None:
-    """Runs the action in the first process of each node; all go on after it, or raise what it raised on any node."""
-    problem = None
+def once_per_node(action: Callable[[], T], world: int) -> T | None:
+    """What the action gives in the first process of each node; all go on after it, or raise what it raised on any node."""
+    result, problem = None, None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
-            action()
+            result = action()
         except (ValueError, OSError) as error:
             if world == 1:
                 raise
@@ -274,3 +299,4 @@ def once_per_node(action: Callable[[], None], world: int) -> None:
         torch.distributed.all_gather_object(problems, problem)
         if found := [p for p in problems if p]:
             raise ValueError(found[0])
+    return result

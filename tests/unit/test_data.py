@@ -7,8 +7,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from data_sets import epoch_of, joined, loader_of, orders, write_set
 from streaming import StreamingDataset
-from support import ROOT, SMALL, contents, free_port, scalars
+from support import SMALL, contents, scalars
 
 from data_prep import encode, shards
 from data_prep.shapes import draw, scenes
 from pretrain.bench.__main__ import main as bench
 from pretrain.config import load
 from pretrain.data import Loader, Position, times_before
-from pretrain.models import preset
 from pretrain.streams import Place, check_shards, plan
 
 # ---- what an epoch draws ----
@@ -102,40 +100,6 @@ def test_times_before() -> None:
 # ---- data sets with random samples ----
 
 
-def record(source: str, i: int, chance: random.Random, side: tuple[int, int] = (32, 32)) -> shards.Record:
-    generator = torch.Generator().manual_seed(chance.randrange(2**40))
-    text = torch.randn(chance.randint(2, 9), 128, generator=generator).bfloat16()
-    mean, std = torch.randn(4, *side, generator=generator), torch.rand(4, *side, generator=generator)
-    return shards.Record(f"{source}/{i:04d}", f"caption é {i}", text, {256: shards.Latent(mean, std)}, 300, 300)
-
-
-def write_set(root: Path, sources: dict[str, int], dtype: str = "bfloat16", **options: Any) -> Path:
-    """A data set of small shards, with so many samples of each source."""
-    choices = {"compression": options.get("compression")}
-    vae = {"name": "tiny", "channels": 4}
-    card = shards.Card({"name": "tiny", "width": 128}, vae, 300, "mean_std", [256], dtype, choices=choices)
-    for source, count in sources.items():
-        chance = random.Random(f"{source}/{options.pop('seed', 0)}")
-        with shards.PartWriter(root, f"{source}/00000", card, "t", shard_bytes=1 << 18, **options) as part:
-            for i in range(count):
-                part.write(record(source, i, chance))
-            part.finish()
-            part.commit({"sets": part.sets, "written": part.written}, [])
-    shards.finish(root, card, {})
-    shards.save_null_text(root, torch.zeros(1, 128, dtype=torch.bfloat16))
-    return root
-
-
-def loader_of(path: Path, *words: str, global_batch: int = 8, micro: int = 4) -> Loader:
-    config = load("demo_256", [f"data.path={path}", *words])[0]
-    return Loader(config, preset("focusdit_tiny"), global_batch, micro, rank=0, world=1)
-
-
-def epoch_of(loader: Loader) -> list[Any]:
-    """All micro-batches of the loader's next epoch."""
-    return [batch for _, step in zip(range(loader.steps_per_epoch), loader, strict=False) for batch in step]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_samples_are_what_streaming_reads(dtype: str, workers: int, tmp_path: Path) -> None:
@@ -201,12 +165,13 @@ def test_refusals(tmp_path: Path) -> None:
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
     with pytest.raises(
-        ValueError, match=rf"1 shards are missing or cut:\n  {shard}: {len(content) - 1} bytes, expected"
+        ValueError,
+        match=rf"1 shards are missing or cut, data\.damaged_shards .*\n  {shard}: {len(content) - 1} bytes, expected",
     ):
-        loader_of(root)
+        loader_of(root, "data.damaged_shards=0")
     shard.unlink()
     with pytest.raises(ValueError, match=f"{shard}: missing"):
-        loader_of(root)
+        loader_of(root, "data.damaged_shards=0")
     index = root / "a/256/index.json"
     index.write_text(index.read_text().replace("00000/shard.00000", "../../elsewhere"))
     with pytest.raises(ValueError, match="names files outside of its folder"):
@@ -269,7 +234,7 @@ def test_a_cache_for_plain_shards_and_its_limit(tmp_path: Path) -> None:
     shard = next(root.rglob("*.mds"))
     shard.unlink()
     with pytest.raises(ValueError, match=f"{shard}: missing"):
-        loader_of(root, f"data.cache={tmp_path}/cache")
+        loader_of(root, f"data.cache={tmp_path}/cache", "data.damaged_shards=0")
 
 
 def test_a_place_on_object_storage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,11 +259,11 @@ def test_sizes_on_object_storage_are_listed_once(tmp_path: Path, monkeypatch: py
     memory.put(str(root), "/bucket/set", recursive=True)
     monkeypatch.setattr(streams, "is_remote", lambda url: url.startswith("memory://"))
     place = Place("memory://bucket/set", root, cached=True)
-    check_shards(place, ["a/256"])
+    assert check_shards(place, ["a/256"], 0) == []
     shard = sorted((root / "a/256/00000").glob("*.mds"))[0]
     memory.rm(f"/bucket/set/a/256/00000/{shard.name}")
     with pytest.raises(ValueError, match=f"memory://bucket/set/a/256/00000/{shard.name}: missing"):
-        check_shards(place, ["a/256"])
+        check_shards(place, ["a/256"], 0)
 
 
 # ---- the order, for any number of processes and workers, with real buckets ----
@@ -327,73 +292,6 @@ def bucketed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "set"
 
 
-ORDER = """
-import json, os, sys
-import torch
-from pretrain.config import load
-from pretrain.data import Loader, Position
-from pretrain.models import preset
-
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-if world > 1:
-    torch.distributed.init_process_group("gloo")
-said = []
-for job in json.load(sys.stdin):
-    config = load("demo_256", job["words"])[0]
-    try:
-        loader = Loader(config, preset("focusdit_tiny"), 4, 2 // world, rank, world)
-    except ValueError as error:
-        said.append(str(error))
-        continue
-    loader.resume(Position(*job["start"]))
-    steps = []
-    for batches, _ in zip(loader, range(job["steps"])):
-        shapes = {tuple(b.mean_BCHW.shape[1:]) for b in batches}
-        keys = [[key, seed] for b in batches for key, seed in zip(b.keys, b.seeds)]
-        steps.append({"keys": keys, "shapes": sorted(shapes), "at": [loader.position.epoch, loader.position.step_in_epoch]})
-    said.append({"steps_per_epoch": loader.steps_per_epoch, "fingerprint": loader.fingerprint, "steps": steps})
-    del loader
-print("SAID" + json.dumps(said))
-"""
-
-
-def orders(jobs: list[dict[str, Any]], world: int) -> list[list[dict[str, Any]]]:
-    """What each process of `world` reads, by process."""
-    port, processes = str(free_port()), []
-    for rank in range(world):
-        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": 1}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        process = subprocess.Popen(
-            [sys.executable, "-c", ORDER],
-            cwd=ROOT,
-            env=os.environ | {k: str(v) for k, v in env.items()},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(jobs))
-        process.stdin.close()
-        process.stdin = None
-        processes.append(process)
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), outputs
-    return [json.loads(output.partition("SAID")[2]) for output in outputs]
-
-
-def joined(by_process: list[dict[str, Any]]) -> list[Any]:
-    """Each step's samples over all processes, sorted, with their one shape and the position after it."""
-    steps = []
-    for parts in zip(*(p["steps"] for p in by_process), strict=True):
-        assert len({json.dumps([part["shapes"], part["at"]]) for part in parts}) == 1
-        steps.append([sorted(key for part in parts for key in part["keys"]), parts[0]["shapes"], parts[0]["at"]])
-    return steps
-
-
 def test_the_order_for_any_processes_and_workers(bucketed: Path, tmp_path: Path) -> None:
     """The same global batches in the same order, in this and the next epoch, and from any step on."""
     # 23 samples: two processes are given 12 each, and must not make a sixth step of it.
@@ -412,7 +310,7 @@ def test_the_order_for_any_processes_and_workers(bucketed: Path, tmp_path: Path)
     ]
     broken = write_set(tmp_path / "broken", {"a": 14})
     next(broken.rglob("*.mds")).unlink()
-    jobs.append({"words": [f"data.path={broken}"]})
+    jobs.append({"words": [f"data.path={broken}", "data.damaged_shards=0"]})
     one, two = orders(jobs, 1), orders(jobs, 2)
     assert all("1 shards are missing or cut" in said[-1] for said in (*one, *two)), "no process waits for the others"
     for i, (name, (_, per_epoch)) in enumerate(cases.items()):

@@ -11,7 +11,14 @@ ROOT = Path(__file__).parents[2]
 # Each heavy library, and the only files that may meet it.
 ROOMS = {
     "webdataset": {"data_prep/tars.py", "data_prep/shapes.py"},
-    "streaming": {"data_prep/shards.py", "data_prep/verify.py", "pretrain/data.py", "pretrain/bench/loader.py"},
+    "streaming": {
+        "data_prep/shards.py",
+        "data_prep/mds.py",
+        "pretrain/data.py",
+        "pretrain/reading.py",
+        "pretrain/shared_names.py",
+        "pretrain/bench/loader.py",
+    },
     "deepspeed": {"pretrain/engine.py", "pretrain/checkpoint.py", "pretrain/train.py"},
     "tensorboard": {"pretrain/monitor.py", "pretrain/demo.py"},
     "torch.utils.tensorboard": {"pretrain/monitor.py", "pretrain/demo.py", "data_prep/progress.py"},

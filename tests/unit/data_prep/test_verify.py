@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from streaming import MDSWriter
 from support import ROOT
 
-from data_prep import encode, report, shards, storage
+from data_prep import encode, mds, report, shards, storage
 from data_prep.shapes import check, scenes
 from data_prep.verify import main
 
@@ -204,7 +204,9 @@ def test_a_repair_of_everything(packed: Path, copied_packed: Path, capsys: pytes
 # ---- content that sizes and hashes do not give away ----
 
 
-def rewrite(root: Path, folder: str, change: Callable[[Rows], Any], limit: int = 1 << 27, **columns: str) -> None:
+def rewrite(
+    root: Path, folder: str, change: Callable[[Rows], Any], limit: int = 1 << 27, seal: bool = True, **columns: str
+) -> None:
     """Writes a part's shard anew after a change of its rows, and all indexes, with sizes and hashes as they are then."""
     card, part = shards.Card.load(root), root / folder
     (shard,) = json.loads((part / shards.INDEX).read_text())["shards"]
@@ -212,14 +214,14 @@ def rewrite(root: Path, folder: str, change: Callable[[Rows], Any], limit: int =
     there = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
     rows = [
         {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in row.items()}
-        for row in shards.rows_of(shards.unpacked(file.read_bytes(), shard), shard, there)
+        for row in mds.rows_of(mds.unpacked(file.read_bytes(), shard), shard, there)
     ]
     change(rows)
     shutil.rmtree(part)
     options = {"hashes": ["sha256"], "size_limit": limit, "compression": shard["compression"]}
     with MDSWriter(out=str(part), columns={**there, **columns}, **options) as writer:
         for row in rows:
-            writer.write(row)
+            writer.write(mds.sealed(row, writer.encode_sample) if seal else row)
     shards.finish(root, card, card.counts)
 
 
@@ -271,6 +273,13 @@ def test_damaged_samples(name: str, copied: Path, verify: Callable[..., list[str
         return
     assert len(damages) == 1 and words in damages[0]
     assert damages[0].startswith(f"{SHARD}: 1 of its 6 samples are damaged; the first is images/")
+
+
+def test_a_sample_that_does_not_match_its_checksum(copied: Path, verify: Callable[..., list[str]]) -> None:
+    """Changed before its shard was hashed."""
+    rewrite(copied, "images/256-512/00001", lambda rows: rows[2].update(caption="another"), seal=False)
+    (line,) = verify(copied)
+    assert line.startswith(f"{SHARD}: sample 2 cannot be decoded (ValueError: its crc32 is not that of its bytes)")
 
 
 def test_a_lost_sample_and_other_columns(copied: Path, verify: Callable[..., list[str]]) -> None:
@@ -341,7 +350,7 @@ def test_compressed_shards(copied_packed: Path, verify: Callable[..., list[str]]
     index = json.loads((copied_packed / folder / shards.INDEX).read_text())["shards"][0]
     file, unpacked = copied_packed / folder / "shard.00000.mds.zstd", copied_packed / folder / "shard.00000.mds"
     assert verify(copied_packed) == []
-    unpacked.write_bytes(shards.unpacked(file.read_bytes(), index))
+    unpacked.write_bytes(mds.unpacked(file.read_bytes(), index))
     assert verify(copied_packed) == []
     flip(unpacked)
     flip(copied_packed / "images/256_16x16/00000/shard.00000.mds.zstd")

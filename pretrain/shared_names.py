@@ -1,0 +1,80 @@
+"""Names in /dev/shm that no other training on this node has.
+
+streaming names its shared memory and its lock files NUMBER_what, with the first number that is free. That of a killed run is
+free again while its resource tracker may still be about to unlink what bears it, and two runs that start together may find
+the same one. So each start has a number of its own, drawn from so many that two never meet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import torch
+from streaming.base.shared import prefix
+
+# Above what other programs count up to; with 9 digits the longest name fits into macOS's 31 characters.
+FIRST, LAST = 10**6, 10**9 - 1
+NAME = re.compile(r"(\d{6,9})_\w+")
+AGE = 60.0  # seconds; a process may just have made a younger name, and not have mapped it yet
+
+
+@contextlib.contextmanager
+def own_names(world: int) -> Iterator[None]:
+    """Within it, a StreamingDataset takes a number that all processes of this start agree on, and nobody else has."""
+    number = [FIRST + secrets.randbelow(LAST - FIRST)]
+    if world > 1:
+        torch.distributed.broadcast_object_list(number, src=0)
+    before = prefix._each_prefix_int
+    prefix._each_prefix_int = lambda: count(number[0])
+    try:
+        yield
+    finally:
+        prefix._each_prefix_int = before
+
+
+def remove_stale_names(memory: Path = Path("/dev/shm"), locks: Path | None = None) -> None:
+    """Removes what killed runs of streaming left of this user's, and nothing that a living process still uses.
+
+    streaming's own clean-up would take that of other runs on this node, too. `locks` is by default where it keeps lock files.
+    """
+    left, mapped = _numbers(memory), _mapped(memory)
+    for path in left:
+        if str(path) not in mapped:
+            path.unlink(missing_ok=True)
+    living = {left[path] for path in left if path.exists()}
+    for path, number in _numbers(locks or Path(tempfile.gettempdir())).items():
+        if number in living or not path.name.endswith("_filelock"):
+            continue
+        with contextlib.suppress(OSError), path.open() as file:  # it is gone, or locked
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # who waits for it looks whether it is still there
+            path.unlink()
+
+
+def _numbers(folder: Path) -> dict[Path, str]:
+    """This user's files with such names that are not brand-new, and their numbers."""
+    found = {}
+    for path in folder.glob("[0-9]*_*"):
+        match = NAME.fullmatch(path.name)
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            if match and stat.st_uid == os.getuid() and time.time() - stat.st_mtime > AGE:
+                found[path] = match[1]
+    return found
+
+
+def _mapped(folder: Path) -> set[str]:
+    """The files of a folder that any process maps."""
+    mapped = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # the process ended, or belongs to somebody else
+            mapped |= {line.split(None, 5)[-1].strip() for line in maps.read_text().splitlines() if str(folder) in line}
+    return mapped

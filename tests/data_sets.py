@@ -1,0 +1,126 @@
+"""Helpers of many tests: data sets of random samples, and what loaders in one process or in several read of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from support import ROOT, free_port
+
+from data_prep import shards
+from pretrain.config import load
+from pretrain.data import Loader
+from pretrain.models import preset
+
+
+def record(source: str, i: int, chance: random.Random, bucket: tuple[int, int] | None = None) -> shards.Record:
+    generator = torch.Generator().manual_seed(chance.randrange(2**40))
+    text = torch.randn(chance.randint(2, 9), 128, generator=generator).bfloat16()
+    height, width = (2 * side for side in bucket or (16, 16))
+    mean, std = torch.randn(4, height, width, generator=generator), torch.rand(4, height, width, generator=generator)
+    latents = {256: shards.Latent(mean, std)}
+    return shards.Record(f"{source}/{i:04d}", f"caption é {i}", text, latents, 300, 300, bucket)
+
+
+def write_set(
+    root: Path, sources: dict[str, int], dtype: str = "bfloat16", buckets: bool = False, **options: Any
+) -> Path:
+    """A data set of small shards, with so many samples of each source; with buckets a third of them are 14:18, not square."""
+    choices = {"compression": options.get("compression")}
+    vae = {"name": "tiny", "channels": 4, "downsample": 8}
+    text = {"name": "tiny", "width": 128}
+    card = shards.Card(text, vae, 300, "mean_std", [256], dtype, buckets=buckets, choices=choices)
+    for source, count in sources.items():
+        chance = random.Random(f"{source}/{options.pop('seed', 0)}")
+        with shards.PartWriter(root, f"{source}/00000", card, "t", shard_bytes=1 << 18, **options) as part:
+            for i in range(count):
+                part.write(record(source, i, chance, ((16, 16) if i % 3 else (14, 18)) if buckets else None))
+            part.finish()
+            part.commit({"sets": part.sets, "written": part.written}, [])
+    shards.finish(root, card, {})
+    shards.save_null_text(root, torch.zeros(1, 128, dtype=torch.bfloat16))
+    return root
+
+
+def loader_of(path: Path, *words: str, global_batch: int = 8, micro: int = 4) -> Loader:
+    config = load("demo_256", [f"data.path={path}", *words])[0]
+    return Loader(config, preset("focusdit_tiny"), global_batch, micro, rank=0, world=1)
+
+
+def epoch_of(loader: Loader) -> list[Any]:
+    """All micro-batches of the loader's next epoch."""
+    return [batch for _, step in zip(range(loader.steps_per_epoch), loader, strict=False) for batch in step]
+
+
+ORDER = """
+import json, os, sys
+import torch
+from pretrain.config import load
+from pretrain.data import Loader, Position
+from pretrain.models import preset
+
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+if world > 1:
+    torch.distributed.init_process_group("gloo")
+said = []
+for job in json.load(sys.stdin):
+    config = load("demo_256", job["words"])[0]
+    try:
+        loader = Loader(config, preset("focusdit_tiny"), 4, 2 // world, rank, world)
+    except ValueError as error:
+        said.append(str(error))
+        continue
+    loader.resume(Position(*job["start"]))
+    steps = []
+    for batches, _ in zip(loader, range(job["steps"])):
+        shapes = {tuple(b.mean_BCHW.shape[1:]) for b in batches}
+        keys = [[key, seed] for b in batches for key, seed in zip(b.keys, b.seeds)]
+        steps.append({"keys": keys, "shapes": sorted(shapes), "at": [loader.position.epoch, loader.position.step_in_epoch]})
+        steps[-1]["damaged"] = [[d.shard, d.sample, d.reason] for b in batches for d in b.damaged]
+    said.append({"steps_per_epoch": loader.steps_per_epoch, "fingerprint": loader.fingerprint, "steps": steps})
+    del loader
+print("SAID" + json.dumps(said))
+"""
+
+
+def orders(jobs: list[dict[str, Any]], world: int) -> list[list[dict[str, Any]]]:
+    """What each process of `world` reads, by process."""
+    port, processes = str(free_port()), []
+    for rank in range(world):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": 1}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        process = subprocess.Popen(
+            [sys.executable, "-c", ORDER],
+            cwd=ROOT,
+            env=os.environ | {k: str(v) for k, v in env.items()},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(jobs))
+        process.stdin.close()
+        process.stdin = None
+        processes.append(process)
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), outputs
+    return [json.loads(output.partition("SAID")[2]) for output in outputs]
+
+
+def joined(by_process: list[dict[str, Any]]) -> list[Any]:
+    """Each step's samples over all processes, sorted, with their one shape and the position after it."""
+    steps = []
+    for parts in zip(*(p["steps"] for p in by_process), strict=True):
+        assert len({json.dumps([part["shapes"], part["at"]]) for part in parts}) == 1
+        steps.append([sorted(key for part in parts for key in part["keys"]), parts[0]["shapes"], parts[0]["at"]])
+    return steps
