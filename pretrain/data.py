@@ -324,22 +324,25 @@ def check_fits(card: shards.Card, config: Config, backbone: DiTConfig, global_ba
         )
 
 
-def remove_stale_shared_memory(folder: Path = Path("/dev/shm")) -> None:
+def remove_stale_shared_memory(folder: Path = Path("/dev/shm")) -> int:
     """Removes what killed runs of streaming left of this user's, and nothing that a living process still maps.
 
     streaming refuses to start on a data set whose shared memory is still there; its own clean-up would take that of
-    other runs on this node, too.
+    other runs on this node, too. Returns the bytes that it removed.
     """
     left = {p for p in folder.glob("[0-9]*_*") if re.fullmatch(r"\d{6}_\w+", p.name) and p.stat().st_uid == os.getuid()}
     if not left:
-        return
+        return 0
     mapped = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):  # the process ended, or belongs to somebody else
             mapped |= {line.split(None, 5)[-1].strip() for line in maps.read_text().splitlines() if str(folder) in line}
+    removed = 0
     for path in left:
         if str(path) not in mapped:
+            removed += path.stat().st_size
             path.unlink(missing_ok=True)
+    return removed
 
 
 def _sha256(path: Path) -> str:

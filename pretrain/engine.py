@@ -59,7 +59,13 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     else:
         # Else the first start on a CPU compiles a collective that training does not use: over a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if gpus else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    try:
+        deepspeed.init_distributed("nccl" if gpus else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    except dist.DistError as error:
+        raise RuntimeError(
+            f"no rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); "
+            "another program has this MASTER_PORT, or not all processes started: see what they say"
+        ) from error
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

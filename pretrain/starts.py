@@ -1,6 +1,6 @@
 """The starts of a Slurm job, so that one that comes back without getting on is not requeued for ever.
 
-    RUN/starts.jsonl   one line a start: the job, how often it was requeued, the step it begins at, when and where
+RUN/starts.jsonl   one line a start: the job, how often it was requeued, the step it begins at, when and where
 """
 
 from __future__ import annotations

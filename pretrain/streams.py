@@ -259,7 +259,7 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def once_per_node(action: Callable[[], None], world: int) -> None:
+def once_per_node(action: Callable[[], object], world: int) -> None:
     """Runs the action in the first process of each node; all go on after it, or raise what it raised on any node."""
     problem = None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from data_prep.files import write_whole
 from data_prep.shards import CARD, NULL_TEXT
-from pretrain import checkpoint, engine, optim
+from pretrain import checkpoint, engine, optim, preflight
 from pretrain.checkpoint import Progress
 from pretrain.config import Config, geometry, load
 from pretrain.console import quiet
@@ -51,11 +51,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Trains a stage; every field of a config can be overridden.")
     parser.add_argument("config", help="a stage's name, or the path of a YAML file")
     parser.add_argument("overrides", nargs="*", help="section.key=value, or deepspeed.key=value")
-    args = parser.parse_args(argv)
+    parser.add_argument("--check", action="store_true", help="look at all that the training needs, and do not train")
+    parser.add_argument("--processes", type=int, help="with --check on a login node: the processes it is planned for")
+    args = parser.parse_intermixed_args(argv)
     quiet()
     try:
+        if args.check:
+            return preflight.check(args.config, args.overrides, args.processes)
         config, deepspeed = load(args.config, args.overrides)
         world = engine.start()
+        preflight.require(config, deepspeed, world)
         train(config, deepspeed, world)
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("FOCUSDIT_TRACEBACK"):
