@@ -120,6 +120,12 @@ def test_a_rendezvous_that_fails_is_told_in_one_line(data_set: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_node_whose_gpus_do_not_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "97,98")
+    assert main(["demo_256"]) == 1
+    assert "train: CUDA_VISIBLE_DEVICES=97,98 names GPUs, but torch finds none on " in capsys.readouterr().err
+
+
 def test_states_that_no_gpu_of_this_size_holds() -> None:
     """bf16 weights whole; gradients, masters, moments and average in fp32, one share each."""
     config, deepspeed = load("stage1_256")
