@@ -74,10 +74,10 @@ def require(config: Config, deepspeed: dict[str, Any], world: World) -> None:
     if not report.problems:
         return
     if world.rank == 0:
-        print(report, file=sys.stderr, flush=True)
+        print(Report(problems=report.problems), file=sys.stderr, flush=True)
     if world.size > 1:
         dist.barrier()  # the first process that ends may have the others killed
-    raise ValueError(f"{len(report.problems)} problems before the start, which process 0 tells")
+    raise ValueError(f"not started: process 0 tells what is wrong ({len(report.problems)})")
 
 
 def preflight(config: Config, deepspeed: dict[str, Any], world: World, every_shard: bool = True) -> Report:

@@ -34,6 +34,7 @@ from pretrain.engine import Engine, World
 from pretrain.models import DiT
 from pretrain.monitor import Monitor
 from pretrain.preview import Preview
+from pretrain.starts import note_start
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def train(config: Config, deepspeed: dict[str, Any], world: World) -> None:
     zero = Engine(model, optim.build(model, config.optimizer), deepspeed, world)
     ema = Ema(zero, config.optimizer.ema_decay)
     progress = begin(config, zero, ema, loader)
+    if world.rank == 0:
+        note_start(config.run_dir, progress.step)
     monitor = Monitor(config, backbone, zero, progress.step)
     trainer = Trainer(config, zero, ema, config.objective.build(), monitor)
     about = {"data": loader.fingerprint, "config": config.model_dump(mode="json")}

@@ -232,4 +232,4 @@ def test_a_start_is_refused_with_every_problem_once(train, tmp_path: Path) -> No
     assert finished.codes == [1, 1]
     told = [line for line in finished.output.splitlines() if line.startswith("  problem")]
     assert [line.split()[1] for line in told] == ["batch:", "data:", "run_dir:"]
-    assert "train: process 1: 3 problems before the start, which process 0 tells\n" in finished.output
+    assert "train: process 1: not started: process 0 tells what is wrong (3)\n" in finished.output

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support import SMALL
 
 from pretrain.starts import STARTS, note_start
 
@@ -61,3 +62,13 @@ def test_outside_of_slurm_nothing_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_
     for _ in range(5):
         note_start(tmp_path, 3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_without_progress_fails(job, train, data_set: Path, tmp_path: Path) -> None:
+    begin(job, tmp_path, "7", [0, 0])
+    job("7", 2)
+    words = [f"data.path={data_set}", *SMALL, f"run_dir={tmp_path}"]
+    finished = train("demo_256", *words, check=False)
+    assert finished.codes == [1]
+    assert "train: no progress: job 7 has started 3 times at step 0 (" in finished.output
+    assert "Traceback" not in finished.output
