@@ -92,7 +92,8 @@ finish() {
     local code=$1 restarts=${SLURM_RESTART_COUNT:-0}
     ((code == 75 || code > 128)) && running || exit "$code"
     if ((restarts >= ${MAX_REQUEUES:-100})); then
-        echo "error: job $SLURM_JOB_ID ended with code $code after $restarts requeues, which is MAX_REQUEUES: it stops here" >&2
+        echo "error: job $SLURM_JOB_ID ended with code $code after $restarts requeues, which is MAX_REQUEUES:" \
+            "it stops here; submit it anew to go on" >&2
         exit "$code"
     fi
     echo "job $SLURM_JOB_ID ended with code $code: back into the queue"

@@ -8,13 +8,13 @@
 # Expected cost: the paper gives 156 A100-days for both stages; two thirds of the tokens are this stage's:
 # some 104 A100-days, 3 to 4 days on 32 of them.
 #
-# A stop is with a checkpoint, and the job goes back into the queue by itself and on from there: 300 s before the time
-# limit, on scancel --signal=USR1 JOB, when Slurm preempts it, and after a task that hung or was killed. An error ends it.
+# It stops with a checkpoint 300 s before the time limit, on scancel --signal=USR1 JOB, and when Slurm preempts it. Then,
+# and after a task that hung or was killed, the job goes back into the queue by itself and on from the newest checkpoint.
 #
 #   CONFIG        a name in pretrain/configs            stage1_256
 #   RUN_DIR       checkpoints and TensorBoard logs      the config's run_dir
 #   OVERRIDES     section.key=value, blanks between     none
-#   MAX_REQUEUES  the times that it does so, at most    100
+#   MAX_REQUEUES  how often it does so, at most         100
 #   PYTHON        the interpreter                       .venv/bin/python where there is one, else python3
 #SBATCH --job-name=stage1_256
 #SBATCH --output=logs/%x-%j.out

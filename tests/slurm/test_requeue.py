@@ -102,22 +102,13 @@ def test_a_job_that_can_go_on_comes_back(cluster, submit, first_end: str) -> Non
     ],
 )
 def test_an_error_ends_the_job_with_its_code(cluster, submit, end: str) -> None:
-    result = cluster.wait(
-        submit(f"""
-    {end}
-    """)
-    )
+    result = cluster.wait(submit(end))
     assert (result.state, result.exit_code) == ("FAILED", 1), result.log
     assert starts(result.log) == 1
 
 
 def test_a_job_that_always_stops_ends_at_its_limit(cluster, submit) -> None:
-    job = submit(
-        """
-    sys.exit(75)
-    """,
-        MAX_REQUEUES="1",
-    )
+    job = submit("sys.exit(75)", MAX_REQUEUES="1")
     cluster.start_requeued(job)
     result = cluster.wait(job)
     assert (result.state, result.exit_code) == ("FAILED", 75), result.log
@@ -179,7 +170,7 @@ def test_a_person_s_requeue_is_not_done_twice(cluster, submit, notes) -> None:
     assert "back into the queue" not in come_back(cluster, job)
 
 
-# ---- nodes, chains ----
+# ---- nodes ----
 
 
 @pytest.mark.parametrize("node", ["n1", "n2"])  # the batch shell's own, and another
