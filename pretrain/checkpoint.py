@@ -38,13 +38,14 @@ MEND = "remove {} to use the one before"
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run has done: `step` optimizer steps tried, of which AdamW applied `updates`."""
+    """What a run has done: `step` optimizer steps tried, of which AdamW applied `updates`; shards that proved damaged."""
 
     step: int = 0
     updates: int = 0
     images: int = 0
     position: Position = field(default_factory=Position)
     health: Health = field(default_factory=Health)
+    damaged: tuple[str, ...] = ()
 
 
 class DamagedCheckpoint(ValueError):
@@ -75,7 +76,8 @@ class Checkpoint:
     @property
     def progress(self) -> Progress:
         p = self.state["progress"]
-        return Progress(p["step"], p["updates"], p["images"], Position(**p["position"]), Health.of(p["health"]))
+        position, health = Position(**p["position"]), Health.of(p["health"])
+        return Progress(p["step"], p["updates"], p["images"], position, health, tuple(p["damaged"]))
 
     def totals(self, world: World) -> list[float]:
         """The monitor's sums that this process goes on with: all processes' together, however many there were."""

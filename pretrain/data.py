@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -284,6 +285,7 @@ class Loader:
             timeout=d.timeout if d.workers else 0,
             pin_memory=torch.cuda.is_available(),
             drop_last=True,
+            worker_init_fn=ignore_signals,
         )
         for batches in loader:
             # The position moves before the batch is used: what a step's checkpoint keeps is the step after.
@@ -295,6 +297,12 @@ class Loader:
             f"{d.path}: epoch {self.position.epoch} ended after {self.position.step_in_epoch} of {self.steps_per_epoch} "
             "steps: a thread of streaming failed, see above"
         )
+
+
+def ignore_signals(worker: int) -> None:
+    """SLURM signals a task's whole process group: the loader's processes go on until the training ends them."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def check_fits(card: shards.Card, config: Config, backbone: DiTConfig, global_batch: int) -> None:

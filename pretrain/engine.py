@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -42,6 +43,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
 
     Raises:
         ValueError: a launcher set some of the variables only, or there are fewer GPUs than processes on this node.
+        RuntimeError: the processes did not find one another.
     """
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         os.environ.update(LAUNCHER | {"MASTER_PORT": os.environ.get("MASTER_PORT", "0")})
@@ -51,6 +53,13 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
         )
     local_rank = int(os.environ["LOCAL_RANK"])
     gpus = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not gpus and named.startswith((*"0123456789", "GPU-", "MIG-")):
+        # It would train on the CPU, or wait for the others, who do not.
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={named} names GPUs, but torch finds none on {socket.gethostname()}: see nvidia-smi there; "
+            "unset it to train on the CPU"
+        )
     if gpus and local_rank >= gpus:
         raise ValueError(f"local rank {local_rank} has no GPU: this node shows {gpus}; start one process per GPU")
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
@@ -59,7 +68,13 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     else:
         # Else the first start on a CPU compiles a collective that training does not use: over a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if gpus else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    try:
+        deepspeed.init_distributed("nccl" if gpus else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    except dist.DistError as error:
+        raise RuntimeError(
+            f"no rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); "
+            "another program has this MASTER_PORT, or not all processes started: see what they say"
+        ) from error
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

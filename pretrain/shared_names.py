@@ -41,15 +41,19 @@ def own_names(world: int) -> Iterator[None]:
         prefix._each_prefix_int = before
 
 
-def remove_stale_names(memory: Path = Path("/dev/shm"), locks: Path | None = None) -> None:
+def remove_stale_names(memory: Path = Path("/dev/shm"), locks: Path | None = None) -> int:
     """Removes what killed runs of streaming left of this user's, and nothing that a living process still uses.
 
     streaming's own clean-up would take that of other runs on this node, too. `locks` is by default where it keeps lock files.
+    Returns the bytes of memory that it gave back.
     """
     left, mapped = _numbers(memory), _mapped(memory)
+    removed = 0
     for path in left:
         if str(path) not in mapped:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                removed += path.stat().st_size
+                path.unlink()
     living = {left[path] for path in left if path.exists()}
     for path, number in _numbers(locks or Path(tempfile.gettempdir())).items():
         if number in living or not path.name.endswith("_filelock"):
@@ -57,6 +61,7 @@ def remove_stale_names(memory: Path = Path("/dev/shm"), locks: Path | None = Non
         with contextlib.suppress(OSError), path.open() as file:  # it is gone, or locked
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # who waits for it looks whether it is still there
             path.unlink()
+    return removed
 
 
 def _numbers(folder: Path) -> dict[Path, str]:

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from pretrain import checkpoint, engine, optim
+from pretrain import checkpoint, engine, optim, preflight
 from pretrain.checkpoint import Progress
 from pretrain.config import Config, geometry, load
 from pretrain.console import quiet
 from pretrain.data import Batch, Loader
 from pretrain.diffusion import Loss, Objective, draw, measure
 from pretrain.ema import Ema
-from pretrain.engine import Engine, World
+from pretrain.engine import Engine, World, gather
 from pretrain.guard import SKIPPED, Guard
 from pretrain.models import DiT
 from pretrain.models.mask import draw_keep
@@ -34,6 +34,7 @@ from pretrain.monitor import Monitor
 from pretrain.preview import Preview
 from pretrain.provenance import keep_what_is_used
 from pretrain.saver import Saver
+from pretrain.starts import note_start
 from pretrain.stopping import REQUEUE, Stop
 from pretrain.watchdog import WAITING, Watchdog
 
@@ -59,14 +60,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Trains a stage; every field of a config can be overridden.")
     parser.add_argument("config", help="a stage's name, or the path of a YAML file")
     parser.add_argument("overrides", nargs="*", help="section.key=value, or deepspeed.key=value")
-    args = parser.parse_args(argv)
+    parser.add_argument("--check", action="store_true", help="look at all that the training needs, and do not train")
+    parser.add_argument("--processes", type=int, help="with --check on a login node: the processes it is planned for")
+    args = parser.parse_intermixed_args(argv)
     quiet()
     watchdog = None
     try:
+        if args.check:
+            return preflight.check(args.config, args.overrides, args.processes)
         config, deepspeed = load(args.config, args.overrides)
         stop = Stop(config.checkpoint.time_limit)
         world = engine.start()
         watchdog = Watchdog(world, config.guard.seconds)
+        preflight.require(config, deepspeed, world)
         stopped = train(build(config, deepspeed, world, stop, watchdog))
         watchdog.close()
         stop.close()
@@ -112,10 +118,15 @@ def train(t: Trainer) -> str | None:
     """Runs to the last step (None), or until some process is asked to stop (by what)."""
     config, monitor = t.config, t.monitor
     progress = begin(t)
+    if t.engine.world.rank == 0:
+        note_start(config.run_dir, progress.step)
     batches = timed(t, progress)
     while progress.step < config.steps:
-        progress = replace(train_step(t, next(batches), progress), position=t.loader.position)
+        step_batches = next(batches)
+        progress = replace(train_step(t, step_batches, progress), position=t.loader.position)
         step, verdict = progress.step, t.guard.verdict
+        if verdict.damaged:
+            progress = count_damaged(t, step_batches, progress)
         if verdict.fault:
             tell_of_fault(t, progress)
             if progress.health.in_a_row >= config.guard.patience:
@@ -149,7 +160,7 @@ def train_step(t: Trainer, batches: list[Batch], progress: Progress) -> Progress
     for host_batch in batches:
         batch = host_batch.to(zero.world.device, zero.dtype)
         loss = forward(t, batch)
-        t.guard.add(batch.keys, loss)
+        t.guard.add(batch.keys, loss, len(batch.damaged))
         zero.backward(loss.mean)
         zero.step(lr, t.guard)
     if zero.applied:
@@ -219,6 +230,23 @@ def tell_of_fault(t: Trainer, progress: Progress) -> None:
     health, file = progress.health, t.config.run_dir / SKIPPED
     counted = f"{health.in_a_row} in a row, {health.skipped} in all"
     log(t, f"WARNING: step {progress.step} was skipped: {t.guard.verdict.fault} ({counted}; its samples: {file})")
+
+
+def count_damaged(t: Trainer, batches: list[Batch], progress: Progress) -> Progress:
+    """Shards that proved damaged on any process: new ones in the log. Raises RuntimeError beyond data.damaged_shards."""
+    mine = {d.shard: d for batch in reversed(batches) for d in reversed(batch.damaged)}
+    found = {shard: d for some in gather(mine, t.engine.world) for shard, d in some.items()}
+    known, limit = sorted({*progress.damaged, *found}), t.config.data.damaged_shards
+    for shard in sorted(found.keys() - set(progress.damaged)):
+        d = found[shard]
+        counted = f"{len(known)} of {limit} damaged shards"
+        log(t, f"WARNING: {shard}: sample {d.sample} cannot be read ({d.reason}); others stand in ({counted})")
+    if len(known) > limit:
+        raise RuntimeError(
+            f"{len(known)} shards of {t.config.data.path} are damaged, data.damaged_shards allows {limit}: {', '.join(known)}; "
+            "run data_prep/verify.py --repair on the data set"
+        )
+    return replace(progress, damaged=tuple(known))
 
 
 def roll_back(t: Trainer, progress: Progress) -> Progress:

@@ -2,7 +2,8 @@
 #
 #   refuse LINE     one clear line to stderr, exit code 2
 #   words STRING    STRING's words into the array WORDS
-#   launch COMMAND  one task a GPU over the job's nodes, with the environment that torch.distributed reads
+#   launch COMMAND  one task a GPU over the job's nodes, with the environment that torch.distributed reads; exits
+#   finish CODE     the end of the job: exit, or back into the queue
 #   train CONFIG    launch the training of CONFIG with the user's RUN_DIR and OVERRIDES
 # shellcheck shell=bash
 set -euo pipefail
@@ -29,7 +30,7 @@ launch() {
     export LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%[(,]*} # from 8(x4), or 2,1
     ((SLURM_NTASKS == LOCAL_WORLD_SIZE * SLURM_NNODES)) ||
         refuse "$SLURM_NTASKS tasks do not fit $SLURM_NNODES nodes evenly: give --nodes and --ntasks-per-node only"
-    local gpus=${SLURM_GPUS_PER_NODE:-0} cpus first
+    local gpus=${SLURM_GPUS_PER_NODE:-0} cpus first code=0
     gpus=${gpus##*:} # from a100:8
     ((gpus == 0 || gpus == LOCAL_WORLD_SIZE)) ||
         refuse "$LOCAL_WORLD_SIZE tasks but $gpus GPUs a node: give --ntasks-per-node and --gpus-per-node one number"
@@ -54,12 +55,50 @@ launch() {
 
     echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $LOCAL_WORLD_SIZE tasks on each of" \
         "$SLURM_JOB_NODELIST, rendezvous at $MASTER_ADDR:$MASTER_PORT: $*"
+    # The code of the task that fails first decides: srun tells the highest, and those it then has to kill are above all.
+    export ENDED=$PWD/logs/.ended-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+    trap pass_on USR1 TERM
     # --kill-on-bad-exit: without it the other tasks wait for a dead one until the time limit.
     # --export: the tasks need the variables above, whatever list sbatch's own --export had.
+    # In the background: a trap waits for what runs in the foreground.
     # shellcheck disable=SC2016  # expanded by each task
     srun --kill-on-bad-exit=1 --export=ALL --label --cpus-per-task="$cpus" bash -c '
         export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-        exec "$@"' task "$@"
+        trap : USR1 TERM # Slurm sends them to this shell, too: it stays to tell how the program ended
+        "$@"
+        code=$?
+        ((code == 0)) || (set -o noclobber && echo $code >"$ENDED") 2>/dev/null
+        exit $code' task "$@" &
+    srun=$!
+    while kill -0 "$srun" 2>/dev/null; do wait "$srun" || true; done # a trap ends a wait
+    wait "$srun" || code=$?
+    [[ ! -s $ENDED ]] || code=$(<"$ENDED")
+    rm -f "$ENDED"
+    finish "$code"
+}
+
+running() { # not so once somebody has cancelled or requeued the job, its time is over, or a node has failed
+    [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]
+}
+
+pass_on() { # A signal to this shell alone, which the tasks shall hear of. Who ends the job signals them himself.
+    # As USR1: a TERM would have srun kill them.
+    ! running || kill -USR1 "$srun" || true
+}
+
+# The job goes back into the queue after 75, by which training says that it can go on where it stopped
+# (pretrain/stopping.py), and after a task that was killed. After any other code it would fail again.
+finish() {
+    local code=$1 restarts=${SLURM_RESTART_COUNT:-0}
+    ((code == 75 || code > 128)) && running || exit "$code"
+    if ((restarts >= ${MAX_REQUEUES:-100})); then
+        echo "error: job $SLURM_JOB_ID ended with code $code after $restarts requeues, which is MAX_REQUEUES:" \
+            "it stops here; submit it anew to go on" >&2
+        exit "$code"
+    fi
+    echo "job $SLURM_JOB_ID ended with code $code: back into the queue"
+    scontrol requeue "$SLURM_JOB_ID" || true
+    exit "$code" # of no account once it is requeued
 }
 
 train() {

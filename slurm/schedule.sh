@@ -4,6 +4,9 @@
 #   INPUT=/tars OUTPUT=/shards bash slurm/schedule.sh    on the login node, not through sbatch
 #   bash slurm/schedule.sh                               without INPUT: the shards are there, only the two stages
 #
+# Before anything is submitted, both configs are looked at, and whether stage 2 can go on from stage 1. A job that goes back
+# into the queue keeps its place in the chain.
+#
 #   INPUT OUTPUT ENCODERS RESOLUTIONS …  as in encode.sh; the stages train on OUTPUT
 #   ENCODE_OPTIONS                       further options of data_prep/encode.py
 #   STAGE1 STAGE2                        the stages' configs                        stage1_256 stage2_512
@@ -18,6 +21,16 @@ source slurm/common.sh
 [[ -z ${RUN_DIR:-}${OVERRIDES:-} ]] ||
     refuse "RUN_DIR and OVERRIDES would go to both stages: use STAGE1_OVERRIDES and STAGE2_OVERRIDES (run_dir=… too)"
 
+stage1=${STAGE1:-stage1_256} overrides1=${STAGE1_OVERRIDES:-} stage2=${STAGE2:-stage2_512} overrides2=${STAGE2_OVERRIDES:-}
+encodes=()
+if [[ -n ${INPUT:-}${SOURCES:-} ]]; then
+    encodes=(--encodes "$OUTPUT" "${RESOLUTIONS:-256 512}")
+    overrides1="data.path=$OUTPUT $overrides1" overrides2="data.path=$OUTPUT $overrides2"
+fi
+# What a stage would find out once it has its nodes, stage 2 after days, is said here; the reasons stand above.
+"$PYTHON" -m pretrain.chain "$stage1" "$overrides1" "$stage2" "$overrides2" "${encodes[@]}" ||
+    refuse "the stages do not fit: nothing is submitted"
+
 ids=()
 submit() { # SBATCH_OPTION... SCRIPT, after the job submitted last
     local after=() id
@@ -30,14 +43,13 @@ submit() { # SBATCH_OPTION... SCRIPT, after the job submitted last
     echo "${ids[-1]}  ${*: -1}${after[0]:+  ${after[0]}}"
 }
 
-if [[ -n ${INPUT:-}${SOURCES:-} ]]; then
+if ((${#encodes[@]} > 0)); then
     words "${ENCODE_SBATCH:-}"
-    data=data.path=$OUTPUT
     OVERRIDES=${ENCODE_OPTIONS:-} submit --array=0-7 "${WORDS[@]}" slurm/encode.sh
 fi
 words "${TRAIN_SBATCH:-}"
-CONFIG=${STAGE1:-stage1_256} OVERRIDES="${data:-} ${STAGE1_OVERRIDES:-}" submit "${WORDS[@]}" slurm/stage1_256.sh
-CONFIG=${STAGE2:-stage2_512} OVERRIDES="${data:-} ${STAGE2_OVERRIDES:-}" submit "${WORDS[@]}" slurm/stage2_512.sh
+CONFIG=$stage1 OVERRIDES=$overrides1 submit "${WORDS[@]}" slurm/stage1_256.sh
+CONFIG=$stage2 OVERRIDES=$overrides2 submit "${WORDS[@]}" slurm/stage2_512.sh
 
 joined=$(IFS=,; echo "${ids[*]}")
 echo "watch:  squeue --jobs=$joined; tail -f logs/*-<job>*.out"

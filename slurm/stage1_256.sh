@@ -8,10 +8,14 @@
 # Expected cost: the paper gives 156 A100-days for both stages; two thirds of the tokens are this stage's:
 # some 104 A100-days, 3 to 4 days on 32 of them.
 #
-#   CONFIG     a name in pretrain/configs            stage1_256
-#   RUN_DIR    checkpoints and TensorBoard logs      the config's run_dir
-#   OVERRIDES  section.key=value, blanks between     none
-#   PYTHON     the interpreter                       .venv/bin/python where there is one, else python3
+# It stops with a checkpoint 300 s before the time limit, on scancel --signal=USR1 JOB, and when Slurm preempts it. Then,
+# and after a task that hung or was killed, the job goes back into the queue by itself and on from the newest checkpoint.
+#
+#   CONFIG        a name in pretrain/configs            stage1_256
+#   RUN_DIR       checkpoints and TensorBoard logs      the config's run_dir
+#   OVERRIDES     section.key=value, blanks between     none
+#   MAX_REQUEUES  how often it does so, at most         100
+#   PYTHON        the interpreter                       .venv/bin/python where there is one, else python3
 #SBATCH --job-name=stage1_256
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --nodes=4
@@ -21,6 +25,7 @@
 #SBATCH --mem=0
 #SBATCH --requeue
 #SBATCH --open-mode=append
+#SBATCH --signal=USR1@300
 [[ -f slurm/common.sh ]] || { echo "error: no slurm/common.sh in $PWD: submit from the repository's root" >&2; exit 2; }
 source slurm/common.sh
 train "${CONFIG:-stage1_256}"

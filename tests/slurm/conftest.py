@@ -10,6 +10,7 @@ the kernel kills all of the cluster when pytest dies, by whatever end.
 Where the cluster cannot be (not root, no Slurm) its tests are skipped; with REQUIRE_SLURM=1 they are errors.
 """
 
+import json
 import os
 import random
 import re
@@ -17,6 +18,8 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -57,7 +60,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=20
+SlurmdTimeout=10
 KillWait=5
 {gres_types}
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1_port} CPUs=2 RealMemory=100000 {gres}
@@ -120,6 +123,18 @@ class Cluster:
         job = next((t for t in tasks if t["JobState"] != "COMPLETED"), tasks[0])
         code, signal = (int(n) for n in job["ExitCode"].split(":"))
         return JobResult(job["JobState"], code or (signal and 128 + signal), self._log(job))
+
+    def start_requeued(self, job_id: str, restarts: int = 1, timeout: float = 60) -> None:
+        """Wait for a job to be back in the queue, and start it at once, not after the two minutes that it would wait.
+
+        Not in the second in which it was killed: slurmd refuses that.
+        """
+        deadline = time.monotonic() + timeout
+        while (job := self.show(job_id)[0])["JobState"] != "PENDING" or int(job["Restarts"]) < restarts:
+            if time.monotonic() > deadline or job["JobState"] not in UNFINISHED:
+                raise TimeoutError(f"job {job_id} is {job['JobState']}, not requeued: {self._log(job)}")
+            time.sleep(0.2)
+        self.command("scontrol", "update", f"JobId={job_id}", "StartTime=now+2")
 
     @staticmethod
     def _log(job: dict[str, str]) -> str:
@@ -236,3 +251,41 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 def cpu_cluster(tmp_path_factory) -> Iterator[Cluster]:
     """The same on a site whose Slurm knows no GPUs at all."""
     yield from running_cluster(tmp_path_factory.mktemp("cpu_cluster"), gpus=0)
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Make an interpreter for PYTHON from a Python body; it sees `arguments` and `record`, a folder for its notes.
+
+    What schedule.sh asks before it submits anything, the real one answers.
+    """
+    (tmp_path / "record").mkdir()
+
+    def make(body: str) -> str:
+        path = tmp_path / "program"
+        head = "import json, os, sys, time\nfrom pathlib import Path\n"
+        head += f"arguments, record = sys.argv[1:], Path({str(tmp_path / 'record')!r})\n"
+        head += 'if "pretrain.chain" in arguments: os.execv(sys.executable, [sys.executable, *arguments])\n'
+        path.write_text(f"#!{sys.executable}\n{head}{textwrap.dedent(body)}")
+        path.chmod(0o755)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def recorder(program, tmp_path):
+    """Writes arguments, environment and time; `notes()` reads what all its runs wrote, the earliest first."""
+    body = """
+        note = {"arguments": arguments, "env": dict(os.environ), "time": time.time()}
+        (record / f"{time.time_ns()}-{os.getpid()}.json").write_text(json.dumps(note))
+    """
+
+    class Recorder:
+        path = program(body)
+
+        @staticmethod
+        def notes() -> list[dict]:
+            return [json.loads(p.read_text()) for p in sorted((tmp_path / "record").iterdir())]
+
+    return Recorder()

@@ -3,12 +3,9 @@
 The scripts' PYTHON is a program that writes down how it was started: what a rank or a worker is told is read there.
 """
 
-import json
 import os
 import re
 import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -21,40 +18,6 @@ STAGES = ["slurm/stage1_256.sh", "slurm/stage2_512.sh"]
 SCRIPTS = sorted(p.relative_to(REPO).as_posix() for p in (REPO / "slurm").glob("*.sh"))
 ONE_TASK_A_NODE = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0"]
 SMALL_WORKER = ["--cpus-per-task=1", "--mem=0"]
-
-
-@pytest.fixture
-def program(tmp_path):
-    """Make an interpreter for PYTHON from a Python body; it sees `arguments` and `record`, a folder for its notes."""
-    (tmp_path / "record").mkdir()
-
-    def make(body: str) -> str:
-        path = tmp_path / "program"
-        head = "import json, os, sys, time\nfrom pathlib import Path\n"
-        head += f"arguments, record = sys.argv[1:], Path({str(tmp_path / 'record')!r})\n"
-        path.write_text(f"#!{sys.executable}\n{head}{textwrap.dedent(body)}")
-        path.chmod(0o755)
-        return str(path)
-
-    return make
-
-
-@pytest.fixture
-def recorder(program, tmp_path):
-    """Writes arguments, environment and time; `notes()` reads what all its runs wrote, the earliest first."""
-    body = """
-        note = {"arguments": arguments, "env": dict(os.environ), "time": time.time()}
-        (record / f"{time.time_ns()}-{os.getpid()}.json").write_text(json.dumps(note))
-    """
-
-    class Recorder:
-        path = program(body)
-
-        @staticmethod
-        def notes() -> list[dict]:
-            return [json.loads(p.read_text()) for p in sorted((tmp_path / "record").iterdir())]
-
-    return Recorder()
 
 
 def expect(result, state: str = "COMPLETED", exit_code: int = 0):
@@ -140,8 +103,7 @@ def test_a_dying_task_ends_the_job_with_its_exit_code(cluster, program):
     """)
     start = time.monotonic()
     result = cluster.wait(cluster.sbatch("slurm/stage1_256.sh", *ONE_TASK_A_NODE, env={"PYTHON": python}))
-    assert result.state == "FAILED"
-    assert result.exit_code != 0
+    expect(result, "FAILED", 3)
     assert time.monotonic() - start < 60
     assert "task 1: Exited with exit code 3" in result.log
 
@@ -156,8 +118,7 @@ def test_a_requeued_job_starts_again_and_adds_to_its_log(cluster, program):
     running = Path(python).parent / "record" / "running"
     wait_for(running.exists)
     cluster.command("scontrol", "requeue", job)
-    wait_for(lambda: cluster.show(job)[0]["JobState"] == "PENDING")
-    cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now")  # not after the two minutes it would wait
+    cluster.start_requeued(job)
     result = cluster.wait(job)
     expect(result)
     assert re.findall(rf"^job {job}, start (\d)", result.log, re.MULTILINE) == ["1", "2"]
@@ -299,12 +260,34 @@ def test_the_chain_runs_in_order(cluster, recorder, schedule):
     assert all(n["arguments"][-2:] == ["--token-cap", "5"] for n in notes[:2])
 
 
-def test_without_input_the_chain_begins_with_stage_1(cluster, recorder, schedule):
-    jobs = schedule(PYTHON=recorder.path)
+def demo_on(data: Path) -> dict[str, str]:
+    """The demo's stages on a data set that is there."""
+    words = {f"STAGE{n}_OVERRIDES": f"data.path={data}" for n in (1, 2)}
+    return {"STAGE1": "demo_256", "STAGE2": "demo_512", **words}
+
+
+def test_without_input_the_chain_begins_with_stage_1(cluster, recorder, schedule, data_set):
+    jobs = schedule(PYTHON=recorder.path, **demo_on(data_set))
     assert len(jobs) == 2
     for job in jobs:
         expect(cluster.wait(job, timeout=180))
-    assert [what(n) for n in recorder.notes()] == ["stage1_256"] * 2 + ["stage2_512"] * 2
+    assert [what(n) for n in recorder.notes()] == ["demo_256"] * 2 + ["demo_512"] * 2
+
+
+def test_the_chain_waits_for_a_stage_that_comes_back(cluster, program, schedule, data_set, tmp_path):
+    python = program("""
+        if arguments[2] == "demo_256" and "SLURM_RESTART_COUNT" not in os.environ:
+            sys.exit(75)
+        (record / f"{time.time_ns()}-{arguments[2]}").touch()
+    """)
+    first, second = schedule(PYTHON=python, **demo_on(data_set))
+    cluster.start_requeued(first)
+    waiting = cluster.show(second)[0]
+    assert (waiting["JobState"], waiting["Reason"]) == ("PENDING", "Dependency")
+    expect(cluster.wait(first))
+    expect(cluster.wait(second))
+    done = [path.name.split("-")[1] for path in sorted((tmp_path / "record").iterdir())]
+    assert done == ["demo_256"] * 2 + ["demo_512"] * 2
 
 
 def test_the_chain_ends_with_a_failed_job(cluster, program, schedule):
@@ -326,7 +309,19 @@ def test_a_chain_that_cannot_be_submitted_whole_leaves_nothing_behind(cluster, r
 
 @pytest.mark.parametrize(
     ("env", "error"),
-    [({"INPUT": "/tars", "OUTPUT": ""}, "INPUT is set but OUTPUT is not"), ({"RUN_DIR": "r"}, "would go to both")],
+    [
+        ({"INPUT": "/tars", "OUTPUT": ""}, "INPUT is set but OUTPUT is not"),
+        ({"RUN_DIR": "r"}, "would go to both"),
+        ({"STAGE1_OVERRIDES": "data.path=/nowhere"}, "error: stage1_256: data: /nowhere is no data set"),
+        (
+            {"INPUT": "/tars", "OUTPUT": "/shards", "RESOLUTIONS": "256", "STAGE2_OVERRIDES": "init_from=other"},
+            (
+                "error: stage2_512: data.resolution: 512 is not among RESOLUTIONS (256), in which /shards is encoded\n"
+                "error: stage2_512: init_from: other is not the stage before it, whose run_dir is runs/stage1_256\n"
+                "error: the stages do not fit: nothing is submitted\n"
+            ),
+        ),
+    ],
 )
 def test_a_chain_that_cannot_work_is_refused_before_anything_is_submitted(schedule, env, error):
     assert schedule(check=False, **env) == []

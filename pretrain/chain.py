@@ -1,0 +1,114 @@
+"""Whether two stages can follow one another, looked at before either is submitted:
+
+    python -m pretrain.chain STAGE1 "OVERRIDES" STAGE2 "OVERRIDES" [--encodes DATA "RESOLUTIONS"]
+
+Each stage as its script would be given it: a config's name and overrides with blanks between. `--encodes` names the data
+set that is made before them, which need not be there yet. Prints a line for each problem; exit code 2 if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.config import Config, ConfigError, load
+from pretrain.data import check_fits
+from pretrain.models import DiT
+from pretrain.streams import Place, open_card
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The data set that is made before the stages, and the resolutions that it will hold."""
+
+    data: str
+    resolutions: tuple[int, ...]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Whether two stages can follow one another.")
+    for stage in ("stage1", "stage2"):
+        parser.add_argument(stage, help="a config's name, or the path of a YAML file")
+        parser.add_argument(f"{stage}_overrides", help="section.key=value, blanks between")
+    parser.add_argument("--encodes", nargs=2, metavar=("DATA", "RESOLUTIONS"), help="the data set that is made before")
+    args = parser.parse_args(argv)
+    encoding = None
+    if args.encodes:
+        encoding = Encoding(args.encodes[0], tuple(int(r) for r in args.encodes[1].split()))
+    stages = [(args.stage1, args.stage1_overrides.split()), (args.stage2, args.stage2_overrides.split())]
+    found = problems(stages, encoding)
+    for problem in found:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2 if found else 0
+
+
+def problems(stages: list[tuple[str, list[str]]], encoding: Encoding | None) -> list[str]:
+    """What keeps the two stages, each a config's name and its overrides, from running one after the other."""
+    found: list[str] = []
+    configs: list[Config] = []
+    for name, overrides in stages:
+        try:
+            config, deepspeed = load(name, overrides)
+        except ConfigError as error:
+            first, *rest = str(error).splitlines()
+            found += [f"{name}: {line.strip()}" for line in rest or [first]]
+        else:
+            configs.append(config)
+            found += [f"{name}: {p}" for p in _data_problems(config, deepspeed["train_batch_size"], encoding)]
+    if len(configs) == len(stages):
+        found += [f"{stages[1][0]}: {p}" for p in _handover_problems(*configs)]
+    return found
+
+
+def _data_problems(config: Config, batch: int, encoding: Encoding | None) -> list[str]:
+    """Whether the stage's data set is there, or will be, with its resolution."""
+    data = config.data
+    if encoding and data.path == encoding.data:
+        if data.resolution in encoding.resolutions:
+            return []
+        made = " ".join(str(r) for r in encoding.resolutions)
+        return [
+            f"data.resolution: {data.resolution} is not among RESOLUTIONS ({made}), in which {data.path} is encoded"
+        ]
+    try:
+        place = Place.of(data)
+        with tempfile.TemporaryDirectory() as folder:  # the cache is for the nodes' own disks
+            card = open_card(replace(place, root=Path(folder)) if place.cached else place, world=1)
+        check_fits(card, config, config.model.backbone(), batch)
+    except (ValueError, OSError) as error:
+        return [f"data: {' '.join(str(error).split())}"]
+    return []
+
+
+def _handover_problems(first: Config, second: Config) -> list[str]:
+    """Whether the second stage begins where the first one ends, and beside it."""
+    found = []
+    runs = [Path(second.init_from), Path("runs") / second.init_from] if second.init_from else []
+    if first.run_dir.resolve() not in [run.resolve() for run in runs]:
+        found.append(f"init_from: {second.init_from} is not the stage before it, whose run_dir is {first.run_dir}")
+    if first.run_dir.resolve() == second.run_dir.resolve():
+        found.append(f"run_dir: {second.run_dir} is the stage before it, too; give each its own")
+    before, after = _parameters(first), _parameters(second)
+    if odd := sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n)):
+        name, more = odd[0], f", and {len(odd) - 1} more" if len(odd) > 1 else ""
+        found.append(
+            f"model: not the stage's before it: {name} is {before.get(name, 'not there')} before and "
+            f"{after.get(name, 'not there')} here{more}; only what has no parameters (position_scale) may differ"
+        )
+    return found
+
+
+def _parameters(config: Config) -> dict[str, Any]:
+    """Every parameter's name and shape; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in DiT(config.model.backbone()).named_parameters()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

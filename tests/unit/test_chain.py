@@ -1,0 +1,70 @@
+"""Whether stage 2 can follow stage 1 is known before either is submitted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.chain import Encoding, main, problems
+
+MADE = Encoding("/made", (256, 512))
+
+
+def of(first: str = "", second: str = "", encoding: Encoding | None = MADE, data: str = "/made") -> list[str]:
+    words = [
+        ("stage1_256", [f"data.path={data}", *first.split()]),
+        ("stage2_512", [f"data.path={data}", *second.split()]),
+    ]
+    return problems(words, encoding)
+
+
+def test_the_shipped_stages_fit() -> None:
+    assert of() == []
+    assert of("run_dir=runs/mine", "init_from=mine run_dir=runs/my_second") == []
+    assert of("run_dir=/far/run", "init_from=/far/run model.position_scale=3") == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "problem"),
+    [
+        ("run_dir=runs/mine", "", "init_from: stage1_256 is not the stage before it, whose run_dir is runs/mine"),
+        ("", "init_from=null", "init_from: None is not the stage before it, whose run_dir is runs/stage1_256"),
+        ("", "run_dir=runs/stage1_256", "run_dir: runs/stage1_256 is the stage before it, too; give each its own"),
+        ("model.mask=none", "", "model: not the stage's before it: blocks.0.query_mask."),
+        ("", "model.preset=focusdit_tiny", "model: not the stage's before it: "),
+        ("", "data.path=/else", "data: /else is no data set: dataset.json is missing"),
+        (
+            "",
+            "data.resolution=768",
+            "data.resolution: 768 is not among RESOLUTIONS (256 512), in which /made is encoded",
+        ),
+        ("", "optimizer.lr=-1", "optimizer.lr: Input should be greater than 0, not -1"),
+    ],
+)
+def test_stages_that_do_not_fit(first: str, second: str, problem: str) -> None:
+    (found,) = of(first, second)
+    assert found.startswith(f"stage2_512: {problem}")
+
+
+def test_without_encoding_the_data_set_must_be_there_and_fit(data_set: Path) -> None:
+    assert [p.split(";")[0] for p in of(encoding=None, data="/nowhere")] == [
+        f"{stage}: data: /nowhere is no data set: dataset.json is missing" for stage in ("stage1_256", "stage2_512")
+    ]
+    one, two = of(encoding=None, data=str(data_set))  # of the tiny encoders
+    assert "text width: the data set has" in one and one.startswith("stage1_256: data: ")
+    assert two.startswith("stage2_512: data: ")
+    words = [(name, [f"data.path={data_set}"]) for name in ("demo_256", "demo_512")]
+    assert problems(words, None) == []
+
+
+def test_the_command_tells_every_problem_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["stage1_256", "data.path=/made", "stage2_512", "data.path=/made", "--encodes", "/made", "256 512"]) == 0
+    )
+    assert main(["stage1_256", "x=1", "stage2_512", " data.path=/made  y=2 ", "--encodes", "/made", "256"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(";")[0] for line in lines] == [
+        "error: stage1_256: x: unknown field",
+        "error: stage2_512: y: unknown field",
+    ]
