@@ -81,7 +81,7 @@ def fork_training(
     port = str(free_port())
     started = []
     for rank in range(processes):
-        variables = launcher(rank, processes, port) | env
+        variables = dict(os.environ) | launcher(rank, processes, port) | env
         process = _FORKSERVER.Process(target=_train, args=(str(log), variables, [config, *overrides], before))
         process.start()
         started.append(process)
@@ -91,6 +91,7 @@ def fork_training(
 def _train(log: str, env: dict[str, str], argv: list[str], before: Callable[[], None] | None) -> None:
     from pretrain.train import main
 
+    os.environ.clear()  # the preloaded process's is that of its start
     os.environ.update(env)
     if before:
         before()

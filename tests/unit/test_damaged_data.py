@@ -343,10 +343,11 @@ def test_what_killed_runs_left_is_removed(mapped: Path, tmp_path: Path) -> None:
     young, locked = [memory / "000003_locals", locks / "000004_cache_filelock"], locks / "000005_barrier_filelock"
     for path in (*stale, *kept, *young, locked):
         path.touch()
+    stale[0].write_bytes(b"x" * 100)
     past = time.time() - 100
     for path in (*stale, *kept, locked, mapped):
         os.utime(path, (past, past))
     with locked.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        remove_stale_names(memory, locks)
+        assert remove_stale_names(memory, locks) == 100
     assert {*memory.iterdir(), *locks.iterdir()} == {mapped, *kept, *young, locked}

@@ -16,7 +16,6 @@ from support import ROOT, SMALL
 from data_prep.shards import Card
 from pretrain import preflight
 from pretrain.config import Config, load
-from pretrain.data import remove_stale_shared_memory
 from pretrain.preflight import Seen, clock_problems, gpu_problems, merged
 from pretrain.train import main
 
@@ -84,13 +83,6 @@ def test_shared_memory_must_hold_the_batches_kept_ready(small_disk: Path) -> Non
     (problem,) = preflight.shared_memory_problems(small_disk, config, PAPERS, 8 * 64)
     assert problem.startswith(f"shared memory: {small_disk} has 0.0 GiB free, 9.5 GiB are needed")
     assert preflight.shared_memory_problems(small_disk, demo("data.workers=0"), PAPERS, 8 * 64) == []
-
-
-def test_stale_shared_memory_is_removed_and_counted(tmp_path: Path) -> None:
-    (tmp_path / "000001_locals").write_bytes(b"x" * 100)
-    (tmp_path / "somebody_else").touch()
-    assert remove_stale_shared_memory(tmp_path) == 100
-    assert [p.name for p in tmp_path.iterdir()] == ["somebody_else"]
 
 
 # ---- network, GPUs, clocks ----
@@ -195,7 +187,7 @@ def test_a_check_tells_all_problems_at_once(capsys, monkeypatch, data_set: Path,
     shard = next(broken.rglob("*.mds"))
     shard.write_bytes(shard.read_bytes()[:-1])
     (tmp_path / "file").touch()
-    words = [f"data.path={broken}", *SMALL, f"run_dir={tmp_path}/file/run"]
+    words = [f"data.path={broken}", "data.damaged_shards=0", *SMALL, f"run_dir={tmp_path}/file/run"]
     with port_holder:
         port_holder.bind(("", 0))
         port_holder.listen()
