@@ -28,8 +28,7 @@ class Stop:
         self._signal: signal.Signals | None = None
         self._process = os.getpid()
         self.limit, self._since = limit, time.monotonic()
-        for number in SIGNALS:
-            signal.signal(number, self._take)
+        self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a loader's process, which its parent ends
@@ -47,9 +46,9 @@ class Stop:
         return -1.0 if self.limit is not None and time.monotonic() - self._since > self.limit * 3600 else 0.0
 
     def close(self) -> None:
-        """Lets signals do what they did before, but for SIGTERM, which SLURM sends to those that are still ending."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL if number != signal.SIGTERM else signal.SIG_IGN)
+        """Lets signals do what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def reason(code: float) -> str:

@@ -5,6 +5,7 @@ python -m pretrain.bench sample      sampling: FocusDiT against the plain DiT an
 python -m pretrain.bench picture     one picture to its pixels: seconds and memory, beside the paper's
 python -m pretrain.bench skip        leaving FFNs out by their query masks
 python -m pretrain.bench loader      reading: the training loader against bare reading and other layouts
+python -m pretrain.bench checkpoint  what checkpoints, spike guard and watchdog cost
 python -m pretrain.bench encode      data prep's pipeline against its bare encoders
 """
 
@@ -13,10 +14,18 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pretrain.bench import encode, loader, picture, sample, skip, step
+from pretrain.bench import checkpoint, encode, loader, picture, sample, skip, step
 from pretrain.console import quiet
 
-BENCHMARKS = {"step": step, "sample": sample, "picture": picture, "skip": skip, "encode": encode, "loader": loader}
+BENCHMARKS = {
+    "step": step,
+    "sample": sample,
+    "picture": picture,
+    "skip": skip,
+    "loader": loader,
+    "checkpoint": checkpoint,
+    "encode": encode,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

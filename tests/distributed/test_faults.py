@@ -256,6 +256,50 @@ def test_after_a_rollback_the_run_finishes_and_its_curve_has_no_doubled_point(wo
     assert list(scalars(tmp_path / "run", "train/loss")) == list(range(1, 9))
 
 
+# ---- damaged data ----
+
+
+@pytest.fixture
+def flipped(data_set: Path, tmp_path: Path) -> Path:
+    """The data set with one flipped byte in one sample; returns the shard, whose set has others."""
+    copy = tmp_path / "set"
+    shutil.copytree(data_set, copy)
+    shard = max(copy.rglob("*.mds"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[-1000] ^= 1
+    shard.write_bytes(content)
+    return shard
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_flipped_byte_in_a_shard_is_named_and_its_sample_replaced(workers, words, flipped, train, tmp_path) -> None:
+    words = [*words, f"data.path={tmp_path / 'set'}", f"data.workers={workers}", "data.timeout=60"]
+    finished = train("demo_256", *words, processes=2)
+    name = flipped.relative_to(tmp_path / "set")
+    assert finished.output.count(f"WARNING: {name}: sample ") == 1  # although it is met in both epochs
+    assert "others stand in (1 of 10 damaged shards)" in finished.output
+    found = newest(tmp_path / "run")
+    assert found is not None
+    assert (found.progress.step, found.progress.images, found.progress.damaged) == (8, 32, (str(name),))
+
+
+def test_more_damaged_shards_than_allowed_stop_the_run(words, flipped, train, tmp_path: Path) -> None:
+    words = [*words, f"data.path={tmp_path / 'set'}", "data.damaged_shards=0"]
+    finished = train("demo_256", *words, processes=2, check=False)
+    assert finished.codes == [1, 1]
+    name = flipped.relative_to(tmp_path / "set")
+    assert f"1 shards of {tmp_path / 'set'} are damaged, data.damaged_shards allows 0: {name}" in finished.output
+
+
+def test_a_missing_shard_is_named_and_its_samples_replaced(words, flipped, train, tmp_path: Path) -> None:
+    flipped.unlink()
+    finished = train("demo_256", *words, f"data.path={tmp_path / 'set'}", processes=2)
+    name = flipped.relative_to(tmp_path / "set")
+    assert f"{tmp_path / 'set' / name}: missing" in finished.output
+    assert "others stand in (1 of 10 damaged shards)" in finished.output
+    assert newest(tmp_path / "run").progress.images == 32  # type: ignore[union-attr]
+
+
 # ---- processes that are lost ----
 
 

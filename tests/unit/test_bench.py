@@ -66,6 +66,14 @@ def test_picture(capsys):
     assert re.search(r"64 px  focusdit_tiny +\d+\.\d+ s", capsys.readouterr().out)
 
 
+def test_checkpoint(capsys):
+    assert main(["checkpoint", *SMALL[:-1], "1"]) == 0
+    said = capsys.readouterr().out
+    assert ": 16.0" in said or ": 16.1" in said  # four fp32 values, and a header
+    assert re.search(r"in the background +training stands still for +\d+\.\d+ s +ratio \d", said)
+    assert re.search(r"spike guard, watchdog and logging .*: \d+\.\d\d%", said)
+
+
 def test_skip_by_a_model_without_masks(capsys):
     assert main(["skip", *SMALL]) == 1
     assert "no query masks" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""What safety costs: how long training stands still for a checkpoint, written at once and in the background; its bytes a
+parameter; the share of a step that the spike guard, the watchdog and the logging take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from pretrain import engine, optim, train
+from pretrain.bench.timing import model_arguments, side_by_side
+from pretrain.checkpoint import FOLDER, Progress
+from pretrain.config import load
+from pretrain.data import Batch
+from pretrain.diffusion import Loss
+from pretrain.ema import Ema
+from pretrain.engine import Engine, World
+from pretrain.guard import Guard
+from pretrain.models import DiT, PackedText, preset
+from pretrain.monitor import Monitor
+from pretrain.saver import Saver
+from pretrain.stopping import Stop
+from pretrain.watchdog import WAITING, Watchdog
+
+CAPTION = 40  # tokens
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    model_arguments(parser, preset="focusdit_1b", batch=2, rounds=5)
+    parser.add_argument("--folder", type=Path, help="where to write the checkpoints; by default a temporary folder")
+
+
+def run(args: argparse.Namespace) -> str:
+    """The table."""
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        world, stop = engine.start(), Stop()
+        try:
+            t, batch = _trainer(args, Path(folder), world, stop)
+            lines = _checkpoints(t, batch, args.rounds) + _share(t, batch, args.rounds)
+            t.watchdog.close()
+        finally:
+            stop.close()
+            engine.stop()
+    return "\n".join(lines)
+
+
+def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: Stop) -> tuple[train.Trainer, Batch]:
+    """A trainer with all its parts but the data, and a batch."""
+    config = load("demo_256", [f"run_dir={folder}", "preview.every=0", "steps=1000000", "logging.every=20"])[0]
+    backbone = replace(preset(args.preset), depth=args.depth) if args.depth else preset(args.preset)
+    torch.manual_seed(0)
+    model = DiT(backbone).to(world.device)
+    deepspeed: dict[str, Any] = {
+        "train_batch_size": args.batch * world.size,
+        "train_micro_batch_size_per_gpu": args.batch,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": world.device.type == "cuda"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 2, "overlap_comm": False, "contiguous_gradients": True},
+    }
+    zero = Engine(model, optim.build(model, config.optimizer), deepspeed, world)
+    ema, guard = Ema(zero, 0.9999), Guard(config.guard, world, stop)
+    monitor = Monitor(config, backbone, zero)
+    monitor.begin(0, [])
+    side = args.tokens_per_side * backbone.patch
+    latent = torch.randn(args.batch, backbone.latent_channels, side, side).half()
+    text = PackedText.pack([torch.randn(CAPTION, backbone.text_width).half() for _ in range(args.batch)])
+    batch = Batch(tuple(map(str, range(args.batch))), tuple(range(args.batch)), text, latent, None)
+    nothing = cast(Any, None)
+    saver = Saver(config, zero, ema, {})
+    objective, watchdog = config.objective.build(), Watchdog(world, config.guard.seconds)
+    return train.Trainer(config, nothing, model, zero, ema, objective, guard, watchdog, monitor, nothing, saver), batch
+
+
+def _checkpoints(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
+    """Training stands still for the copy or the whole writing; steps beside the writing may be slower, too."""
+    progress, alone, beside = Progress(), [], []
+    still: dict[bool, list[float]] = {True: [], False: []}
+    for i in range(rounds + 1):  # the first round does not count: buffers are made in it
+        for background in (False, True):
+            start = time.perf_counter()
+            progress = train.train_step(t, [batch], progress)
+            step = time.perf_counter() - start
+            t.saver.keep = t.config.checkpoint.model_copy(
+                update={"background": background, "keep_last": 1, "keep_every": 0}
+            )
+            t.saver.save(progress, t.monitor.sums())
+            if i:
+                alone.append(step)
+                still[background].append(t.saver.stood_still)
+            while background and t.saver.news() is None:
+                start = time.perf_counter()
+                progress = train.train_step(t, [batch], progress)
+                if i:
+                    beside.append(time.perf_counter() - start)
+            if t.saver.error:
+                raise OSError(t.saver.error)
+    (newest,) = (t.config.run_dir / FOLDER).glob("step_*")
+    count = sum(p.numel() for p in t.model.parameters())
+    size = sum(p.stat().st_size for p in newest.iterdir())
+    at_once, behind = statistics.median(still[False]), statistics.median(still[True])
+    bytes_each, ms_alone, ms_beside = size / count, 1e3 * statistics.median(alone), 1e3 * statistics.median(beside)
+    about = f"{count / 1e6:.1f}M parameters in one process, {size / 1e9:.2f} GB on disk"
+    return [
+        f"{about}: {bytes_each:.2f} bytes a parameter ({bytes_each / 14:.2f} × 14)",
+        f"  written at once     training stands still for {at_once:7.3f} s",
+        f"  in the background   training stands still for {behind:7.3f} s   ratio {behind / at_once:.3f}",
+        f"  a step beside the writing {ms_beside:.1f} ms, alone {ms_alone:.1f} ms   ratio {ms_beside / ms_alone:.2f}",
+    ]
+
+
+def _share(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
+    """The guard, the watchdog's notes and the monitor by themselves, 20 steps with one logging step, against a step."""
+    zeros = torch.zeros(len(batch.keys), device=t.engine.world.device)
+    loss = Loss(zeros.mean() + 1, zeros + 1, zeros + 500)
+    masks = torch.zeros(t.model.config.depth, len(zeros), 256, device=zeros.device)
+    squares = torch.ones((), dtype=torch.float64, device=zeros.device)
+    progress = [Progress(step=1)]
+
+    def safety() -> None:
+        for _ in range(20):
+            before = progress[0]
+            t.watchdog.at(before.step, "reading data")
+            t.watchdog.at(before.step, WAITING)
+            t.guard.begin(before.health)
+            t.monitor.record(batch, loss, masks)
+            t.guard.add(batch.keys, loss)
+            t.guard(squares)
+            t.monitor.step(before.step + 1, t.guard.verdict, 1e-4)
+            health = before.health.after(t.guard.verdict, t.config.guard.window)
+            progress[0] = replace(before, step=before.step + 1, health=health)
+
+    def step() -> None:
+        train.train_step(t, [batch], Progress(step=1))
+
+    runs: dict[str, Callable[[], object]] = {"safety": safety, "step": step}
+    with closing(t.monitor):
+        took = side_by_side(runs, rounds, t.engine.world.device)
+    each = took["safety"] / 20
+    share = f"{1e3 * each:.3f} ms of a step of {1e3 * took['step']:.1f} ms: {each / took['step']:.2%}"
+    return [f"  spike guard, watchdog and logging (a line each 20 steps) {share}"]
