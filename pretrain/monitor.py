@@ -7,7 +7,7 @@ Process 0 writes. A resumed run takes up the curves where its checkpoint was; po
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -91,10 +91,10 @@ class Monitor:
 
     def begin(self, step: int, sums: list[float]) -> None:
         """Goes on after this step, with the sums that `sums` gave there ([] for none); later points of the curves are purged."""
-        self.close()
+        if self.writer is not None:
+            self.close()
         if self.world.rank == 0:
-            folder, purge = self.config.run_dir / "tensorboard", step + 1 if step else None
-            self.writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+            self.writer = self._open(purge_step=step + 1 if step else None)
         self.totals, self.since = self._zeros(), time.perf_counter()
         if sums:
             t = self.totals
@@ -110,8 +110,7 @@ class Monitor:
 
         Over all processes they sum up to the run's, so process 0 alone tells what all count alike.
         """
-        if self.writer is not None:
-            self.writer.flush()
+        self._put(lambda writer: writer.flush())
         t, first = self.totals, self.world.rank == 0
         alike = [float(getattr(t, name)) if first else 0.0 for name in ALIKE]
         seconds = time.perf_counter() - self.since if first else 0.0
@@ -159,7 +158,7 @@ class Monitor:
             dist.all_reduce(sums)
         bins, blocks = len(t.bin_loss), len(t.masks)
         loss, bin_loss, bin_count, masks, host = sums.cpu().split([1, bins, bins, blocks, 4])
-        if self.writer is None:
+        if self.world.rank != 0:
             return
         seconds = time.perf_counter() - self.since
         micro, images, text_tokens, wait = host.tolist()
@@ -185,7 +184,7 @@ class Monitor:
         if self.world.device.type == "cuda":
             scalars["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, step)
+            self._put(lambda writer, tag=tag, value=value: writer.add_scalar(tag, value, step))  # type: ignore[misc]
         eta = (self.config.steps - step) * seconds / t.steps
         print(
             f"step {step}/{self.config.steps}  loss {scalars['train/loss']:.4f}  norm {scalars['train/gradient_norm']:.2f}  "
@@ -195,8 +194,7 @@ class Monitor:
         )
 
     def image(self, tag: str, image: Image.Image, step: int) -> None:
-        if self.writer is not None:
-            self.writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+        self._put(lambda writer: writer.add_image(tag, np.asarray(image), step, dataformats="HWC"))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -207,12 +205,26 @@ class Monitor:
 
     def stood_still(self, step: int, seconds: float) -> None:
         """Training waited so long for a checkpoint."""
-        if self.writer is not None:
-            self.writer.add_scalar("speed/checkpoint_stop_s", seconds, step)
+        self._put(lambda writer: writer.add_scalar("speed/checkpoint_stop_s", seconds, step))
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        self._put(lambda writer: writer.close())
+        self.writer = None
+
+    def _open(self, purge_step: int | None = None) -> SummaryWriter:
+        return SummaryWriter(str(self.config.run_dir / "tensorboard"), purge_step=purge_step, flush_secs=10)
+
+    def _put(self, write: Callable[[SummaryWriter], object]) -> None:
+        """Writes, on process 0. On a full disk points are lost, training is not: a new file is tried at the next one."""
+        if self.world.rank != 0:
+            return
+        try:
+            self.writer = self.writer or self._open()
+            write(self.writer)
+        except OSError as error:
+            print(
+                f"WARNING: TensorBoard's file cannot be written ({error}); its points are lost until it can", flush=True
+            )
             self.writer = None
 
 

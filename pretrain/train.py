@@ -118,8 +118,7 @@ def train(t: Trainer) -> str | None:
     """Runs to the last step (None), or until some process is asked to stop (by what)."""
     config, monitor = t.config, t.monitor
     progress = begin(t)
-    if t.engine.world.rank == 0:
-        note_start(config.run_dir, progress.step)
+    note(t, progress.step)
     batches = timed(t, progress)
     while progress.step < config.steps:
         step_batches = next(batches)
@@ -214,6 +213,18 @@ def begin(t: Trainer) -> Progress:
     for line in checkpoint.changes(other.state, t.saver.about):
         log(t, f"  {line}")
     return Progress(updates=other.progress.updates if config.carry_moments else 0)
+
+
+def note(t: Trainer, step: int) -> None:
+    """Notes this start; a SLURM job that does not get on is an error on all processes."""
+    problem = None
+    if t.engine.world.rank == 0:
+        try:
+            note_start(t.config.run_dir, step)
+        except RuntimeError as error:
+            problem = str(error)
+    if problem := gather(problem, t.engine.world)[0]:
+        raise RuntimeError(problem)
 
 
 def take_up(t: Trainer, own: checkpoint.Checkpoint) -> Progress:

@@ -121,13 +121,13 @@ class Watchdog:
                 return
             if time.monotonic() - start > 3 * self._beat:
                 self._forget_time()  # this process itself was stopped, perhaps with all the others
-            limit = self.seconds * (6 if self._first else 1)
-            if silent := self._silent(limit):
+            limits = {r: seen.note.get("limit", STARTING * self.seconds) for r, seen in self._seen.items()}
+            if silent := [r for r in self._silent(self.seconds) if r in self._silent(limits[r])]:
                 silent = [0] if 0 in silent else silent  # without process 0 nothing is heard of the others
-                self._end(silent, f"{self._names(silent)} gave no sign of life for {limit:.0f} s")
-            if still := [r for r, seen in self._seen.items() if seen.note.get("idle", 0) > limit]:
+                self._end(silent, f"{self._names(silent)} gave no sign of life for {limits[silent[0]]:.0f} s")
+            if still := [r for r, seen in self._seen.items() if seen.note.get("idle", 0) > limits[r]]:
                 behind = self._behind(still)
-                self._end(behind, f"no step for {limit:.0f} s; {self._names(behind)} held up the others")
+                self._end(behind, f"no step for {limits[behind[0]]:.0f} s; {self._names(behind)} held up the others")
 
     def _forget_time(self) -> None:
         now = time.monotonic()
@@ -137,7 +137,8 @@ class Watchdog:
     def _mine(self) -> dict[str, Any]:
         """A sign of life; its time makes each differ from the one before."""
         now = time.monotonic()
-        note = {"step": self.step, "doing": self._doing, "idle": now - self._since, "at": now}
+        limit = self.seconds * (STARTING if self._first else 1)
+        note = {"step": self.step, "doing": self._doing, "idle": now - self._since, "limit": limit, "at": now}
         return note | {"host": socket.gethostname()} | self._failed
 
     def _post(self, board: Board) -> None:
@@ -175,6 +176,8 @@ class Watchdog:
         os._exit(REQUEUE)
 
 
+# Times as long as later until a process has done its first step, in which models are compiled and loaders started.
+STARTING = 6
 WAITING = "computing and waiting for the others"
 
 

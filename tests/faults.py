@@ -5,10 +5,12 @@ The moment of a kill is chosen here, where no outside killer could meet it; the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +23,11 @@ def is_rank(rank: int) -> bool:
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
+
+
+def several(*faults: Callable[[], None]) -> None:
+    for fault in faults:
+        fault()
 
 
 def record_keys(folder: Path) -> None:
@@ -111,7 +118,10 @@ def bad_losses(steps: dict[int, float], rank: int = 0, times: int = 1_000) -> No
 
 
 def at_step(step: int, rank: int, what: str) -> None:
-    """One process stops itself (SIGSTOP), dies (SIGKILL), sleeps in reading, or raises an error once it has done `step` steps."""
+    """Once one process has done `step` steps, it sends itself a signal, sleeps in reading, raises an error, or fills a disk.
+
+    `what` is a signal's name, sleep, error, or the folder to be filled.
+    """
     if not is_rank(rank):
         return
     from pretrain import train
@@ -125,7 +135,13 @@ def at_step(step: int, rank: int, what: str) -> None:
             if what == "sleep":
                 t.watchdog.at(step, "reading data")
                 time.sleep(600)
-            os.kill(os.getpid(), getattr(signal, what))
+            if what.startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, what))
+            if what.startswith("/"):
+                t.saver.wait()
+                with contextlib.suppress(OSError), (Path(what) / "somebody_elses").open("wb", 0) as file:
+                    while True:
+                        file.write(bytes(2**20))
         return whole(t, batches, progress)
 
     train.train_step = faulty

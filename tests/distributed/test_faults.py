@@ -156,10 +156,10 @@ def test_without_a_whole_checkpoint_nothing_starts_anew(words, straight, train, 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 70 MB: one checkpoint of 40 MB fits."""
+    """A file system of 190 MB, for checkpoints of 40 MB."""
     folder = tmp_path / "run"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=70m", "tmpfs", folder], capture_output=True, text=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=190m", "tmpfs", folder], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
     yield folder
@@ -171,16 +171,18 @@ def test_a_full_disk_leaves_the_old_checkpoints_and_training_goes_on(
     background, words, straight, small_disk: Path, train
 ) -> None:
     words = [*words, "checkpoint.keep_last=3", f"checkpoint.background={background}"]
-    finished = train("demo_256", *words, processes=2, check=False)
+    fill = partial(at_step, 3, 0, str(small_disk))
+    finished = train("demo_256", *words, processes=2, before=fill, check=False)
     assert "WARNING: " in finished.output
     assert "step_00000004 could not be written: process" in finished.output
+    assert "No space left on device" in finished.output
     assert "training goes on, the checkpoints before are whole" in finished.output
     assert "step 8/8" in finished.output
     assert finished.codes == [1, 1]  # the last one could not be written either
     folder = small_disk / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_00000002"]
     newest(small_disk).verify()  # type: ignore[union-attr]
-    subprocess.run(["mount", "-o", "remount,size=300m", small_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,size=500m", small_disk], check=True)
     train("demo_256", *words, processes=2)
     assert same_state(small_disk, straight)
 

@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from faults import PLACES, die_in_publishing, record_keys
+from faults import PLACES, at_step, die_in_publishing, record_keys, several
 from support import SMALL, fork_training, same_state, scalars
+
+from pretrain.stopping import REQUEUE
 
 RETENTION = ("checkpoint.every=3", "checkpoint.keep_last=2", "checkpoint.keep_every=0")
 KILLS = 25
@@ -52,20 +54,23 @@ def test_25_kills_leave_no_trace(data_set: Path, train, tmp_path: Path) -> None:
 
 def test_other_numbers_of_processes_repeat_and_lose_no_sample(data_set: Path, train, tmp_path: Path) -> None:
     """1 → 2 → 4 → 2 processes over two epochs of 5 steps, the mask's dropout included."""
-    words = [*SMALL, "deepspeed.train_micro_batch_size_per_gpu=1", "optimizer.schedule=constant", "optimizer.lr=1e-4"]
+    words = [*SMALL, "deepspeed.train_micro_batch_size_per_gpu=1", "steps=10", "optimizer.lr=1e-4"]
     words += ["model.mask_dropout=0.1", f"data.path={data_set}", "logging.every=3"]
     for until, processes in ((2, 1), (4, 2), (7, 4), (10, 2)):
-        go = [*words, f"run_dir={tmp_path / 'run'}", f"steps={until}"]
-        train("demo_256", *go, processes=processes, before=partial(record_keys, tmp_path))
+        record, stop = partial(record_keys, tmp_path), partial(at_step, until - 1, 0, "SIGUSR1")
+        before = partial(several, record, stop) if until < 10 else record
+        run = train("demo_256", *words, f"run_dir={tmp_path / 'run'}", processes=processes, before=before, check=False)
+        assert set(run.codes) == {REQUEUE if until < 10 else 0}, run.output
     seen: dict[int, list[str]] = {0: [], 1: []}
     for path in sorted(tmp_path.glob("[01]_*")):
         for line in path.read_text().splitlines():
             seen[int(path.name[0])] += line.split()[1:]
     assert [len(keys) for keys in seen.values()] == [20, 20]
     assert set(seen[0]) == set(seen[1]) and len(set(seen[0])) == 20
-    train("demo_256", *words, f"run_dir={tmp_path / 'straight'}", "steps=10")
+    train("demo_256", *words, f"run_dir={tmp_path / 'straight'}")
     losses, straight = (scalars(tmp_path / name, "train/loss") for name in ("run", "straight"))
-    assert {step: losses[step] for step in straight} == pytest.approx(straight, rel=1e-4)
+    assert list(losses) == [3, 6, 9, 10]
+    assert losses == pytest.approx(straight, rel=1e-4)
 
 
 def wait_for_lines(log: Path, count: int, seconds: float = 120) -> None:
