@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+RENDEZVOUS = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,15 @@ class World:
     rank: int
     size: int
     device: torch.device
+    timeout: timedelta = timedelta(minutes=30)
+    """The longest that a collective may take."""
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     """Joins the processes that a launcher started (RANK, WORLD_SIZE, …), or starts alone where there is none.
+
+    Args:
+        timeout: the longest that a collective may take. The processes have RENDEZVOUS to find one another.
 
     Raises:
         ValueError: a launcher set some of the variables only, or there are fewer GPUs than processes on this node.
@@ -69,13 +75,15 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
         # Else the first start on a CPU compiles a collective that training does not use: over a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        deepspeed.init_distributed("nccl" if gpus else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
+        backend = "nccl" if gpus else "gloo"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=RENDEZVOUS, verbose=False)
     except dist.DistError as error:
         raise RuntimeError(
             f"no rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); "
             "another program has this MASTER_PORT, or not all processes started: see what they say"
         ) from error
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    dist.distributed_c10d._set_pg_timeout(timeout)
+    return World(dist.get_rank(), dist.get_world_size(), device, timeout)
 
 
 def gather(item: Any, world: World) -> list[Any]:
@@ -134,6 +142,8 @@ class Engine:
             0
         ]
         self._zero = self._engine.optimizer
+        if (group := self._zero.dp_process_group) is not None:  # DeepSpeed makes it with a timeout of torch's
+            dist.distributed_c10d._set_pg_timeout(world.timeout, group)
         # One pass over the gradients serves clipping and the judge; DeepSpeed by itself looks at them twice.
         self._zero.check_grad_overflow = True
         self._zero.check_overflow = self._look

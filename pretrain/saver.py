@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import threading
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -37,14 +36,12 @@ class Saver:
 
     Attributes:
         error: why the last checkpoint could not be written; None where it could, or is not ready yet.
-        stood_still: seconds for which training waited for the last `save`.
     """
 
     def __init__(self, config: Config, engine: Engine, ema: Ema, about: dict[str, Any]):
         self.folder, self.keep = config.run_dir / FOLDER, config.checkpoint
         self.engine, self.ema, self.about = engine, ema, about
         self.error: str | None = None
-        self.stood_still = 0.0
         self._board = Board(PATIENCE)
         self._thread: threading.Thread | None = None
         self._copies: dict[str, Tensor] = {}
@@ -55,7 +52,6 @@ class Saver:
 
         Without `checkpoint.background` it is finished, or has failed, when this returns.
         """
-        start = time.perf_counter()
         self.wait()
         self.error, self._name = None, step_name(progress.step)
         self._count += 1
@@ -73,7 +69,6 @@ class Saver:
         self._thread.start()
         if not self.keep.background:
             self.wait()
-        self.stood_still = time.perf_counter() - start
 
     def wait(self) -> None:
         """Until the checkpoint that is being written is published, or has failed, for all processes."""

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from pretrain.provenance import keep_what_is_used
 from pretrain.saver import Saver
 from pretrain.starts import note_start
 from pretrain.stopping import REQUEUE, Stop
-from pretrain.watchdog import WAITING, Watchdog
+from pretrain.watchdog import STARTING, WAITING, Watchdog
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
             return preflight.check(args.config, args.overrides, args.processes)
         config, deepspeed = load(args.config, args.overrides)
         stop = Stop(config.checkpoint.time_limit)
-        world = engine.start()
+        # The watchdog comes first and says more; a collective's own limit is for what it cannot see.
+        world = engine.start(timedelta(seconds=2 * STARTING * config.guard.seconds))
         watchdog = Watchdog(world, config.guard.seconds)
         preflight.require(config, deepspeed, world)
         stopped = train(build(config, deepspeed, world, stop, watchdog))
@@ -293,12 +295,16 @@ def save(t: Trainer, progress: Progress, wait: bool) -> None:
     """Starts a checkpoint, and finishes it if `wait`: then one that fails is an error, else a warning."""
     t.watchdog.at(progress.step, "writing a checkpoint")
     with t.monitor.paused():
+        start = time.perf_counter()
+        t.saver.wait()
+        if news := t.saver.news():
+            log(t, news)
         t.saver.save(progress, t.monitor.sums())
+        t.monitor.stood_still(progress.step, time.perf_counter() - start)
         if wait:
             t.saver.wait()
     if wait and t.saver.error:
         raise RuntimeError(t.saver.error)
-    t.monitor.stood_still(progress.step, t.saver.stood_still)
 
 
 def timed(t: Trainer, progress: Progress) -> Iterator[list[Batch]]:

@@ -93,10 +93,11 @@ def _checkpoints(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
             t.saver.keep = t.config.checkpoint.model_copy(
                 update={"background": background, "keep_last": 1, "keep_every": 0}
             )
+            start = time.perf_counter()
             t.saver.save(progress, t.monitor.sums())
             if i:
                 alone.append(step)
-                still[background].append(t.saver.stood_still)
+                still[background].append(time.perf_counter() - start)
             while background and t.saver.news() is None:
                 start = time.perf_counter()
                 progress = train.train_step(t, [batch], progress)

@@ -73,6 +73,8 @@ def test_stage_2_starts_from_stage_1(data_set: Path, uninterrupted: Path, train,
         run_dir = tmp_path / carry
         finished = train("demo_512", *words, f"carry_moments={carry}", f"run_dir={run_dir}")
         assert "its weights and average" in finished.output
+        assert "  data.resolution: 256 → 512\n" in finished.output
+        assert "  model.position_scale: None → 2.0\n" in finished.output
         found = newest(run_dir)
         assert found is not None
         assert found.progress.position.step_in_epoch == 2

@@ -58,7 +58,7 @@ def test_killed_again_and_again_with_ever_other_numbers_of_workers(
                 assert time.monotonic() < deadline, (tmp_path / "log").read_text()
                 time.sleep(0.02)
                 if len(shards.made(root)) > made:  # not while it starts: it would never come to anything
-                    time.sleep(rng.uniform(0, 0.5))
+                    time.sleep(rng.uniform(0, 0.15))
                     made = len(shards.made(root))
                     alive = [worker for worker in workers if worker.is_alive()]
                     if alive and made < TARS - 4:

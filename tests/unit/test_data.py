@@ -229,7 +229,9 @@ def test_a_cache_for_plain_shards_and_its_limit(tmp_path: Path) -> None:
     assert sorted(k for keys, _ in keys_and_text(loader) for k in keys) == sorted(
         k for keys, _ in expected for k in keys
     )
-    assert 0 < sum(p.stat().st_size for p in loader.root.rglob("*.mds")) <= limit * 2**20
+    # streaming fetches ahead in a thread of its own: one shard more may be there for a while.
+    most = limit * 2**20 + max(p.stat().st_size for p in root.rglob("*.mds"))
+    assert 0 < sum(p.stat().st_size for p in loader.root.rglob("*.mds")) <= most
     assert contents(root) == before
     shard = next(root.rglob("*.mds"))
     shard.unlink()
