@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, help="with --check on a login node: the processes it is planned for")
     args = parser.parse_intermixed_args(argv)
     quiet()
-    watchdog = None
+    stop, watchdog = None, None
     try:
         if args.check:
             return preflight.check(args.config, args.overrides, args.processes)
@@ -76,9 +76,6 @@ def main(argv: list[str] | None = None) -> int:
         watchdog = Watchdog(world, config.guard.seconds)
         preflight.require(config, deepspeed, world)
         stopped = train(build(config, deepspeed, world, stop, watchdog))
-        watchdog.close()
-        stop.close()
-        engine.stop()
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("FOCUSDIT_TRACEBACK"):
             raise
@@ -88,6 +85,12 @@ def main(argv: list[str] | None = None) -> int:
         if watchdog and world.size > 1:
             os._exit(code)  # leaving a broken group in good order may wait for the others
         return code
+    finally:
+        if stop:
+            stop.close()
+        if watchdog:
+            watchdog.close()
+        engine.stop()
     return REQUEUE if stopped else 0
 
 
@@ -121,6 +124,7 @@ def train(t: Trainer) -> str | None:
     config, monitor = t.config, t.monitor
     progress = begin(t)
     note(t, progress.step)
+    t.watchdog.step = progress.step
     batches = timed(t, progress)
     while progress.step < config.steps:
         step_batches = next(batches)
