@@ -22,6 +22,7 @@ class Board:
     """
 
     def __init__(self, patience: float):
+        self.patience = patience
         self._store = _get_default_store().clone()  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=patience))
 

@@ -38,14 +38,13 @@ MEND = "remove {} to use the one before"
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run has done: `step` optimizer steps tried, of which AdamW applied `updates`; shards that proved damaged."""
+    """What a run has done: `step` optimizer steps tried, of which AdamW applied `updates`."""
 
     step: int = 0
     updates: int = 0
     images: int = 0
     position: Position = field(default_factory=Position)
     health: Health = field(default_factory=Health)
-    damaged: tuple[str, ...] = ()
 
 
 class DamagedCheckpoint(ValueError):
@@ -76,8 +75,7 @@ class Checkpoint:
     @property
     def progress(self) -> Progress:
         p = self.state["progress"]
-        position, health = Position(**p["position"]), Health.of(p["health"])
-        return Progress(p["step"], p["updates"], p["images"], position, health, tuple(p["damaged"]))
+        return Progress(p["step"], p["updates"], p["images"], Position(**p["position"]), Health.of(p["health"]))
 
     def totals(self, world: World) -> list[float]:
         """The monitor's sums that this process goes on with: all processes' together, however many there were."""
@@ -185,19 +183,22 @@ def newest_whole(
         ValueError: there are checkpoints, and every one is damaged or unwanted.
     """
     folder, lines = run_dir / FOLDER, []
-    for path in gather(by_age(folder), world)[0]:  # as process 0 sees them
+    paths, started = gather((by_age(folder), (folder / LATEST).exists()), world)[0]  # as process 0 sees them
+    for path in paths:
         problem, found = None, None
         try:
             found = Checkpoint(path)
             found.verify(slice(world.rank, None, world.size))
-        except DamagedCheckpoint as error:
+        except (DamagedCheckpoint, OSError) as error:
             problem = str(error)
         if problems := [p for p in gather(problem, world) if p]:
             lines.append(f"  {problems[0]}")
             warn(f"WARNING: {problems[0].partition('; remove')[0]}; taking the one before")
         elif found is not None and wanted(found):
             return found
-    if lines or (folder / LATEST).exists():
+        else:
+            lines.append(f"  {path} is from amid the skipped steps")
+    if lines or started:
         raise ValueError(f"{folder}: no checkpoint can be used:\n" + "\n".join(lines))
     return None
 

@@ -149,8 +149,8 @@ class OptimizerSection(Section):
 class CheckpointSection(Section):
     every: Positive = 1000
     """Steps between checkpoints; the last step always has one."""
-    keep_last: Positive = 3
-    """The newest checkpoints that are kept."""
+    keep_last: Annotated[int, Field(ge=2)] = 3
+    """The newest checkpoints that are kept: two at least, as the newest may prove damaged."""
     keep_every: NotNegative = 10000
     """Checkpoints at multiples of these steps are kept for ever; 0 keeps none."""
 
@@ -211,6 +211,8 @@ class Config(Section):
     """Optimizer steps of the whole stage."""
     seed: int = 0
     """Of the weights, the data order, and every sample's noise."""
+    deterministic: bool = False
+    """Only deterministic kernels, so that a resumed run on GPUs equals an uninterrupted one bit for bit; slower. CPUs' are."""
     init_from: str | None = None
     """Start from another run's newest checkpoint (a run directory, or a name under runs/): weights and EMA."""
     carry_moments: bool = False
@@ -337,6 +339,8 @@ def _deepspeed(name: str, changes: dict[str, Any], problems: list[str]) -> dict[
     zero = content.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") != 2:
         problems.append(f"deepspeed.zero_optimization.stage: must be 2 (in {path})")
+    if isinstance(zero, dict) and {"offload_optimizer", "offload_param"} & zero.keys():
+        problems.append(f"deepspeed.zero_optimization: offloading is not supported; leave it out (in {path})")
     if "gradient_accumulation_steps" in content:
         problems.append("deepspeed.gradient_accumulation_steps: leave it out; it follows from the batch and the GPUs")
     return content

@@ -300,9 +300,10 @@ class Loader:
 
 
 def ignore_signals(worker: int) -> None:
-    """SLURM signals a task's whole process group: the loader's processes go on until the training ends them."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    """SLURM signals a task's whole process group: the loader's processes go on until the training ends them, or a second TERM."""
+    for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def check_fits(card: shards.Card, config: Config, backbone: DiTConfig, global_batch: int) -> None:

@@ -144,8 +144,11 @@ class Guard:
                 "gradient_norm": _number(v.norm),
                 "samples": samples,
             }
-            with (run_dir / SKIPPED).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with (run_dir / SKIPPED).open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:  # a full disk does not stop training
+                print(f"WARNING: {run_dir / SKIPPED} cannot be written ({error}): {json.dumps(line)}", flush=True)
 
     def stopped_by(self) -> str:
         """Who was asked to stop, and by what. All processes call it."""

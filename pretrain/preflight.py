@@ -164,7 +164,8 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def run_dir_problems(config: Config) -> list[str]:
-    needed = checkpoint_bytes(config) - _bytes_in(config.run_dir / FOLDER)
+    there = sum(_bytes_in(folder) for folder in (config.run_dir / FOLDER).glob("step_*"))
+    needed = checkpoint_bytes(config) - there
     return disk_problems(
         "run_dir", config.run_dir, needed, "for its checkpoints; free some, or keep fewer (checkpoint)"
     )

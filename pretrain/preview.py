@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from data_prep.encoders import DOWNSAMPLE, Vae
+from data_prep.files import temporary_name
 from data_prep.pictures import labelled_grid, to_image
 from data_prep.shards import Card, load_null_text
 from pretrain.config import Config
@@ -46,7 +47,9 @@ class Preview:
         if self.world.rank == 0 and not path.exists():
             encoder = load_text_encoder(self.card, self.world.device)
             texts = encoder.encode(self.prompts, self.card.token_cap)[0]
-            save_file({f"{i:04d}": t for i, t in enumerate(texts)}, path)
+            new = path.with_name(temporary_name(path.name))
+            save_file({f"{i:04d}": t for i, t in enumerate(texts)}, new)
+            new.replace(path)
         if self.world.size > 1:
             dist.barrier()
         return [t for _, t in sorted(load_file(path).items())]

@@ -1,8 +1,8 @@
 """Writing checkpoints, while training goes on if asked.
 
 Each process writes its slices into a folder of another name, hashes them and tells process 0 on a board; process 0 describes
-the folder by `state.json`, renames it, and only then replaces `latest`. All of that happens in threads: nothing of it needs a
-collective. What fails (a full disk, say) leaves the older checkpoints whole, and training goes on.
+the folder by `state.json`, renames it, and only then replaces `latest`. All of that happens in threads, without a collective.
+What fails (a full disk, say) leaves the older checkpoints whole, and training goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -89,7 +88,7 @@ class Saver:
         return self.folder / f".writing-{step_name(progress.step)}"
 
     def _tensors(self, copied: bool) -> dict[str, Tensor]:
-        """This process's slices; copied into host memory that is kept for the next time."""
+        """This process's slices; copied into host memory that is kept for the next time (for GPUs pinned: up to twice as much)."""
         kinds = {"master": self.engine.masters, "ema": self.ema.shares, **self.engine.moments()}
         tensors = {f"{k}.{g}": t.detach() for k, shares in kinds.items() for g, t in enumerate(shares)}
         if not copied:
@@ -111,7 +110,7 @@ class Saver:
             if self.error:
                 raise OSError(self.error)
             mine |= _write_file(writing / mine["name"], tensors)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # whatever it is, the other processes wait to hear of it
             mine["error"] = str(error)
         try:
             self._board.post(f"saved/{self._count}/{world.rank}", mine)
@@ -120,6 +119,8 @@ class Saver:
             self.error = self._board.read([f"saved/{self._count}"])[0]
         except DistError as error:
             self.error = f"{writing}: not all processes wrote their part within {PATIENCE / 60:.0f} minutes ({error})"
+        except Exception as error:
+            self.error = f"{writing}: {error!r}"
 
     def _finish(self, progress: Progress, writing: Path) -> str | None:
         """Process 0: publishes what all wrote, or removes it and returns why."""
@@ -141,10 +142,14 @@ class Saver:
             try:
                 write_whole(writing / STATE, sealed(state))
                 publish(writing, self.folder / step_name(progress.step))
-                retain(self.folder, self.keep.keep_last, self.keep.keep_every)
-                return None
             except OSError as error:
                 problems = [f"process 0: {error}"]
+            else:
+                try:
+                    retain(self.folder, self.keep.keep_last, self.keep.keep_every)
+                except OSError as error:
+                    print(f"WARNING: an older checkpoint could not be removed: {error}", flush=True)
+                return None
         shutil.rmtree(writing, ignore_errors=True)  # on a full disk it is what can be given back
         return f"{self.folder / step_name(progress.step)} could not be written: " + "; ".join(problems)
 

@@ -14,6 +14,8 @@ from types import FrameType
 
 # The exit code that `slurm/common.sh` turns into a requeue: EX_TEMPFAIL.
 REQUEUE = 75
+# Seconds within which a signal that comes twice is one: a launcher passes on what the terminal or SLURM sent to all.
+TWICE = 2.0
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
@@ -26,6 +28,7 @@ class Stop:
 
     def __init__(self, limit: float | None = None):
         self._signal: signal.Signals | None = None
+        self._taken = 0.0
         self._process = os.getpid()
         self.limit, self._since = limit, time.monotonic()
         self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
@@ -33,10 +36,11 @@ class Stop:
     def _take(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a loader's process, which its parent ends
             return
-        if self._signal is not None:
+        if self._signal is not None and time.monotonic() - self._taken > TWICE:
             print(f"a second signal ({signal.Signals(number).name}): stopping at once", file=sys.stderr, flush=True)
             os._exit(128 + number)
-        self._signal = signal.Signals(number)
+        if self._signal is None:
+            self._signal, self._taken = signal.Signals(number), time.monotonic()
 
     @property
     def code(self) -> float:

@@ -13,8 +13,9 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -27,7 +28,7 @@ from pretrain.console import quiet
 from pretrain.data import Batch, Loader
 from pretrain.diffusion import Loss, Objective, draw, measure
 from pretrain.ema import Ema
-from pretrain.engine import Engine, World, gather
+from pretrain.engine import Engine, World, gather, together
 from pretrain.guard import SKIPPED, Guard
 from pretrain.models import DiT
 from pretrain.models.mask import draw_keep
@@ -55,6 +56,8 @@ class Trainer:
     monitor: Monitor
     preview: Preview
     saver: Saver
+    damaged: set[str] = field(default_factory=set)
+    """Shards that proved damaged since the start."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,15 +73,20 @@ def main(argv: list[str] | None = None) -> int:
         if args.check:
             return preflight.check(args.config, args.overrides, args.processes)
         config, deepspeed = load(args.config, args.overrides)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         stop = Stop(config.checkpoint.time_limit)
         # The watchdog comes first and says more; a collective's own limit is for what it cannot see.
         world = engine.start(timedelta(seconds=2 * STARTING * config.guard.seconds))
         watchdog = Watchdog(world, config.guard.seconds)
         preflight.require(config, deepspeed, world)
         stopped = train(build(config, deepspeed, world, stop, watchdog))
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         if os.environ.get("FOCUSDIT_TRACEBACK"):
             raise
+        if not isinstance(error, ValueError | OSError | RuntimeError):
+            traceback.print_exc()  # a defect: not a line's worth of explanation
         line, code = watchdog.failed(error) if watchdog else (str(error), 1)
         rank = os.environ.get("RANK", "0")
         print(f"train: process {rank}: {line}" if rank != "0" else f"train: {line}", file=sys.stderr, flush=True)
@@ -130,8 +138,9 @@ def train(t: Trainer) -> str | None:
         step_batches = next(batches)
         progress = replace(train_step(t, step_batches, progress), position=t.loader.position)
         step, verdict = progress.step, t.guard.verdict
+        t.watchdog.step = step
         if verdict.damaged:
-            progress = count_damaged(t, step_batches, progress)
+            count_damaged(t, step_batches)
         if verdict.fault:
             tell_of_fault(t, progress)
             if progress.health.in_a_row >= config.guard.patience:
@@ -249,21 +258,20 @@ def tell_of_fault(t: Trainer, progress: Progress) -> None:
     log(t, f"WARNING: step {progress.step} was skipped: {t.guard.verdict.fault} ({counted}; its samples: {file})")
 
 
-def count_damaged(t: Trainer, batches: list[Batch], progress: Progress) -> Progress:
+def count_damaged(t: Trainer, batches: list[Batch]) -> None:
     """Shards that proved damaged on any process: new ones in the log. Raises RuntimeError beyond data.damaged_shards."""
     mine = {d.shard: d for batch in reversed(batches) for d in reversed(batch.damaged)}
-    found = {shard: d for some in gather(mine, t.engine.world) for shard, d in some.items()}
-    known, limit = sorted({*progress.damaged, *found}), t.config.data.damaged_shards
-    for shard in sorted(found.keys() - set(progress.damaged)):
-        d = found[shard]
-        counted = f"{len(known)} of {limit} damaged shards"
-        log(t, f"WARNING: {shard}: sample {d.sample} cannot be read ({d.reason}); others stand in ({counted})")
-    if len(known) > limit:
+    found = {shard: d for some in gather(mine, t.engine.world) for shard, d in some.items() if shard not in t.damaged}
+    t.damaged.update(found)
+    count, limit = len(t.damaged), t.config.data.damaged_shards
+    for shard, d in sorted(found.items()):
+        what = f"sample {d.sample} cannot be read ({d.reason}); others stand in"
+        log(t, f"WARNING: {shard}: {what} ({count} of {limit} damaged shards)")
+    if count > limit:
         raise RuntimeError(
-            f"{len(known)} shards of {t.config.data.path} are damaged, data.damaged_shards allows {limit}: {', '.join(known)}; "
-            "run data_prep/verify.py --repair on the data set"
+            f"{count} shards of {t.config.data.path} are damaged, data.damaged_shards allows {limit}: "
+            f"{', '.join(sorted(t.damaged))}; run data_prep/verify.py --repair on the data set"
         )
-    return replace(progress, damaged=tuple(known))
 
 
 def roll_back(t: Trainer, progress: Progress) -> Progress:
@@ -307,6 +315,7 @@ def save(t: Trainer, progress: Progress, wait: bool) -> None:
         t.monitor.stood_still(progress.step, time.perf_counter() - start)
         if wait:
             t.saver.wait()
+            together(t.engine.world)
     if wait and t.saver.error:
         raise RuntimeError(t.saver.error)
 

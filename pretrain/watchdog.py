@@ -43,13 +43,14 @@ class Watchdog:
         self._beat = min(seconds / 5, 5.0)
         self._board = Board(patience=min(seconds / 2, 30.0))
         self.step, self._doing, self._first = 0, "starting", True
-        self._failed: dict[str, str] = {}
+        self._failed: dict[str, str | int] = {}
         self._failing = False  # the main thread looks for the cause itself
         self._seen: dict[int, Seen] = {}
         self._forget_time()
         self._done = threading.Event()
-        for work in (self._talk, self._watch):
-            threading.Thread(target=work, daemon=True).start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._watch)]
+        for thread in self._threads:
+            thread.start()
 
     def at(self, step: int, doing: str) -> None:
         """The main thread is at this step (the number of those done), doing this."""
@@ -59,33 +60,38 @@ class Watchdog:
     def close(self) -> None:
         """Ends the watch. All processes call it at their end."""
         self._done.set()
+        for thread in self._threads:
+            thread.join(2)
 
     def failed(self, error: BaseException) -> tuple[str, int]:
         """After an error here: posts it, and says for a broken collective whose fault it was.
 
         Returns:
-            One line for the log, and this process's exit code: REQUEUE where no process had an error of its own, and 1 else.
+            One line for the log, and this process's exit code: REQUEUE where another start may go well, and 1 else.
         """
-        if self.world.size == 1 or not (isinstance(error, RuntimeError) and _of_collective(error)):
-            self._failed = {"failed": str(error)}
+        self._failing = True
+        if self.world.size == 1 or not _says(error, OF_COLLECTIVES):
+            code = REQUEUE if _says(error, OF_LOADERS) else 1
+            self._failed = {"failed": str(error), "code": code}
             with contextlib.suppress(DistError):
                 self._post(Board(self._beat))
             if self.world.size > 1 and self.world.rank == 0:
                 time.sleep(2 * self._beat)  # who keeps the board leaves last, so that the others can read this
-            return str(error), 1
-        self._failing = True
+            return str(error), code
         deadline = time.monotonic() + 3 * self._beat + 2
         while time.monotonic() < deadline and not self._causes():
             time.sleep(self._beat / 4)
         if causes := self._causes():
-            return causes[0], 1
+            return causes[0]
         silent = [r for r in self._silent(2 * self._beat) if r != self.world.rank]
         gone = [0] if 0 in silent else silent  # without process 0 nothing is heard of the others
         what = f"{self._names(gone)} died" if gone else f"the processes lost each other, though all are alive ({error})"
         return f"{what}\n{self.table()}", REQUEUE
 
-    def _causes(self) -> list[str]:
-        return [f"process {r} failed: {seen.note['failed']}" for r, seen in self._seen.items() if "failed" in seen.note]
+    def _causes(self) -> list[tuple[str, int]]:
+        """The errors that other processes had of their own, each with its exit code."""
+        notes = {r: seen.note for r, seen in self._seen.items() if "failed" in seen.note and r != self.world.rank}
+        return [(f"process {r} failed: {note['failed']}", note["code"]) for r, note in notes.items()]
 
     def table(self) -> str:
         """Each process's last step, what it was doing, and for how long it has given no sign of life; the stillest first."""
@@ -109,12 +115,14 @@ class Watchdog:
             try:
                 self._post(self._board)
                 self._look()
-            except DistNetworkError:
-                return  # process 0 is gone
+            except DistNetworkError:  # the connection broke, or process 0 is gone
+                with contextlib.suppress(DistError):
+                    self._board = Board(self._board.patience)
             except DistError:
                 continue
 
     def _watch(self) -> None:
+        told = 0  # beats since another process told of an error
         while True:
             start = time.monotonic()
             if self._done.wait(self._beat) or self._failing:
@@ -122,6 +130,11 @@ class Watchdog:
             if time.monotonic() - start > 3 * self._beat:
                 self._forget_time()  # this process itself was stopped, perhaps with all the others
             limits = {r: seen.note.get("limit", STARTING * self.seconds) for r, seen in self._seen.items()}
+            told = told + 1 if self._causes() else 0
+            if told > 3:  # NCCL, unlike gloo, does not let this process's main thread know
+                line, code = self._causes()[0]
+                print(f"train: process {self.world.rank}: {line}", file=sys.stderr, flush=True)
+                os._exit(code)
             if silent := [r for r in self._silent(self.seconds) if r in self._silent(limits[r])]:
                 silent = [0] if 0 in silent else silent  # without process 0 nothing is heard of the others
                 self._end(silent, f"{self._names(silent)} gave no sign of life for {limits[silent[0]]:.0f} s")
@@ -181,7 +194,17 @@ STARTING = 6
 WAITING = "computing and waiting for the others"
 
 
-def _of_collective(error: RuntimeError) -> bool:
-    """Whether it is torch's word for another process that went away."""
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "ncclRemoteError")
-    return any(word in str(error) for word in words)
+# What torch says of another process that went away, and of a loader that stands still or was killed.
+OF_COLLECTIVES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "gloo",
+    "NCCL",
+    "ncclRemoteError",
+)
+OF_LOADERS = ("DataLoader timed out", "exited unexpectedly", "is killed by signal")
+
+
+def _says(error: BaseException, words: tuple[str, ...]) -> bool:
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

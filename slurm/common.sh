@@ -78,7 +78,16 @@ launch() {
 }
 
 running() { # not so once somebody has cancelled or requeued the job, its time is over, or a node has failed
-    [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]
+    [[ $(patiently squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]
+}
+
+patiently() { # COMMAND, again for a while where it fails: Slurm's controller may be busy, or restarting
+    local i
+    for i in 1 2 3 4 5; do
+        ! "$@" || return 0
+        ((i == 5)) || sleep $((5 * i))
+    done
+    return 1
 }
 
 pass_on() { # A signal to this shell alone, which the tasks shall hear of. Who ends the job signals them himself.
@@ -97,7 +106,7 @@ finish() {
         exit "$code"
     fi
     echo "job $SLURM_JOB_ID ended with code $code: back into the queue"
-    scontrol requeue "$SLURM_JOB_ID" || true
+    patiently scontrol requeue "$SLURM_JOB_ID" || true
     exit "$code" # of no account once it is requeued
 }
 
