@@ -44,7 +44,7 @@ setup(
         "gs": ["gcsfs>=2024.2"],
         "http": ["aiohttp>=3.9"],
         "dev": [
-            *("pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13"),
+            *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13"),
             *("s3fs>=2024.2", "aiohttp>=3.9", "moto[s3]>=5", "flask>=3", "flask-cors>=4"),  # an S3 server on loopback
         ],
     },

@@ -88,7 +88,7 @@ class Saver:
         return self.folder / f".writing-{step_name(progress.step)}"
 
     def _tensors(self, copied: bool) -> dict[str, Tensor]:
-        """This process's slices; copied into host memory that is kept for the next time (for GPUs pinned: up to twice as much)."""
+        """This process's slices, copied into host memory that is kept for the next time (pinned for GPUs: at most doubled)."""
         kinds = {"master": self.engine.masters, "ema": self.ema.shares, **self.engine.moments()}
         tensors = {f"{k}.{g}": t.detach() for k, shares in kinds.items() for g, t in enumerate(shares)}
         if not copied:
