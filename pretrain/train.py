@@ -138,7 +138,7 @@ def train(t: Trainer) -> str | None:
         step_batches = next(batches)
         progress = replace(train_step(t, step_batches, progress), position=t.loader.position)
         step, verdict = progress.step, t.guard.verdict
-        t.watchdog.step = step
+        t.watchdog.done(step)
         if verdict.damaged:
             count_damaged(t, step_batches)
         if verdict.fault:
@@ -149,7 +149,7 @@ def train(t: Trainer) -> str | None:
                 continue
         last = step == config.steps or verdict.stop > 0
         if t.preview.due(step):
-            t.watchdog.at(step, "drawing the preview")
+            t.watchdog.at("drawing the preview")
             with monitor.paused():
                 t.preview.draw(t.model, t.ema, monitor, step)
         if step % config.checkpoint.every == 0 or last:
@@ -169,7 +169,7 @@ def train_step(t: Trainer, batches: list[Batch], progress: Progress) -> Progress
     """One optimizer step over this process's micro-batches; `t.guard.verdict` tells whether it was applied."""
     zero, window = t.engine, t.config.guard.window
     lr = optim.learning_rate(progress.step, t.config.steps, t.config.optimizer)
-    t.watchdog.at(progress.step, WAITING)
+    t.watchdog.at(WAITING)
     t.guard.begin(progress.health)
     for host_batch in batches:
         batch = host_batch.to(zero.world.device, zero.dtype)
@@ -305,7 +305,7 @@ def roll_back(t: Trainer, progress: Progress) -> Progress:
 
 def save(t: Trainer, progress: Progress, wait: bool) -> None:
     """Starts a checkpoint, and finishes it if `wait`: then one that fails is an error, else a warning."""
-    t.watchdog.at(progress.step, "writing a checkpoint")
+    t.watchdog.at("writing a checkpoint")
     with t.monitor.paused():
         start = time.perf_counter()
         t.saver.wait()
@@ -326,7 +326,7 @@ def timed(t: Trainer, progress: Progress) -> Iterator[list[Batch]]:
     batches = iter(t.loader)
     while True:
         start = time.perf_counter()
-        t.watchdog.at(t.watchdog.step, "reading data")
+        t.watchdog.at("reading data")
         batch = next(batches)
         t.monitor.waited(time.perf_counter() - start)
         yield batch

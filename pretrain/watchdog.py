@@ -52,10 +52,13 @@ class Watchdog:
         for thread in self._threads:
             thread.start()
 
-    def at(self, step: int, doing: str) -> None:
-        """The main thread is at this step (the number of those done), doing this."""
-        self._first = self._first and step == self.step
-        self.step, self._doing, self._since = step, doing, time.monotonic()
+    def at(self, doing: str) -> None:
+        """The main thread begins to do this."""
+        self._doing, self._since = doing, time.monotonic()
+
+    def done(self, step: int) -> None:
+        """The main thread has done this step."""
+        self.step, self._first = step, False
 
     def close(self) -> None:
         """Ends the watch. All processes call it at their end."""

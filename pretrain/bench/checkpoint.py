@@ -130,12 +130,13 @@ def _share(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
     def safety() -> None:
         for _ in range(20):
             before = progress[0]
-            t.watchdog.at(before.step, "reading data")
-            t.watchdog.at(before.step, WAITING)
+            t.watchdog.at("reading data")
+            t.watchdog.at(WAITING)
             t.guard.begin(before.health)
             t.monitor.record(batch, loss, masks)
             t.guard.add(batch.keys, loss)
             t.guard(squares)
+            t.watchdog.done(before.step + 1)
             t.monitor.step(before.step + 1, t.guard.verdict, 1e-4)
             health = before.health.after(t.guard.verdict, t.config.guard.window)
             progress[0] = replace(before, step=before.step + 1, health=health)

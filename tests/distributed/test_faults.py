@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -327,7 +328,8 @@ def test_a_process_that_is_stopped_ends_all_and_is_named(words, tmp_path: Path) 
         assert started[victim].is_alive()  # SIGSTOP: the launcher's SIGKILL ends it
         started[victim].kill()
         assert f"watchdog: process {victim} on " in log.read_text()
-        assert "gave no sign of life for 5 s" in log.read_text()
+        # 30 s where its last sign of life came from its first step, for which there is more time.
+        assert re.search(r"gave no sign of life for (5|30) s", log.read_text())
         assert "3 steps done" in log.read_text()
         shutil.rmtree(tmp_path / "run")
 

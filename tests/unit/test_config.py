@@ -234,7 +234,7 @@ def test_an_unknown_field_suggests_a_near_one_or_lists_the_known():
         "optimizer.weigth_decay: unknown field; did you mean 'weight_decay'?"
     ]
     (line,) = complaint("checkpoint.zzz=1")
-    assert line == "checkpoint.zzz: unknown field; known here: every, keep_last, keep_every"
+    assert line == "checkpoint.zzz: unknown field; known here: every, keep_last, keep_every, background, time_limit"
 
 
 def test_a_missing_field_says_how_to_set_it(tmp_path, monkeypatch):
