@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/python -m pretrain.demo
 
 test: $(READY) $(IMG2DATASET)/.ready
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
