@@ -82,17 +82,17 @@ class Claims:
             open_ = self.undecided([prefix + name for name in left])
             if not left or not (open_ or wait):
                 return
-            claimed = next((name for name in open_ if self.claim(name)), None)
-            if claimed is None:
+            mine = next((name for name in open_ if self.claim(name)), None)
+            if mine is None:
                 stop.wait(POLL_SECONDS)
                 continue
-            name = claimed.removeprefix(prefix)
+            name = mine.removeprefix(prefix)
             if name not in done():  # else its last owner finished it just now
                 taken.add(name)
                 yield name
                 if keep:
                     continue
-            self.release(claimed)
+            self.release(mine)
 
     def claim(self, name: str) -> bool:
         """Whether this worker now owns `name`. Raises OSError where the folder cannot be written."""
@@ -119,12 +119,12 @@ class Claims:
 
     def undecided(self, names: Iterable[str]) -> list[str]:
         """Those of `names` to claim or to wait for: without a claim, or with one that is dead or was never seen to beat."""
-        there = self._claimed() | self._seen.keys() | self._held  # NFS may list a new claim late
+        there = claimed(self.folder) | self._seen.keys() | self._held  # NFS may list a new claim late
         return [name for name in names if name not in there or not self._is_alive(name)]
 
     def others(self) -> list[str]:
         """The names claimed by other workers that are not known to be dead."""
-        seen = {name: self._look(name) for name in sorted(self._claimed())}
+        seen = {name: self._look(name) for name in sorted(claimed(self.folder))}
         return [n for n, s in seen.items() if s and not self._is_own(s.content) and not self._is_dead(s)]
 
     def __enter__(self) -> Claims:
@@ -137,11 +137,7 @@ class Claims:
             self.release(name)
 
     def _path(self, name: str) -> Path:
-        return self.folder / (name.replace("%", "%25").replace("/", "%2F") + SUFFIX)
-
-    def _claimed(self) -> set[str]:
-        files = [file.removesuffix(SUFFIX) for file in os.listdir(self.folder) if file.endswith(SUFFIX)]
-        return {file.replace("%2F", "/").replace("%25", "%") for file in files}
+        return path_of(self.folder, name)
 
     def _content(self) -> bytes:
         return json.dumps({**self._owner, "beat": self._beats}).encode()
@@ -205,6 +201,22 @@ class Claims:
     def _is_alive(self, name: str) -> bool:
         seen = self._look(name)
         return seen is not None and (self._is_own(seen.content) or (seen.changed and not self._is_dead(seen)))
+
+
+def path_of(folder: Path, name: str) -> Path:
+    return folder / (name.replace("%", "%25").replace("/", "%2F") + SUFFIX)
+
+
+def claimed(folder: Path) -> set[str]:
+    """All names with a claim, whoever's."""
+    files = [file.removesuffix(SUFFIX) for file in os.listdir(folder) if file.endswith(SUFFIX)]
+    return {file.replace("%2F", "/").replace("%25", "%") for file in files}
+
+
+def clear(folder: Path, done: Collection[str]) -> None:
+    """Removes the claims on work that is done: of killed workers, as living ones have only to give them up."""
+    for name in claimed(folder).intersection(done):
+        path_of(folder, name).unlink(missing_ok=True)
 
 
 def read(path: Path) -> bytes | None:

@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 
-from data_prep import report, shards
-from data_prep.claims import Claims
+from data_prep import claims, report, shards
 from data_prep.decoders import DecoderPool
 from data_prep.deduplicate import Search, find
 from data_prep.duplicates import MAX_DISTANCE
@@ -67,14 +66,14 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(jobs)} tars, {sum(j.name in made for j in jobs)} of them already encoded", flush=True)
     progress = Progress(sum(j.bytes for j in jobs), made_bytes, root / shards.WORK / "tensorboard" / worker_name())
     with (
-        Claims(root / shards.WORK / "claims", args.claim_timeout) as claims,
+        claims.Claims(root / shards.WORK / "claims", args.claim_timeout) as own,
         DecoderPool(args.decoders, args.image_seconds, args.image_memory_mb << 20) as pool,
     ):
-        worker = Worker(root, card, encoder, jobs, claims, pool, progress, remote)
+        worker = Worker(root, card, encoder, jobs, own, pool, progress, remote)
         try:
             if args.duplicates != "keep":
                 search = Search(args.duplicates, args.duplicate_distance, settings.resolutions, args.buckets)
-                worker.repeats = find(root, jobs, search, claims, pool, progress.say)
+                worker.repeats = find(root, jobs, search, own, pool, progress.say)
             worker.run()
         finally:
             progress.close()
@@ -91,6 +90,8 @@ def finish(root: Path, card: shards.Card, jobs: list[Job], failed: dict[str, OSE
     if missing := [j.name for j in jobs if j.name not in made]:
         print(f"nothing is left for this worker; others are at work on {len(missing)} parts")
         return 0
+    shards.clear(root, made)
+    claims.clear(root / shards.WORK / "claims", made)
     whole = report.publish(root, card, remote)
     shards.finish(root, card, counts_of(whole), remote)
     print(f"{root}: {(root / report.TEXT).read_text(encoding='utf-8')}", end="")

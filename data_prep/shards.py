@@ -29,7 +29,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -354,6 +354,13 @@ def remove(root: Path, name: str) -> None:
     (root / REPORTS / f"{name}.jsonl").unlink(missing_ok=True)
     for place in (root / source).glob(f"*/{glob.escape(part)}"):
         shutil.rmtree(place)
+
+
+def clear(root: Path, whole: Collection[str]) -> None:
+    """Removes what killed workers left of parts that are whole by now."""
+    for folder in (root / WORK / "parts").glob("*/*"):
+        if f"{folder.parent.name}/{folder.name}" in whole:
+            shutil.rmtree(folder, ignore_errors=True)  # another worker may be at it, too
 
 
 def finish(root: Path, card: Card, counts: dict[str, Any], remote: Remote | None = None) -> Card:

@@ -132,18 +132,14 @@ class Watchdog:
                 return
             if time.monotonic() - start > 3 * self._beat:
                 self._forget_time()  # this process itself was stopped, perhaps with all the others
-            limits = {r: seen.note.get("limit", STARTING * self.seconds) for r, seen in self._seen.items()}
             told = told + 1 if self._causes() else 0
             if told > 3:  # NCCL, unlike gloo, does not let this process's main thread know
                 line, code = self._causes()[0]
                 print(f"train: process {self.world.rank}: {line}", file=sys.stderr, flush=True)
                 os._exit(code)
-            if silent := [r for r in self._silent(self.seconds) if r in self._silent(limits[r])]:
-                silent = [0] if 0 in silent else silent  # without process 0 nothing is heard of the others
-                self._end(silent, f"{self._names(silent)} gave no sign of life for {limits[silent[0]]:.0f} s")
-            if still := [r for r, seen in self._seen.items() if seen.note.get("idle", 0) > limits[r]]:
-                behind = self._behind(still)
-                self._end(behind, f"no step for {limits[behind[0]]:.0f} s; {self._names(behind)} held up the others")
+            whose, why = self._at_fault()
+            if whose:
+                self._end(whose, why)
 
     def _forget_time(self) -> None:
         now = time.monotonic()
@@ -170,11 +166,24 @@ class Watchdog:
         now = time.monotonic()
         return [rank for rank, seen in self._seen.items() if now - seen.changed > limit]
 
-    def _behind(self, still: list[int]) -> list[int]:
-        """Those of the still ones who keep the others waiting: all but those that wait in a collective themselves."""
-        busy = [r for r in still if self._seen[r].note.get("doing") != WAITING]
-        steps = {r: self._seen[r].note.get("step", 0) for r in still}
-        return busy or [r for r in still if steps[r] == min(steps.values())]
+    def _at_fault(self) -> tuple[list[int], str]:
+        """Who holds up the others, and how that shows; nobody while all is well."""
+        notes = {rank: seen.note for rank, seen in self._seen.items()}
+        # One step takes all processes: once one of them has done its first, the start is over for all.
+        limit = min(note.get("limit", STARTING * self.seconds) for note in notes.values())
+        idle = {rank: note.get("idle", 0.0) for rank, note in notes.items()}
+        silent = self._silent(limit)
+        behind = [r for r in notes if idle[r] > limit and notes[r]["doing"] != WAITING]
+        # Who waits is only told of where nobody else is: a little later, as he may have begun to wait before.
+        if not silent and not behind and (still := [r for r in notes if idle[r] > limit + GRACE * self._beat]):
+            silent = self._silent(GRACE * self._beat)
+            fewest = min(notes[r]["step"] for r in still)
+            behind = [r for r in still if notes[r]["step"] == fewest]
+        if silent:
+            silent = [0] if 0 in silent else silent  # without process 0 nothing is heard of the others
+            seconds = time.monotonic() - self._seen[silent[0]].changed
+            return silent, f"{self._names(silent)} gave no sign of life for {seconds:.0f} s"
+        return behind, f"no step for {limit:.0f} s; {self._names(behind)} held up the others"
 
     def _names(self, ranks: list[int]) -> str:
         shown = ", ".join(f"{r} on {self._seen[r].note.get('host', '?')}" for r in ranks[:8])
@@ -182,7 +191,7 @@ class Watchdog:
 
     def _end(self, whose: list[int], why: str) -> None:
         """Ends this process, whatever its main thread is in. The first one alive tells why, and who is at fault where it is."""
-        alive = [r for r in self._seen if r not in self._silent(3 * self._beat)]
+        alive = [r for r in self._seen if r not in self._silent(GRACE * self._beat)]
         if not alive or self.world.rank == alive[0]:
             print(f"watchdog: {why}; all processes end\n{self.table()}", file=sys.stderr, flush=True)
         if self.world.rank in whose:
@@ -192,8 +201,9 @@ class Watchdog:
         os._exit(REQUEUE)
 
 
-# Times as long as later until a process has done its first step, in which models are compiled and loaders started.
+# Times as long as later until the first step is done, in which models are compiled and loaders started.
 STARTING = 6
+GRACE = 3  # beats
 WAITING = "computing and waiting for the others"
 
 

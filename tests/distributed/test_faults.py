@@ -319,18 +319,17 @@ def test_a_process_that_dies_ends_all_and_is_named(words, tmp_path: Path) -> Non
 
 
 def test_a_process_that_is_stopped_ends_all_and_is_named(words, tmp_path: Path) -> None:
-    for victim in (0, 1):
+    # The second one right after the first step: its last sign of life still comes from the start, which may take longer.
+    for victim, step in ((0, 3), (1, 1)):
         log = tmp_path / f"log_{victim}"
-        started = fork_training(log, "demo_256", *words, processes=2, before=partial(at_step, 3, victim, "SIGSTOP"))
+        started = fork_training(log, "demo_256", *words, processes=2, before=partial(at_step, step, victim, "SIGSTOP"))
         other = started[1 - victim]
         other.join(60)
         assert other.exitcode == REQUEUE, log.read_text()
         assert started[victim].is_alive()  # SIGSTOP: the launcher's SIGKILL ends it
         started[victim].kill()
-        assert f"watchdog: process {victim} on " in log.read_text()
-        # 30 s where its last sign of life came from its first step, for which there is more time.
-        assert re.search(r"gave no sign of life for (5|30) s", log.read_text())
-        assert "3 steps done" in log.read_text()
+        assert re.search(rf"watchdog: process {victim} on .* gave no sign of life for \d s", log.read_text())
+        assert f"{step} steps done" in log.read_text()
         shutil.rmtree(tmp_path / "run")
 
 

