@@ -49,7 +49,8 @@ from pretrain.diffusion import FfnWork, Guidance, generate
 from pretrain.diffusion.ddpm import BETA_END, BETA_START, STEPS
 from pretrain.folders import check_export, check_transformer, only_safetensors, read_backbone
 from pretrain.models import DiT, PackedText, Skip, TextMemory
-from pretrain.models.dit import Prediction, TimeMemory
+from pretrain.models.block import TimeMemory
+from pretrain.models.dit import Prediction
 
 logger = logging.get_logger(__name__)
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from pretrain.diffusion.guidance import Guidance, Guided
-from pretrain.models.dit import Prediction, TimeMemory
+from pretrain.models.block import TimeMemory
+from pretrain.models.dit import Prediction
 from pretrain.models.skip import Skip
 from pretrain.models.text import TextMemory
 

@@ -1,6 +1,7 @@
 """The backbones: torch and einops only."""
 
-from pretrain.models.dit import DiT, DiTConfig, Prediction
+from pretrain.models.config import DiTConfig
+from pretrain.models.dit import DiT, Prediction
 from pretrain.models.presets import PRESETS, preset
 from pretrain.models.skip import Skip
 from pretrain.models.text import PackedText, TextMemory

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pretrain.models.dit import DiTConfig
+from pretrain.models.config import DiTConfig
 from pretrain.models.ffn import local_size
 from pretrain.models.mask import TIMESTEPS
 

@@ -2,15 +2,6 @@
 
 Letters: B images, C latent channels, N tokens, D width, M text tokens, E the text encoder's width, K blocks.
 
-One block (FocusDiT, §4):
-
-    x += gate_msa · SelfAttention(LN(x)·(1 + scale_msa) + shift_msa)
-    x += CrossAttention(x, text)                       its input is not normalised
-    m  = QueryMask(x, m, t)                            Eq. 2; `mask: none` leaves it out
-    x += m · gate_mlp · FFN(LN(x)·(1 + scale_mlp) + shift_mlp)      Eq. 3: the mask weights the FFN's output
-
-The six modulations are the block's own 6 × D table plus one projection of the time that all blocks share (AdaLN-single).
-
 Initialisation, all in `DiT.initialise`:
 
 | parameter                                              | value                                                     |
@@ -29,8 +20,8 @@ With the last, the tiny DiT's loss stood still for its first 150 steps; with Xav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import repeat
 from typing import cast
 
@@ -42,133 +33,18 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.models import ffn, mask
 from pretrain.models.attention import CrossAttention, SelfAttention
+from pretrain.models.block import Block, Context, TimeMemory, TokenState, modulate
+from pretrain.models.config import DiTConfig
 from pretrain.models.embeddings import (
-    ROTARY_PARTS,
     PatchEmbed,
     Rotary,
-    Scale,
     TextProjection,
     TimeEmbed,
     rotary_positions,
     sincos_positions,
 )
-from pretrain.models.skip import Skip, on_kept
+from pretrain.models.skip import Skip
 from pretrain.models.text import PackedText, Runs, TextMemory
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """A backbone's shape.
-
-    Attributes:
-        width: D.
-        heads: attention heads; `width` must be divisible by them.
-        depth: blocks.
-        patch: a token is patch × patch latent pixels.
-        latent_channels: C of the VAE.
-        text_width: E of the text encoder.
-        mask: query mask: none | release | adaln_single.
-        ffn: vocabulary layout: uniform | shared | tapered.
-        shared_width: entries of the shared expert, in widths D (1, 2 or 3); only for `ffn: shared`.
-        rotary: what the head's width turns by: halves (row, column) | thirds (time, row, column).
-        absolute: positions added to the tokens: none (the release) | sincos (PixArt-alpha).
-        position_scale: positions are divided by it; one number, or one for rows and one for columns.
-        mask_hidden: hidden widths of the query mask's MLP.
-        mask_dropout: dropout of the mask itself while training; the trainer draws it (`mask.draw_keep`).
-        norm_eps: of the blocks' LayerNorms.
-        removed_ffns: numbers of the blocks whose FFN was pruned away; their query masks stay, as the next ones read them.
-    """
-
-    width: int
-    heads: int
-    depth: int
-    patch: int
-    latent_channels: int
-    text_width: int
-    mask: str = "none"
-    ffn: str = "uniform"
-    shared_width: int = 2
-    rotary: str = "halves"
-    absolute: str = "none"
-    position_scale: Scale = 1.0
-    mask_hidden: tuple[int, ...] = (512, 128, 32, 16)
-    mask_dropout: float = 0.1
-    norm_eps: float = 1e-6
-    removed_ffns: tuple[int, ...] = ()
-
-    def problems(self) -> list[str]:
-        """Everything that keeps this shape from being built, each with the mend."""
-        found = []
-        choices = (
-            ("mask", mask.KINDS),
-            ("ffn", ffn.LAYOUTS),
-            ("rotary", tuple(ROTARY_PARTS)),
-            ("absolute", ("none", "sincos")),
-        )
-        for field, names in choices:
-            if getattr(self, field) not in names:
-                found.append(f"{field}: {getattr(self, field)!r} is none of {', '.join(names)}")
-        for field in ("width", "heads", "depth", "patch", "latent_channels", "text_width", "norm_eps"):
-            if getattr(self, field) <= 0:
-                found.append(f"{field}: {getattr(self, field)} must be above 0")
-        scales = self.position_scale if isinstance(self.position_scale, tuple) else (self.position_scale,) * 2
-        if len(scales) != 2 or min(scales) <= 0:
-            found.append(
-                f"position_scale: {self.position_scale} must be one number above 0, or one for rows and one for columns"
-            )
-        removed = self.removed_ffns
-        if len(set(removed)) < len(removed) or not all(0 <= block < self.depth for block in removed):
-            found.append(f"removed_ffns: {list(removed)} must be different blocks of 0..{self.depth - 1}")
-        if self.absolute == "sincos" and self.width % 4:
-            found.append(f"width: {self.width} must be divisible by 4 (sines and cosines of row and column)")
-        if self.ffn == "shared" and self.shared_width not in (1, 2, 3):
-            found.append(f"shared_width: {self.shared_width} must be 1, 2 or 3 (widths D of the 4D entries)")
-        if not 0 <= self.mask_dropout < 1:
-            found.append(f"mask_dropout: {self.mask_dropout} must be in [0, 1)")
-        parts = 2 * len(ROTARY_PARTS.get(self.rotary, ()))
-        if parts and self.width > 0 and self.heads > 0 and self.width % (self.heads * parts):
-            found.append(
-                f"width: {self.width} must be divisible by heads × {parts} = {self.heads * parts} "
-                f"(rotary {self.rotary} turns pairs in {parts // 2} parts of each head)"
-            )
-        return found
-
-
-@dataclass(frozen=True)
-class TimeMemory:
-    """All that follows from the times alone, for B images or (B = 1) for all of them: made once for all sampling steps.
-
-    Attributes:
-        time_BD: the time embedding.
-        modulation_B6D: the blocks' shared modulation.
-        masks: each block's scale and shift [B, 1, D] of its query mask; None without query masks, and in training, where
-            each block makes its own.
-    """
-
-    time_BD: Tensor
-    modulation_B6D: Tensor
-    masks: tuple[tuple[Tensor, Tensor], ...] | None = None
-
-
-@dataclass(frozen=True)
-class Context:
-    """What all blocks of one forward pass share; `timestep_B` only where the times are not read yet."""
-
-    times: TimeMemory
-    timestep_B: Tensor | None
-    rotary: Rotary
-    shared_expert: ffn.Vocabulary | None
-    skip: Skip | None
-    keep_KBN: Tensor | None
-
-
-@dataclass(frozen=True)
-class TokenState:
-    """What a block takes and gives: tokens, their (rows, columns), and the query mask of the block before."""
-
-    x_BND: Tensor
-    grid: tuple[int, int]
-    mask_BN1: Tensor
 
 
 @dataclass(frozen=True)
@@ -177,61 +53,6 @@ class Prediction:
 
     sample_BCHW: Tensor
     masks_KBN: Tensor | None
-
-
-def modulate(x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, eps: float = 1e-6) -> Tensor:
-    """LN(x)·(1 + scale) + shift, with a LayerNorm that has no parameters of its own."""
-    return torch.addcmul(shift_B1D, F.layer_norm(x_BND, x_BND.shape[-1:], eps=eps), 1 + scale_B1D)
-
-
-class Block(nn.Module):
-    """A transformer block: a token state in, a token state out. `ffn` is None where it was pruned away."""
-
-    def __init__(self, config: DiTConfig, index: int):
-        super().__init__()
-        D = config.width
-        self.index = index
-        self.eps = config.norm_eps
-        self.scale_shift_table = nn.Parameter(torch.empty(6, D))
-        self.self_attention = SelfAttention(D, config.heads)
-        self.cross_attention = CrossAttention(D, config.heads)
-        self.query_mask = None
-        if config.mask != "none":
-            self.query_mask = mask.QueryMask(D, config.mask, config.mask_hidden)
-        self.ffn = None
-        if index not in config.removed_ffns:
-            self.ffn = ffn.Vocabulary(D, ffn.local_size(config.ffn, D, config.shared_width, index, config.depth))
-
-    def forward(self, state: TokenState, context: Context, text: PackedText | Runs) -> TokenState:
-        x, m = state.x_BND, state.mask_BN1
-        modulation = (self.scale_shift_table + context.times.modulation_B6D).chunk(6, dim=1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        attended = self.self_attention(modulate(x, shift_msa, scale_msa, self.eps), context.rotary)
-        x = torch.addcmul(x, gate_msa, attended)
-        x = x + self.cross_attention(x, text)
-        if self.query_mask is not None:
-            keep = None if context.keep_KBN is None else context.keep_KBN[self.index, ..., None]
-            m = self.query_mask(x, m, *self.mask_time(context), keep)
-        if self.ffn is not None:
-            z, vocabulary = modulate(x, shift_mlp, scale_mlp, self.eps), self._vocabulary(context.shared_expert)
-            skip = context.skip
-            update = vocabulary(z) if skip is None else on_kept(vocabulary, z, skip.keep(m.squeeze(-1)))
-            gate = gate_mlp if self.query_mask is None else m * gate_mlp
-            x = torch.addcmul(x, gate, update)
-        return replace(state, x_BND=x, mask_BN1=m)
-
-    def mask_time(self, context: Context) -> tuple[Tensor, Tensor]:
-        """The query mask's scale and shift, from what was read of the times or made now."""
-        if context.times.masks is not None:
-            return context.times.masks[self.index]
-        assert self.query_mask is not None and context.timestep_B is not None
-        return self.query_mask.read_time(context.times.time_BD, context.timestep_B)
-
-    def _vocabulary(self, shared: ffn.Vocabulary | None) -> Callable[[Tensor], Tensor]:
-        """The block's own expert, plus the shared one where there is one."""
-        own = self.ffn
-        assert own is not None
-        return own if shared is None else lambda z: own(z) + shared(z)
 
 
 class FinalLayer(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pretrain.models.dit import DiTConfig
+from pretrain.models.config import DiTConfig
 
 # The paper's baseline (§5): 28 blocks of 16 heads × 96 over Mochi latents (12 channels) and Flan-T5-XXL text (4096).
 _DIT_1B = DiTConfig(width=1536, heads=16, depth=28, patch=2, latent_channels=12, text_width=4096)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.models.dit import DiTConfig
+from pretrain.models.config import DiTConfig
 from pretrain.models.ffn import local_size
 from pretrain.models.mask import TIMESTEPS
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.models import DiT, DiTConfig, PackedText
-from pretrain.models.dit import TokenState
+from pretrain.models.block import TokenState
 from pretrain.models.mask import draw_keep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
