@@ -57,6 +57,16 @@ class ModelSection(Section):
     """Vocabulary layout: uniform | shared | tapered."""
     shared_width: int | None = None
     """Entries of the shared expert, in widths D."""
+    attention: str | None = None
+    """Attention among the image's tokens: full | mediators (their cost is linear in the tokens)."""
+    mediators: tuple[int, ...] | None = None
+    """Numbers of mediators, each a square number, the fewest first; each training step draws one."""
+    density: str | None = None
+    """Tokens that the blocks compute on: dense (all) | flexdit (fewer in the middle of the network)."""
+    split: tuple[int, int, int, int] | None = None
+    """flexdit: pooling blocks, modules, sparse blocks in each, dense blocks on top; by default the depth's own."""
+    sparsity: tuple[float, float] | None = None
+    """flexdit: share of tokens removed at data, and at noise."""
     absolute: str | None = None
     """Positions added to the tokens: none (the authors' release) | sincos (PixArt-alpha)."""
     position_scale: float | None = None
@@ -234,12 +244,16 @@ class Config(Section):
         except ValueError as error:
             found.append(f"model.preset: {error}")
         else:
-            found += [f"model.{p}" for p in backbone.problems()]
+            problems = backbone.problems()
+            found += [f"model.{p}" for p in problems]
             if self.data.resolution % (8 * backbone.patch):
                 found.append(
                     f"data.resolution: {self.data.resolution} must be divisible by {8 * backbone.patch} "
                     f"(8 of the VAE × the patch of {backbone.patch})"
                 )
+            elif not problems:
+                side = self.data.resolution // (8 * backbone.patch)
+                found += [f"model.{p}" for p in backbone.grid_problems((side, side))]
         found += [f"data.{p}" for p in self.data.problems()]
         if self.optimizer.warmup_steps > self.steps:
             found.append(f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is above steps ({self.steps})")

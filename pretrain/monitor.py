@@ -6,6 +6,7 @@ Process 0 writes. A resumed run takes up the curves where its checkpoint was; po
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from pretrain.diffusion import Loss
 from pretrain.engine import Engine
 from pretrain.guard import Verdict
 from pretrain.models import DiTConfig
-from pretrain.models.cost import tokens_of, training_flops
+from pretrain.models.cost import grid_of, training_flops
 
 # Dense bf16 peaks of the data sheets, in TFLOP/s, by a part of the device's name.
 PEAK_TFLOPS = {
@@ -86,7 +87,7 @@ class Monitor:
         self.writer: SummaryWriter | None = None
         peak = config.logging.peak_tflops or peak_tflops(self.world.device, engine.dtype)
         self.peak = peak * 1e12 * self.world.size
-        self.image_tokens = tokens_of(backbone, config.data.resolution)
+        self.grid = grid_of(backbone, config.data.resolution)
         self.totals, self.since = self._zeros(), time.perf_counter()
 
     def begin(self, step: int, sums: list[float]) -> None:
@@ -168,11 +169,11 @@ class Monitor:
             "train/learning_rate": lr,
             "train/steps_skipped": float(t.skipped),
             "speed/images_per_s": images / seconds,
-            "speed/tokens_per_s": images * self.image_tokens / seconds,
+            "speed/tokens_per_s": images * math.prod(self.grid) / seconds,
             "speed/step_s": seconds / t.steps,
             "speed/data_wait_percent": 100 * wait / self.world.size / seconds,
             "speed/mfu_percent": 100
-            * training_flops(self.backbone, images, self.image_tokens, text_tokens)
+            * training_flops(self.backbone, images, self.grid, text_tokens)
             / (seconds * self.peak),
         }
         for i in range(bins):

@@ -48,7 +48,7 @@ from data_prep.encoders import (
 from pretrain.diffusion import FfnWork, Guidance, generate
 from pretrain.diffusion.ddpm import BETA_END, BETA_START, STEPS
 from pretrain.folders import check_export, check_transformer, only_safetensors, read_backbone
-from pretrain.models import DiT, PackedText, Skip, TextMemory
+from pretrain.models import DiT, Effort, PackedText, Skip, TextMemory
 from pretrain.models.block import TimeMemory
 from pretrain.models.dit import Prediction
 
@@ -89,7 +89,8 @@ class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
         encoder_attention_mask: Tensor | None = None,
         skip: Skip | None = None,
         return_dict: bool = True,
-    ) -> FocusDiTTransformer2DModelOutput | tuple[Tensor, Tensor | None]:
+        effort: Effort | None = None,
+    ) -> FocusDiTTransformer2DModelOutput | tuple[Tensor, tuple, tuple[int, int]]:
         """Predicts for latents [B, C, H, W] at timesteps [B] (or one for all) in 0..1000.
 
         Args:
@@ -97,6 +98,8 @@ class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
             encoder_hidden_states: text embeddings [B, L, E], or what `read` made of them.
             encoder_attention_mask: [B, L], not 0 where there is a token; None where all are.
             skip: leaves FFNs out where the query mask weighs them little.
+            return_dict: False for the fields of `Prediction` as a tuple.
+            effort: mediators and density; by default those of the noise level.
         """
         text: PackedText | TextMemory
         if isinstance(encoder_hidden_states, TextMemory):
@@ -105,9 +108,9 @@ class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
             text = unpadded(encoder_hidden_states, encoder_attention_mask)
         if not isinstance(timestep, TimeMemory):
             timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
-        prediction = self.dit(hidden_states, timestep, text, skip)
+        prediction = self.dit(hidden_states, timestep, text, skip, effort=effort)
         if not return_dict:
-            return prediction.sample_BCHW, prediction.masks_KBN
+            return prediction.sample_BCHW, prediction.masks, prediction.grid
         return FocusDiTTransformer2DModelOutput(prediction.sample_BCHW, prediction.masks_KBN)
 
     @apply_forward_hook
@@ -365,8 +368,7 @@ class FocusDiTPipeline(DiffusionPipeline):
         return texts
 
     def _predict(self, latent: Tensor, timestep: TimeMemory, text: TextMemory, skip: Skip | None) -> Prediction:
-        sample, masks = self.transformer(latent, text, timestep, skip=skip, return_dict=False)
-        return Prediction(sample, masks)
+        return Prediction(*self.transformer(latent, text, timestep, skip=skip, return_dict=False))
 
     def _text(self, prompt: Any, embeds: Tensor | None, keep: Tensor | None, times: int) -> PackedText:
         """The captions, each repeated `times` times."""

@@ -9,6 +9,7 @@ and how to mend it.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import socket
@@ -28,7 +29,7 @@ from pretrain.checkpoint import FOLDER
 from pretrain.config import Config, ConfigError, geometry, load
 from pretrain.data import check_fits
 from pretrain.engine import World, start
-from pretrain.models.cost import count_parameters, ffn_flops, tokens_of
+from pretrain.models.cost import count_parameters, ffn_flops, grid_of
 from pretrain.shared_names import remove_stale_names
 from pretrain.streams import Place, open_card, plan, prepare
 
@@ -237,7 +238,7 @@ def activation_bytes(config: Config, micro: int) -> int:
     c = config.model.backbone()
     block = 18 * c.width + 2 * max(ffn_flops(c)) // (4 * c.width)
     kept = c.depth * c.width + block if config.model.recompute else c.depth * block
-    return 2 * micro * tokens_of(c, config.data.resolution) * kept
+    return 2 * micro * math.prod(grid_of(c, config.data.resolution)) * kept
 
 
 # ---- what all of them see together ----

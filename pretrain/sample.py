@@ -32,7 +32,7 @@ from data_prep.files import write_whole
 from data_prep.pictures import labelled_grid
 from pretrain.console import Progress, quiet
 from pretrain.diffusion import FfnWork
-from pretrain.models.cost import ffn_flops, saved_flops
+from pretrain.models.cost import saved_flops
 from pretrain.page import Entry, page
 from pretrain.pictures import mask_map
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
@@ -217,8 +217,8 @@ def draw(pipeline: FocusDiTPipeline, todo: Sequence[Job], args: argparse.Namespa
             work = draw_batch(pipeline, jobs, args)
             progress.update(len(jobs))
             if work is not None:
-                saved += saved_flops(config, work.kept_SK, work.tokens_S).sum().item()
-                whole += work.tokens_S.sum().item() * sum(ffn_flops(config))
+                saved += saved_flops(config, work.kept_SK, work.tokens_SK).sum().item()
+                whole += saved_flops(config, torch.zeros(1), work.tokens_SK).sum().item()
     return saved / whole if whole else None
 
 

@@ -18,7 +18,7 @@ from data_prep.encoders import working_dtype
 from pretrain.bench.timing import model_arguments, side_by_side
 from pretrain.diffusion import Generated, Guidance, generate, start_noise
 from pretrain.models import DiT, PackedText, Skip, TextMemory, preset
-from pretrain.models.cost import ffn_flops, saved_flops
+from pretrain.models.cost import saved_flops
 from pretrain.models.ffn import Vocabulary
 from pretrain.models.mask import MaskLinear, QueryMask
 from pretrain.models.skip import UNITS
@@ -174,8 +174,8 @@ def _curve(
     for t, skip in skips.items():
         drawn = _sample(subject, args.steps, skip)
         assert drawn.work is not None
-        saved_SK = saved_flops(config, drawn.work.kept_SK, drawn.work.tokens_S)
-        whole = drawn.work.tokens_S.sum().item() * sum(ffn_flops(config))
+        saved_SK = saved_flops(config, drawn.work.kept_SK, drawn.work.tokens_SK)
+        whole = saved_flops(config, torch.zeros(1), drawn.work.tokens_SK).sum().item()
         difference = (drawn.latent_BCHW - plain.latent_BCHW).norm() / plain.latent_BCHW.norm()
         points.append(SkipPoint(t, took[str(t)], saved_SK.sum().item() / whole, difference.item(), saved_SK))
     return points

@@ -35,13 +35,13 @@ class Backbone(Protocol):
 
 @dataclass(frozen=True)
 class FfnWork:
-    """Tokens kept for each block's FFN at each step [S, K] (a pruned block has none to go through), of `tokens_S` in all.
+    """Tokens kept for each block's FFN at each step [S, K] (a pruned block has none to go through), of `tokens_SK` in all.
 
     They are those of both halves of guidance.
     """
 
     kept_SK: Tensor
-    tokens_S: Tensor
+    tokens_SK: Tensor
 
 
 @dataclass(frozen=True)
@@ -109,19 +109,18 @@ def generate(
     """
     masks: list[Tensor] = []
     kept: list[Tensor] = []
-    tokens: list[int] = []
+    tokens: list[list[int]] = []
     steps = 0
 
     def predict(latent: Tensor, timestep: Tensor, captions: TextMemory) -> Tensor:
         nonlocal steps
         steps += 1
         prediction = backbone(latent.to(dtype), times[steps - 1], captions, skip)
-        if prediction.masks_KBN is not None:
-            if keep_masks:
-                masks.append(prediction.masks_KBN[:, : len(text)].transpose(0, 1).clone())
-            if skip is not None:
-                kept.append(skip.keep(prediction.masks_KBN).flatten(1).sum(1))
-                tokens.append(prediction.masks_KBN[0].numel())
+        if keep_masks and (masks_KBN := prediction.masks_KBN) is not None:
+            masks.append(masks_KBN[:, : len(text)].transpose(0, 1).clone())
+        if skip is not None and prediction.masks:
+            kept.append(torch.stack([skip.keep(m_BN).sum() for m_BN, _ in prediction.masks]))
+            tokens.append([m_BN.numel() for m_BN, _ in prediction.masks])
         return prediction.sample_BCHW
 
     latent = sample(Guided(predict, text, null, guidance), noise_BCHW, scheduler, on_step)

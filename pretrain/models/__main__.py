@@ -9,7 +9,7 @@ import argparse
 from dataclasses import replace
 
 from pretrain.models import PRESETS
-from pretrain.models.cost import count_flops, count_parameters, tokens_of
+from pretrain.models.cost import count_flops, count_parameters, grid_of
 
 PAPER = {  # total parameters that the paper (§5) prints
     "dit_1b": "1.078B",
@@ -27,7 +27,7 @@ def table(text_tokens: int) -> str:
     lines = [head, "-" * len(head)]
     for name, config in PRESETS.items():
         p = count_parameters(config)
-        flops = [count_flops(config, tokens_of(config, side), text_tokens).total for side in (256, 512)]
+        flops = [count_flops(config, grid_of(config, side), text_tokens).total for side in (256, 512)]
         parts = (
             f"{_millions(p.attention):>11}{_millions(p.ffn):>11}{_millions(p.query_mask):>12}{_millions(p.rest):>10}"
         )

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from pretrain.models.embeddings import Rotary
 from pretrain.models.text import PackedText, Runs
 
+KINDS = ("full", "mediators")
+
 
 class SelfAttention(nn.Module):
     """Full attention among [B, N, D] tokens, with rotary positions."""
@@ -27,6 +29,35 @@ class SelfAttention(nn.Module):
         q, k, v = rearrange(self.qkv(x_BND), "B N (three h d) -> three B h N d", three=3, h=self.heads)
         y_BhNd = F.scaled_dot_product_attention(rotary.turn(q), rotary.turn(k), v)
         return self.out(rearrange(y_BhNd, "B h N d -> B N (h d)"))
+
+
+class CrossScaleAttention(SelfAttention):
+    """Attention from [B, N, D] tokens of one scale to [B, n, D] of another, with self-attention's parameters."""
+
+    def forward(self, x_BND: Tensor, rotary: Rotary, from_BnD: Tensor, rotary_from: Rotary) -> Tensor:  # type: ignore[override]
+        D = x_BND.shape[-1]
+        q_weight, kv_weight = self.qkv.weight.split([D, 2 * D])
+        q_bias, kv_bias = self.qkv.bias.split([D, 2 * D])
+        q = rearrange(F.linear(x_BND, q_weight, q_bias), "B N (h d) -> B h N d", h=self.heads)
+        kv_BnX = F.linear(from_BnD, kv_weight, kv_bias)
+        k, v = rearrange(kv_BnX, "B n (two h d) -> two B h n d", two=2, h=self.heads)
+        y_BhNd = F.scaled_dot_product_attention(rotary.turn(q), rotary_from.turn(k), v)
+        return self.out(rearrange(y_BhNd, "B h N d -> B N (h d)"))
+
+
+class MeanAttention(nn.Module):
+    """What attention with equal weights gives: every token receives the mean of all values, [B, 1, D].
+
+    The mean of the values is the value of the mean, so one token is projected instead of N.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.out(self.value(x_BND.mean(1, keepdim=True)))
 
 
 class CrossAttention(nn.Module):

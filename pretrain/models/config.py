@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.models import ffn, mask
+from pretrain.models import attention, density, ffn, mask
+from pretrain.models.density import Split
 from pretrain.models.embeddings import ROTARY_PARTS, Scale
+from pretrain.models.scales import Grid, square
 
 
 @dataclass(frozen=True)
@@ -18,9 +20,15 @@ class DiTConfig:
         depth: blocks.
         patch: a token is patch × patch latent pixels.
         latent_channels: C of the VAE.
-        text_width: E of the text encoder.
+        text_width: E of the text encoder; 0 leaves text out: an unconditional model.
         mask: query mask: none | release | adaln_single.
         ffn: vocabulary layout: uniform | shared | tapered.
+        attention: full | mediators (mediators.py), in the blocks that hold all tokens.
+        mediators: their numbers n, each the square of a whole number, the fewest first.
+        density: dense | flexdit (density.py).
+        split: of `density: flexdit`: pooling blocks, modules, sparse blocks in each, dense blocks on top; None for the
+            table's.
+        sparsity: of `density: flexdit`: the share of tokens removed at data, and at noise.
         shared_width: entries of the shared expert, in widths D (1, 2 or 3); only for `ffn: shared`.
         rotary: what the head's width turns by: halves (row, column) | thirds (time, row, column).
         absolute: positions added to the tokens: none (the release) | sincos (PixArt-alpha).
@@ -39,6 +47,11 @@ class DiTConfig:
     text_width: int
     mask: str = "none"
     ffn: str = "uniform"
+    attention: str = "full"
+    mediators: tuple[int, ...] = (4, 16, 64)
+    density: str = "dense"
+    split: Split | None = None
+    sparsity: tuple[float, float] = (0.61, 0.86)
     shared_width: int = 2
     rotary: str = "halves"
     absolute: str = "none"
@@ -54,15 +67,20 @@ class DiTConfig:
         choices = (
             ("mask", mask.KINDS),
             ("ffn", ffn.LAYOUTS),
+            ("attention", attention.KINDS),
+            ("density", density.DENSITIES),
             ("rotary", tuple(ROTARY_PARTS)),
             ("absolute", ("none", "sincos")),
         )
         for field, names in choices:
             if getattr(self, field) not in names:
                 found.append(f"{field}: {getattr(self, field)!r} is none of {', '.join(names)}")
-        for field in ("width", "heads", "depth", "patch", "latent_channels", "text_width", "norm_eps"):
+        for field in ("width", "heads", "depth", "patch", "latent_channels", "norm_eps"):
             if getattr(self, field) <= 0:
                 found.append(f"{field}: {getattr(self, field)} must be above 0")
+        if self.text_width < 0:
+            found.append(f"text_width: {self.text_width} must be the text encoder's width, or 0 for no text")
+        found += self._neighbours_problems()
         scales = self.position_scale if isinstance(self.position_scale, tuple) else (self.position_scale,) * 2
         if len(scales) != 2 or min(scales) <= 0:
             found.append(
@@ -83,4 +101,44 @@ class DiTConfig:
                 f"width: {self.width} must be divisible by heads × {parts} = {self.heads * parts} "
                 f"(rotary {self.rotary} turns pairs in {parts // 2} parts of each head)"
             )
+        return found
+
+    def _neighbours_problems(self) -> list[str]:
+        """Those of mediators and density."""
+        found = []
+        if self.attention == "mediators":
+            for n in self.mediators:
+                try:
+                    square(n)
+                except ValueError as error:
+                    found.append(f"mediators: {error}")
+            if not self.mediators or list(self.mediators) != sorted(set(self.mediators)):
+                found.append(f"mediators: {list(self.mediators)} must be different numbers, the fewest first")
+        if self.density == "flexdit":
+            try:
+                density.split_of(self.depth, self.split)
+            except ValueError as error:
+                found.append(f"split: {error}")
+            low, high = self.sparsity
+            if not 0 < low <= high < 1:
+                found.append(
+                    f"sparsity: {list(self.sparsity)} must be two shares above 0 and below 1, the first not above the second"
+                )
+        return found
+
+    def grid_problems(self, grid: Grid) -> list[str]:
+        """What keeps a shape without problems from computing on (rows, columns) of tokens."""
+        found = []
+        if self.attention == "mediators":
+            most = square(self.mediators[-1])[0]
+            if most > min(grid):
+                found.append(
+                    f"mediators: {self.mediators[-1]} ({most} × {most}) do not fit {grid[0]} × {grid[1]} tokens; "
+                    "leave out the largest, or use larger pictures"
+                )
+        if self.density == "flexdit":
+            try:
+                density.sparse_grid(grid, self.sparsity, density.BINS - 1)
+            except ValueError as error:
+                found.append(str(error))
         return found

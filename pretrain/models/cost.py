@@ -1,22 +1,28 @@
 """What a backbone costs: parameters by part and FLOPs per image, computed from its shape alone.
 
-Letters: N image tokens, L text tokens, D width, E the text encoder's width, K blocks.
+Letters: N image tokens, n sparse ones or mediators, L text tokens, D width, E the text encoder's width, K blocks.
 
-A multiply-add counts as two FLOPs; only matrix products count (linear maps and attention), as is usual. A training step is
-counted as three forward passes. `tests/unit/models/test_cost.py` compares both with modules built on the meta device.
+A multiply-add counts as two FLOPs; only matrix products and convolutions count (linear maps, attention, pooling), as is usual.
+A training step is counted as three forward passes. Where the cost depends on the noise level, it is the mean over all levels,
+unless an effort is given. `tests/unit/models/test_cost.py` compares both with modules built on the meta device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from pretrain.models.config import DiTConfig
+from pretrain.models.density import BINS, DENSE, GENERATE, POOLING, RECOVER, SPARSE, roles, sparse_grid
+from pretrain.models.effort import Effort
 from pretrain.models.ffn import local_size
 from pretrain.models.mask import TIMESTEPS
+from pretrain.models.mediators import LINE, MAP
+from pretrain.models.scales import Grid, square
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,14 @@ def _mask_layers(c: DiTConfig) -> list[tuple[int, int]]:
 
 def count_parameters(c: DiTConfig) -> Parameters:
     """The parameters that `DiT(c)` has."""
-    D, K = c.width, c.depth
-    attention = K * (_linear(D, 3 * D) + _linear(D, D) + _linear(D, D) + _linear(D, 2 * D) + _linear(D, D))
+    D, K, E, m = c.width, c.depth, c.text_width, c.heads
+    attention = K * (_linear(D, D) + _linear(D, 2 * D) + _linear(D, D)) if E else 0
+    for role in roles(c.density, K, c.split):
+        attention += (2 if role == POOLING else 4) * _linear(D, D)
+        if role == RECOVER:
+            attention += 2 * _linear(D, D)
+        if role == DENSE and c.attention == "mediators":
+            attention += 10 * D + sum(2 * m * n * (MAP * MAP + 2 * LINE) for n in c.mediators)
     ffn = sum(_linear(D, size) + _linear(size, D) for size in _vocabulary_sizes(c) if size)
     if c.ffn == "shared":
         ffn += _linear(D, c.shared_width * D) + _linear(c.shared_width * D, D, bias=False)
@@ -78,8 +90,7 @@ def count_parameters(c: DiTConfig) -> Parameters:
         + _linear(256, D)
         + _linear(D, D)
         + _linear(D, 6 * D)
-        + _linear(c.text_width, D)
-        + _linear(D, D)
+        + (_linear(E, D) + _linear(D, D) if E else 0)
         + K * 6 * D
         + 2 * D
         + _linear(D, c.latent_channels * c.patch**2)
@@ -87,26 +98,80 @@ def count_parameters(c: DiTConfig) -> Parameters:
     return Parameters(attention, ffn, query_mask, rest)
 
 
-def tokens_of(c: DiTConfig, resolution: int) -> int:
-    """Image tokens at a square resolution in pixels, for a VAE that shrinks by 8."""
+def grid_of(c: DiTConfig, resolution: int) -> Grid:
+    """Rows and columns of tokens at a square resolution in pixels, for a VAE that shrinks by 8."""
     side, rest = divmod(resolution, 8 * c.patch)
     if rest:
         raise ValueError(f"{resolution} px is not divisible by 8 (the VAE) × {c.patch} (the patch)")
-    return side * side
+    return side, side
 
 
-def count_flops(c: DiTConfig, image_tokens: int, text_tokens: float) -> Flops:
-    """Forward FLOPs of one image of `image_tokens` with a caption of `text_tokens` (a mean may be a fraction)."""
-    D, K, N, L = c.width, c.depth, image_tokens, text_tokens
-    self_attention = N * 4 * D * D + 2 * N * N * D
-    cross_attention = N * 2 * D * D + L * 2 * D * D + 2 * N * L * D
+def count_flops(c: DiTConfig, grid: Grid, text_tokens: float, effort: Effort | None = None) -> Flops:
+    """Forward FLOPs of one image of (rows, columns) of tokens with a caption of `text_tokens` (a mean may be a fraction)."""
+    if effort is None:
+        efforts = _efforts(c)
+        each = [count_flops(c, grid, text_tokens, e) for e in efforts]
+        return Flops(*(round(sum(parts) / len(each)) for parts in zip(*map(astuple, each), strict=True)))
+    D, L = c.width, text_tokens
+    N = math.prod(grid)
+    attention: float = sum(_attention(c, role, grid, effort) for role in roles(c.density, c.depth, c.split))
+    tokens = block_tokens(c, grid, effort)
+    if c.text_width:
+        attention += sum(n * 2 * D * D + L * 2 * D * D + 2 * n * L * D for n in tokens)
     query_mask = 0
     if c.mask != "none":
-        query_mask = N * sum(i * o for i, o in _mask_layers(c)) + (2 * D * D if c.mask == "release" else 0)
-    patch = c.latent_channels * c.patch**2 * D
-    rest = 2 * N * patch + L * (c.text_width * D + D * D) + 256 * D + D * D + 6 * D * D
-    attention, query_mask, rest = (round(2 * m) for m in (K * (self_attention + cross_attention), K * query_mask, rest))
-    return Flops(attention, N * sum(ffn_flops(c)), query_mask, rest)
+        time = 2 * D * D if c.mask == "release" else 0
+        query_mask = sum(n * sum(i * o for i, o in _mask_layers(c)) + time for n in tokens)
+    ffn = sum(n * flops for n, flops in zip(tokens, ffn_flops(c), strict=True))
+    rest: float = 2 * N * c.latent_channels * c.patch**2 * D + 256 * D + D * D + 6 * D * D
+    if c.text_width:
+        rest += L * (c.text_width * D + D * D)
+    return Flops(round(2 * attention), ffn, round(2 * query_mask), round(2 * rest))
+
+
+def _efforts(c: DiTConfig) -> list[Effort]:
+    """The default effort at equally spaced noise levels that meet every part of both choices."""
+    levels = 1
+    if c.attention == "mediators":
+        levels = math.lcm(levels, len(c.mediators))
+    if c.density == "flexdit":
+        levels = math.lcm(levels, BINS)
+    return [Effort.at(c, (i + 0.5) / levels) for i in range(levels)]
+
+
+def block_tokens(c: DiTConfig, grid: Grid, effort: Effort) -> list[int]:
+    """The tokens that go through each block's FFN."""
+    N = math.prod(grid)
+    n = N if effort.bin is None else math.prod(sparse_grid(grid, c.sparsity, effort.bin))
+    return [n if role in (GENERATE, SPARSE) else N for role in roles(c.density, c.depth, c.split)]
+
+
+def _attention(c: DiTConfig, role: str, grid: Grid, effort: Effort) -> int:
+    """Multiply-adds of a block's attention among image tokens."""
+    D, N = c.width, math.prod(grid)
+    if role == POOLING:
+        return 2 * D * D
+    if role == DENSE:
+        if effort.mediators is None:
+            return N * 4 * D * D + 2 * N * N * D
+        pooling = _pooling(grid, square(effort.mediators)) * D
+        return N * 4 * D * D + 4 * N * effort.mediators * D + 9 * N * D + pooling
+    assert effort.bin is not None
+    cells = sparse_grid(grid, c.sparsity, effort.bin)
+    n = math.prod(cells)
+    if role == SPARSE:
+        return n * 4 * D * D + 2 * n * n * D
+    if role == GENERATE:
+        mask = 1  # the query mask of the block before, too
+        return (n * 2 + N * 2) * D * D + 2 * n * N * D + _pooling(grid, cells) * (D + mask)
+    return (N * 2 + n * 2) * D * D + 2 * n * N * D + 2 * N * D * D
+
+
+def _pooling(grid: Grid, cells: Grid) -> int:
+    """Multiply-adds of averaging one channel over cells (scales.py)."""
+    if grid == cells:
+        return 0
+    return cells[0] * math.prod(grid) + cells[1] * cells[0] * grid[1]
 
 
 def ffn_flops(c: DiTConfig) -> list[int]:
@@ -115,11 +180,11 @@ def ffn_flops(c: DiTConfig) -> list[int]:
     return [4 * c.width * (size + shared) if size else 0 for size in _vocabulary_sizes(c)]
 
 
-def saved_flops(c: DiTConfig, kept_SK: Tensor, tokens_S: Tensor) -> Tensor:
-    """FLOPs that skipping left out of each block's FFN at each step [S, K]: `kept_SK` of `tokens_S` tokens went through it."""
-    return (tokens_S[:, None] - kept_SK).double() * torch.tensor(ffn_flops(c), dtype=torch.float64)
+def saved_flops(c: DiTConfig, kept_SK: Tensor, tokens_SK: Tensor) -> Tensor:
+    """FLOPs that skipping left out of each block's FFN at each step [S, K]: `kept_SK` of `tokens_SK` tokens went through it."""
+    return (tokens_SK - kept_SK).double() * torch.tensor(ffn_flops(c), dtype=torch.float64)
 
 
-def training_flops(c: DiTConfig, images: int, image_tokens: int, text_tokens: int) -> float:
+def training_flops(c: DiTConfig, images: int, grid: Grid, text_tokens: int, effort: Effort | None = None) -> float:
     """FLOPs of a training step over `images` images with `text_tokens` tokens of text in all."""
-    return 3.0 * images * count_flops(c, image_tokens, text_tokens / images).total
+    return 3.0 * images * count_flops(c, grid, text_tokens / images, effort).total

@@ -11,6 +11,8 @@ Initialisation, all in `DiT.initialise`:
 | outputs of attention and FFN                           | 0: a fresh block changes nothing                          |
 | scale-shift tables                                     | gates 1, the rest normal(1/√D)                            |
 | query mask's time table, or its shift                  | normal(0.02), or 0                                        |
+| mediators' bias tables                                 | truncated normal(0.02)                                    |
+| FlexDiT's W1, W2                                       | 0, the identity                                           |
 | query mask's last bias                                 | 2: masks start near 0.88, where their gradient still flows |
 
 PixArt-alpha starts its gates at random, these outputs at Xavier's and its last layer at 0. With the first two, the tiny
@@ -32,9 +34,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.models import ffn, mask
-from pretrain.models.attention import CrossAttention, SelfAttention
-from pretrain.models.block import Block, Context, TimeMemory, TokenState, modulate
+from pretrain.models.attention import CrossAttention, MeanAttention, SelfAttention
+from pretrain.models.block import (
+    Block,
+    Context,
+    Positions,
+    RecoverBlock,
+    TimeMemory,
+    TokenState,
+    make_blocks,
+    modulate,
+)
 from pretrain.models.config import DiTConfig
+from pretrain.models.density import sparse_grid
+from pretrain.models.effort import Effort, depends_on_time
 from pretrain.models.embeddings import (
     PatchEmbed,
     Rotary,
@@ -43,16 +56,26 @@ from pretrain.models.embeddings import (
     rotary_positions,
     sincos_positions,
 )
+from pretrain.models.mediators import MediatorAttention, PairBias
+from pretrain.models.scales import Grid, spread, square
 from pretrain.models.skip import Skip
 from pretrain.models.text import PackedText, Runs, TextMemory
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The backbone's output; `masks_KBN` is each block's query mask, None for `mask: none`."""
+    """The backbone's output; `masks` is each block's query mask [B, N] with the (rows, columns) that it computed on."""
 
     sample_BCHW: Tensor
-    masks_KBN: Tensor | None
+    masks: tuple[tuple[Tensor, Grid], ...]
+    grid: Grid
+
+    @property
+    def masks_KBN(self) -> Tensor | None:
+        """Each block's query mask on the grid of all tokens; None for `mask: none`."""
+        if not self.masks:
+            return None
+        return torch.stack([spread(m_BN[..., None], grid, self.grid)[..., 0] for m_BN, grid in self.masks])
 
 
 class FinalLayer(nn.Module):
@@ -88,9 +111,9 @@ class DiT(nn.Module):
         self.patch_embed = PatchEmbed(config.latent_channels, config.patch, D)
         self.time_embed = TimeEmbed(D)
         self.time_modulation = nn.Linear(D, 6 * D)
-        self.text_projection = TextProjection(config.text_width, D)
+        self.text_projection = TextProjection(config.text_width, D) if config.text_width else None
         self.shared_expert = ffn.Vocabulary(D, config.shared_width * D, bias=False) if config.ffn == "shared" else None
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+        self.blocks = nn.ModuleList(make_blocks(config))
         self.final = FinalLayer(config)
         self.initialise()
 
@@ -109,8 +132,14 @@ class DiT(nn.Module):
             if isinstance(module, Block):
                 with torch.no_grad():
                     module.scale_shift_table[[2, 5]] = 1.0  # gate_msa, gate_mlp
-            elif isinstance(module, SelfAttention | CrossAttention):
+            if isinstance(module, RecoverBlock):
+                nn.init.zeros_(module.from_sparse.weight)
+                nn.init.eye_(module.from_dense.weight)
+            elif isinstance(module, SelfAttention | CrossAttention | MeanAttention | MediatorAttention):
                 nn.init.zeros_(module.out.weight)
+            elif isinstance(module, PairBias):
+                for table in module.parameters():
+                    nn.init.trunc_normal_(table, std=0.02)
             elif isinstance(module, ffn.Vocabulary):
                 nn.init.zeros_(module.value.weight)
             elif isinstance(module, mask.QueryMask):
@@ -118,8 +147,11 @@ class DiT(nn.Module):
 
     def read(self, text: PackedText) -> TextMemory:
         """Captions to what the blocks' cross-attentions see of them: once per prompt, for all sampling steps."""
+        if self.text_projection is None:
+            return TextMemory(((),) * len(self.blocks), len(text))
         projected = text.with_tokens(self.text_projection(text.tokens_ME))
-        return TextMemory(tuple(block.cross_attention.read(projected) for block in cast(list[Block], self.blocks)))
+        attentions = [cast(CrossAttention, block.cross_attention) for block in self.blocks]
+        return TextMemory(tuple(attention.read(projected) for attention in attentions), len(text))
 
     def read_times(self, timestep_S: Tensor) -> tuple[TimeMemory, ...]:
         """Each of these timesteps to all that the backbone makes of it, for any number of images at that time."""
@@ -129,11 +161,13 @@ class DiT(nn.Module):
             masks = [
                 b.query_mask.read_time(time_SD, timestep_S) for b in cast(list[Block], self.blocks) if b.query_mask
             ]
+        levels = (timestep_S / 1000).tolist() if depends_on_time(self.config) else [None] * len(timestep_S)
         return tuple(
             TimeMemory(
                 time_SD[i : i + 1],
                 modulation_S6D[i : i + 1],
                 tuple((scale[i : i + 1], shift[i : i + 1]) for scale, shift in masks) if masks else None,
+                levels[i],
             )
             for i in range(len(timestep_S))
         )
@@ -149,6 +183,7 @@ class DiT(nn.Module):
         text: PackedText | TextMemory,
         skip: Skip | None = None,
         keep_KBN: Tensor | None = None,
+        effort: Effort | None = None,
     ) -> Prediction:
         """Predicts for latents [B, C, H, W] at timesteps [B] in 0..1000 (0 is data), each with its caption.
 
@@ -157,10 +192,13 @@ class DiT(nn.Module):
             text: the captions, or what `read` made of them.
             skip: leaves the FFN out where the query mask weighs it little.
             keep_KBN: dropout of each block's query mask while training, from `mask.draw_keep`; none by default.
+            effort: mediators and density; by default those of the noise level, which must then be the same for all images
+                (and is asked of the device, unless `read_times` knows it).
 
         Raises:
-            ValueError: the latent's sides are not divisible by the patch, latents, timesteps and captions differ in number,
-                or there are no query masks to skip by.
+            ValueError: the latent's sides are not divisible by the patch or too small for mediators or density; latents,
+                timesteps and captions differ in number; noise levels ask for different efforts; or there are no query
+                masks to skip by.
         """
         p = self.config.patch
         timesteps = len(latent_BCHW) if isinstance(timestep_B, TimeMemory) else len(timestep_B)
@@ -174,35 +212,59 @@ class DiT(nn.Module):
             raise ValueError(
                 "this model has no query masks, so no FFN can be skipped by them; leave the skip threshold out"
             )
+        grid = (rows, columns)
+        if problems := self.config.grid_problems(grid):
+            raise ValueError("; ".join(problems))
         x_BND = self.patch_embed(latent_BCHW)
         if self.config.absolute == "sincos":
             scale = self.config.position_scale
-            x_BND = x_BND + sincos_positions((rows, columns), self.config.width, scale, x_BND.device, x_BND.dtype)
+            x_BND = x_BND + sincos_positions(grid, self.config.width, scale, x_BND.device, x_BND.dtype)
         times = timestep_B if isinstance(timestep_B, TimeMemory) else TimeMemory(*self._time(timestep_B))
         context = Context(
             times=times,
             timestep_B=None if isinstance(timestep_B, TimeMemory) else timestep_B,
-            rotary=self._positions((rows, columns), x_BND),
+            positions=self._positions(grid, effort or self._effort(timestep_B), x_BND),
             shared_expert=self.shared_expert,
             skip=skip,
             keep_KBN=None if keep_KBN is None else keep_KBN.to(x_BND.dtype),
         )
         seen: Iterable[PackedText | Runs]
-        if isinstance(text, PackedText):
-            seen = repeat(text.with_tokens(self.text_projection(text.tokens_ME)), len(self.blocks))
-        else:
+        if isinstance(text, TextMemory):
             seen = text.blocks
-        state = TokenState(x_BND, (rows, columns), x_BND.new_ones(x_BND.shape[0], x_BND.shape[1], 1))
+        else:
+            if self.text_projection is not None:
+                text = text.with_tokens(self.text_projection(text.tokens_ME))
+            seen = repeat(text, len(self.blocks))
+        state = TokenState(x_BND, grid, x_BND.new_ones(x_BND.shape[0], x_BND.shape[1], 1))
         masks = []
         for block, its_text in zip(self.blocks, seen, strict=True):
             if self.recompute and torch.is_grad_enabled():
                 state = checkpoint(block, state, context, its_text, use_reentrant=False, preserve_rng_state=False)
             else:
                 state = block(state, context, its_text)
-            masks.append(state.mask_BN1.squeeze(-1))
-        masks_KBN = None if self.config.mask == "none" else torch.stack(masks)
-        return Prediction(self.final(state, times.time_BD), masks_KBN)
+            masks.append((state.mask_BN1.squeeze(-1), state.grid))
+        return Prediction(self.final(state, times.time_BD), () if self.config.mask == "none" else tuple(masks), grid)
 
-    def _positions(self, grid: tuple[int, int], like: Tensor) -> Rotary:
+    def _effort(self, timestep_B: Tensor | TimeMemory) -> Effort:
+        """The default at these times."""
+        if not depends_on_time(self.config):
+            return Effort()
+        if isinstance(timestep_B, TimeMemory):
+            assert timestep_B.t is not None
+            return Effort.at(self.config, timestep_B.t)
+        return Effort.for_all(self.config, (timestep_B / 1000).tolist())
+
+    def _positions(self, grid: Grid, effort: Effort, like: Tensor) -> Positions:
         c = self.config
-        return rotary_positions(c.rotary, grid, c.width // c.heads, c.position_scale, like.device, like.dtype)
+
+        def rotary(cells: Grid | None = None) -> Rotary:
+            width = c.width // c.heads
+            return rotary_positions(c.rotary, grid, width, c.position_scale, like.device, like.dtype, cells)
+
+        cells = mediators = None
+        if effort.bin is not None:
+            sparse = sparse_grid(grid, c.sparsity, effort.bin)
+            cells = (sparse, rotary(sparse))
+        if effort.mediators is not None:
+            mediators = (effort.mediators, rotary(square(effort.mediators)))
+        return Positions(rotary(), cells, mediators)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pretrain.models.scales import Grid, centres
+
 
 class PatchEmbed(nn.Module):
     """Latents [B, C, H·p, W·p] to tokens [B, H·W, D]: a p×p convolution of stride p, written as a linear map."""
@@ -75,17 +77,17 @@ class Rotary:
 Scale = float | tuple[float, float]
 
 
-def grid_coordinates(grid: tuple[int, int], scale: Scale, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column [N] of each token of a grid of (rows, columns), divided by `scale`."""
+def grid_coordinates(
+    grid: Grid, scale: Scale, device: torch.device, cells: Grid | None = None
+) -> tuple[Tensor, Tensor]:
+    """Row and column [N] of each token of a grid of (rows, columns), or of its cells' centres, divided by `scale`."""
     scales = scale if isinstance(scale, tuple) else (scale, scale)
-    rows, columns = (torch.arange(n, device=device, dtype=torch.float32) / s for n, s in zip(grid, scales, strict=True))
+    rows, columns = (centres(g, c, device) / s for g, c, s in zip(grid, cells or grid, scales, strict=True))
     row_N, column_N = torch.meshgrid(rows, columns, indexing="ij")
     return row_N.flatten(), column_N.flatten()
 
 
-def sincos_positions(
-    grid: tuple[int, int], width: int, scale: Scale, device: torch.device, dtype: torch.dtype
-) -> Tensor:
+def sincos_positions(grid: Grid, width: int, scale: Scale, device: torch.device, dtype: torch.dtype) -> Tensor:
     """PixArt-alpha's absolute positions [N, D], to be added to the tokens: sines and cosines of the row, then the column."""
     frequency = 10000 ** -(torch.arange(width // 4, device=device, dtype=torch.float32) / (width // 4))
     angles = [c[:, None] * frequency for c in grid_coordinates(grid, scale, device)]
@@ -97,19 +99,26 @@ ROTARY_PARTS = {"halves": ("row", "column"), "thirds": ("time", "row", "column")
 
 
 def rotary_positions(
-    layout: str, grid: tuple[int, int], head_width: int, scale: Scale, device: torch.device, dtype: torch.dtype
+    layout: str,
+    grid: Grid,
+    head_width: int,
+    scale: Scale,
+    device: torch.device,
+    dtype: torch.dtype,
+    cells: Grid | None = None,
 ) -> Rotary:
-    """Positions of a grid of (rows, columns) tokens.
+    """Positions of a grid of (rows, columns) tokens, or of its cells.
 
     Args:
         layout: "halves" (row, column) or "thirds" (time, row, column; the release's, where an image's time is 0).
         head_width: d; must be divisible by twice the layout's parts.
         scale: positions are divided by it. With 2, a 512 px grid spans the positions that 256 px training saw.
+        cells: (rows, columns) of a coarser grid over the same tokens, whose centres are asked for.
     """
     parts = ROTARY_PARTS[layout]
     width = head_width // len(parts)
     frequency = 10000 ** -(torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
-    row_N, column_N = grid_coordinates(grid, scale, device)
+    row_N, column_N = grid_coordinates(grid, scale, device, cells)
     coordinate = {"time": torch.zeros_like(row_N), "row": row_N, "column": column_N}
     angles = [coordinate[part][:, None] * frequency for part in parts]
     cos_Nd = torch.cat([a.cos() for angle in angles for a in (angle, angle)], dim=-1)

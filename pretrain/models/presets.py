@@ -20,6 +20,10 @@ _DIT_TINY = DiTConfig(
     absolute="sincos",
     mask_hidden=(64, 32, 16, 8),
 )
+# The published sizes of DiT (arXiv 2212.09748) and SiT over 4-channel latents, with captions instead of classes.
+_DIT_XL2 = DiTConfig(width=1152, heads=16, depth=28, patch=2, latent_channels=4, text_width=4096)
+_DIT_B2 = replace(_DIT_XL2, width=768, heads=12, depth=12)
+_DIT_S2 = replace(_DIT_XL2, width=384, heads=6, depth=12)
 
 PRESETS: dict[str, DiTConfig] = {
     "dit_1b": _DIT_1B,
@@ -29,7 +33,19 @@ PRESETS: dict[str, DiTConfig] = {
     "focusdit_1b_shared2d": replace(_DIT_1B, mask="release", ffn="shared", shared_width=2),
     # What the authors released: no shared expert, a tapered vocabulary, positions in thirds.
     "focusdit_release": replace(_DIT_1B, mask="release", ffn="tapered", rotary="thirds"),
+    "dit_xl2": _DIT_XL2,
+    "dit_b2": _DIT_B2,
+    "dit_s2": _DIT_S2,
+    # FlexDiT as published (arXiv 2412.06028): its 512 px model with most tokens removed, and the splits at 256 px.
+    "flexdit_xl2_512": replace(_DIT_XL2, density="flexdit", sparsity=(0.90, 0.96)),
+    "flexdit_xl2_256": replace(_DIT_XL2, density="flexdit", split=(1, 4, 3, 3)),
+    "flexdit_b2": replace(_DIT_B2, density="flexdit"),
+    # Attention mediators as published (arXiv 2408.05710), one network for all three numbers.
+    "mediators_s2": replace(_DIT_S2, attention="mediators"),
+    "mediators_xl2": replace(_DIT_XL2, attention="mediators"),
     "dit_tiny": _DIT_TINY,
+    # As many FLOPs in eight narrower blocks: enough for FlexDiT's kinds of blocks.
+    "dit_tiny_deep": replace(_DIT_TINY, width=128, depth=8, mediators=(4, 16)),
     "focusdit_tiny": replace(_DIT_TINY, mask="adaln_single", ffn="shared", shared_width=2),
 }
 

@@ -98,17 +98,20 @@ class TextMemory:
     """Captions as the backbone's cross-attentions see them: made once per prompt, read at every sampling step.
 
     Attributes:
-        blocks: each block's keys and values.
+        blocks: each block's keys and values; nothing for a backbone without text.
+        captions: how many there are.
     """
 
     blocks: tuple[Runs, ...]
+    captions: int
 
     def __len__(self) -> int:
-        return sum(len(keys) for keys, _ in self.blocks[0])
+        return self.captions
 
     def __add__(self, other: TextMemory) -> TextMemory:
         """The captions of both, this one's first."""
-        return TextMemory(tuple(mine + others for mine, others in zip(self.blocks, other.blocks, strict=True)))
+        blocks = tuple(mine + others for mine, others in zip(self.blocks, other.blocks, strict=True))
+        return TextMemory(blocks, len(self) + len(other))
 
     def __mul__(self, times: int) -> TextMemory:
         """One caption repeated `times` times, without a copy."""
@@ -116,4 +119,19 @@ class TextMemory:
         expanded = (
             ((k.expand(times, -1, -1, -1), v.expand(times, -1, -1, -1)) for k, v in runs) for runs in self.blocks
         )
-        return TextMemory(tuple(tuple(runs) for runs in expanded))
+        return TextMemory(tuple(tuple(runs) for runs in expanded), times)
+
+    def take(self, captions: Sequence[int]) -> TextMemory:
+        """Some of the captions, by their numbers in ascending order."""
+        blocks = []
+        for runs in self.blocks:
+            kept, start = [], 0
+            for keys, values in runs:
+                mine = [n - start for n in captions if start <= n < start + len(keys)]
+                start += len(keys)
+                if len(mine) == len(keys):
+                    kept.append((keys, values))
+                elif mine:
+                    kept.append((keys[mine], values[mine]))
+            blocks.append(tuple(kept))
+        return TextMemory(tuple(blocks), len(captions))

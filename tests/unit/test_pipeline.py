@@ -340,7 +340,7 @@ def test_skipping_under_0_is_no_skipping(pipe, unit):
     skipped = pipe(PROMPTS, generator=seeds(0, 1, 2, 3), skip_threshold=0.0, skip_unit=unit)
     assert np.abs(levels(whole.images) - levels(skipped.images)).max() <= 1
     assert whole.ffn_work is None
-    assert skipped.ffn_work.tokens_S.tolist() == [4 * 2 * 4] * STEPS  # pictures × halves × tokens
+    assert skipped.ffn_work.tokens_SK[:, 0].tolist() == [4 * 2 * 4] * STEPS  # pictures × halves × tokens
     assert (skipped.ffn_work.kept_SK == 4 * 2 * 4).all()
 
 
@@ -369,7 +369,7 @@ def test_the_work_counts_what_the_query_masks_keep(pipe, unit, threshold):
         expected = (masks_BSKN.mean(-1) >= threshold).sum(0) * masks_BSKN.shape[-1]
     assert torch.equal(drawn.ffn_work.kept_SK, expected)
     assert 0 < expected.sum() < masks_BSKN.numel()
-    assert drawn.ffn_work.tokens_S.tolist() == [4 * 4] * STEPS
+    assert drawn.ffn_work.tokens_SK[:, 0].tolist() == [4 * 4] * STEPS
 
 
 def test_query_masks_are_those_of_the_pictures_with_text(pipe):
@@ -459,7 +459,7 @@ def test_called_as_diffusers_transformers_are(pipe, lengths):
     assert torch.equal(got.query_masks, expected.masks_KBN)
     for kind in (torch.bool, torch.float32):
         again = pipe.transformer(noise(0, 1, 2), embeds, timestep, mask.to(kind), return_dict=False)
-        assert torch.equal(again[0], got.sample) and torch.equal(again[1], got.query_masks)
+        assert torch.equal(again[0], got.sample) and torch.equal(again[1][0][0], got.query_masks[0])
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.models import PRESETS, DiT, DiTConfig, PackedText
 from pretrain.models import __main__ as printed
-from pretrain.models.cost import count_flops, count_parameters, ffn_flops, tokens_of, training_flops
+from pretrain.models.cost import count_flops, count_parameters, ffn_flops, grid_of, training_flops
 
 SMALL = DiTConfig(
     width=48, heads=2, depth=5, patch=2, latent_channels=3, text_width=20, shared_width=3, mask_hidden=(16, 8, 4)
@@ -63,7 +63,7 @@ def test_flops_of_a_forward_and_a_training_step(mask, ffn, removed):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         output = model(*inputs(config, 4, 6)).sample_BCHW
         forward = counter.get_total_flops()
-        assert forward == IMAGES * count_flops(config, 4 * 6, CAPTION).total
+        assert forward == IMAGES * count_flops(config, (4, 6), CAPTION).total
 
         modules = counter.get_flop_counts()
         by_part = {
@@ -71,13 +71,13 @@ def test_flops_of_a_forward_and_a_training_step(mask, ffn, removed):
             for part in ("self_attention", "cross_attention", "query_mask", "time_linear", "ffn", "shared_expert")
         }
         output.sum().backward()
-    counted = count_flops(config, 4 * 6, CAPTION)
+    counted = count_flops(config, (4, 6), CAPTION)
     assert by_part["self_attention"] + by_part["cross_attention"] == IMAGES * counted.attention
     assert by_part["ffn"] + by_part["shared_expert"] == IMAGES * counted.ffn
     assert by_part["query_mask"] + by_part["time_linear"] == IMAGES * counted.query_mask
 
     sinusoids = 2 * IMAGES * 256 * config.width  # the only product whose input needs no gradient
-    assert counter.get_total_flops() == training_flops(config, IMAGES, 4 * 6, IMAGES * CAPTION) - sinusoids
+    assert counter.get_total_flops() == training_flops(config, IMAGES, (4, 6), IMAGES * CAPTION) - sinusoids
 
 
 @pytest.mark.parametrize("removed", [(), (1, 4)])
@@ -92,23 +92,23 @@ def test_ffn_flops_of_each_block(ffn, removed):
     shared = sum(modules.get("DiT.shared_expert", {}).values()) // len(used)
     counted = [sum(modules[f"DiT.blocks.{b}.ffn"].values()) + shared if b in used else 0 for b in range(config.depth)]
     assert [tokens * flops for flops in ffn_flops(config)] == counted
-    assert sum(ffn_flops(config)) == count_flops(config, 4 * 6, CAPTION).ffn / (4 * 6)
+    assert sum(ffn_flops(config)) == count_flops(config, (4, 6), CAPTION).ffn / (4 * 6)
 
 
 def test_flops_of_a_mean_caption_length():
     """Everything is linear in the text, so that a mean length stands for the captions."""
     config = replace(SMALL, mask="release", ffn="shared")
     lengths = (3, 4, 12, 7)
-    one_by_one = [count_flops(config, 24, length).total for length in lengths]
-    assert sum(one_by_one) == pytest.approx(4 * count_flops(config, 24, sum(lengths) / 4).total, abs=4)
-    assert training_flops(config, 4, 24, sum(lengths)) == pytest.approx(3 * sum(one_by_one), abs=12)
+    one_by_one = [count_flops(config, (4, 6), length).total for length in lengths]
+    assert sum(one_by_one) == pytest.approx(4 * count_flops(config, (4, 6), sum(lengths) / 4).total, abs=4)
+    assert training_flops(config, 4, (4, 6), sum(lengths)) == pytest.approx(3 * sum(one_by_one), abs=12)
 
 
 def test_tokens_of_a_resolution():
-    assert [tokens_of(PRESETS["dit_1b"], side) for side in (256, 512)] == [256, 1024]
-    assert tokens_of(PRESETS["dit_tiny"], 256) == 64
+    assert [grid_of(PRESETS["dit_1b"], side) for side in (256, 512)] == [(16, 16), (32, 32)]
+    assert grid_of(PRESETS["dit_tiny"], 256) == (8, 8)
     with pytest.raises(ValueError, match="not divisible by 8"):
-        tokens_of(PRESETS["dit_1b"], 264)
+        grid_of(PRESETS["dit_1b"], 264)
 
 
 def test_the_papers_figures():
@@ -157,7 +157,7 @@ def test_the_printed_table(capsys, monkeypatch):
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     for name, config in PRESETS.items():
         assert f"{count_parameters(config).total / 1e6:.2f}M" in rows[name]
-        assert f"{count_flops(config, tokens_of(config, 512), 80).total / 1e9:.1f}" in rows[name]
+        assert f"{count_flops(config, grid_of(config, 512), 80).total / 1e9:.1f}" in rows[name]
     assert rows["dit_1b"][-1] == "1.078B"
     assert rows["focusdit_1b_shared2d"][-1] == "1.023B"
     for figure in ("0.1993B", "0.199B", "0.0241B", "0.2549B", "0.3823B", "0.254B", "80 tokens"):

@@ -90,9 +90,8 @@ def test_runs_are_of_neighbours_of_one_length():
 
 def remembered(*runs: tuple[int, int]) -> TextMemory:
     """Random keys and values of two blocks, for runs of (captions, their length)."""
-    return TextMemory(
-        tuple(tuple((torch.randn(b, 2, n, 3), torch.randn(b, 2, n, 3)) for b, n in runs) for _ in range(2))
-    )
+    blocks = (tuple((torch.randn(b, 2, n, 3), torch.randn(b, 2, n, 3)) for b, n in runs) for _ in range(2))
+    return TextMemory(tuple(blocks), sum(b for b, _ in runs))
 
 
 def test_memories_are_added_block_by_block():
