@@ -11,7 +11,6 @@ N tokens. Weights are read from safetensors files only; nothing is unpickled.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import (
-    ConfigMixin,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    ModelMixin,
-)
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
@@ -46,11 +39,11 @@ from data_prep.encoders import (
     read_vae,
 )
 from pretrain.diffusion import FfnWork, Guidance, generate
-from pretrain.diffusion.ddpm import BETA_END, BETA_START, STEPS
 from pretrain.folders import check_export, check_transformer, only_safetensors, read_backbone
 from pretrain.models import DiT, Effort, PackedText, Skip, TextMemory
 from pretrain.models.block import TimeMemory
 from pretrain.models.dit import Prediction
+from pretrain.schedulers import set_timesteps
 
 logger = logging.get_logger(__name__)
 
@@ -151,26 +144,6 @@ def unpadded(embeds_BLE: Tensor, keep_BL: Tensor | None) -> PackedText:
     return PackedText.pack([row[keep.bool()] for row, keep in zip(embeds_BLE, keep_BL, strict=True)])
 
 
-# ---- the scheduler ----
-
-
-def build_scheduler(objective: str, shift: float) -> Any:
-    """diffusers' scheduler of an objective: flow (Euler, its times shifted towards noise) | epsilon (DPM-Solver++)."""
-    if objective == "flow":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
-    return DPMSolverMultistepScheduler(
-        num_train_timesteps=STEPS, beta_start=BETA_START, beta_end=BETA_END, beta_schedule="linear", solver_order=2
-    )
-
-
-def set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
-    """Prepares `steps` evaluations; flow matching starts at pure noise and ends at 1/steps before the shift."""
-    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and "shift" in scheduler.config:
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device)
-    else:
-        scheduler.set_timesteps(steps, device=device)
-
-
 # ---- the pipeline ----
 
 
@@ -265,7 +238,8 @@ class FocusDiTPipeline(DiffusionPipeline):
             height, width: in pixels; divisible by 8 × the patch. The training's resolution by default.
             guidance_scale: of classifier-free guidance; 1 is none.
             negative_prompt: one for all, or one per prompt; the empty caption by default.
-            generator: one per picture makes each picture independent of the batch.
+            generator: of the starting noise, then of the steps' where the scheduler draws any (build_scheduler's sde);
+                one per picture makes each picture independent of the batch.
             latents: starting noise [B, C, H, W].
             output_type: pil | np | pt | latent.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": …}); may give other latents.
@@ -322,6 +296,7 @@ class FocusDiTPipeline(DiffusionPipeline):
                 skip,
                 output_query_masks,
                 on_step,
+                generator,
             )
         images: Any = drawn.latent_BCHW
         if output_type != "latent":
@@ -380,12 +355,12 @@ class FocusDiTPipeline(DiffusionPipeline):
 
     def _noise(self, pictures: int, size: tuple[int, int], generator: Any, latents: Tensor | None) -> Tensor:
         shape = (pictures, self.transformer.dit.config.latent_channels, *size)
+        if isinstance(generator, list) and len(generator) != pictures:
+            raise ValueError(f"{len(generator)} generators for {pictures} pictures: give one, or one per picture")
         if latents is not None:
             if latents.shape != shape:
                 raise ValueError(f"latents: {tuple(latents.shape)}, but {shape} are to be drawn")
             return latents.float()
-        if isinstance(generator, list) and len(generator) != pictures:
-            raise ValueError(f"{len(generator)} generators for {pictures} pictures: give one, or one per picture")
         return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
 
     def _check(self, prompt: Any, embeds: Tensor | None, tensor_inputs: Sequence[str], output_type: str) -> None:
