@@ -11,7 +11,6 @@ N tokens. Weights are read from safetensors files only; nothing is unpickled.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import (
-    ConfigMixin,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    ModelMixin,
-)
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
@@ -46,11 +39,11 @@ from data_prep.encoders import (
     read_vae,
 )
 from pretrain.diffusion import FfnWork, Guidance, generate
-from pretrain.diffusion.ddpm import BETA_END, BETA_START, STEPS
 from pretrain.folders import check_export, check_transformer, only_safetensors, read_backbone
 from pretrain.models import DiT, Effort, PackedText, Skip, TextMemory
 from pretrain.models.block import TimeMemory
 from pretrain.models.dit import Prediction
+from pretrain.schedulers import set_timesteps
 
 logger = logging.get_logger(__name__)
 
@@ -149,26 +142,6 @@ def unpadded(embeds_BLE: Tensor, keep_BL: Tensor | None) -> PackedText:
     if keep_BL is None:
         return PackedText.pack(list(embeds_BLE))
     return PackedText.pack([row[keep.bool()] for row, keep in zip(embeds_BLE, keep_BL, strict=True)])
-
-
-# ---- the scheduler ----
-
-
-def build_scheduler(objective: str, shift: float) -> Any:
-    """diffusers' scheduler of an objective: flow (Euler, its times shifted towards noise) | epsilon (DPM-Solver++)."""
-    if objective == "flow":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
-    return DPMSolverMultistepScheduler(
-        num_train_timesteps=STEPS, beta_start=BETA_START, beta_end=BETA_END, beta_schedule="linear", solver_order=2
-    )
-
-
-def set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
-    """Prepares `steps` evaluations; flow matching starts at pure noise and ends at 1/steps before the shift."""
-    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and "shift" in scheduler.config:
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device)
-    else:
-        scheduler.set_timesteps(steps, device=device)
 
 
 # ---- the pipeline ----

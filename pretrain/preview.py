@@ -23,8 +23,8 @@ from pretrain.engine import World
 from pretrain.models import DiT, PackedText
 from pretrain.monitor import Monitor
 from pretrain.pictures import mask_map
-from pretrain.pipeline import build_scheduler, set_timesteps
 from pretrain.prompts import read_prompts
+from pretrain.schedulers import build_scheduler, set_timesteps
 from pretrain.trained import load_text_encoder, load_vae
 
 

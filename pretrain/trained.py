@@ -13,7 +13,8 @@ from data_prep.shards import Card
 from pretrain import checkpoint
 from pretrain.config import Config
 from pretrain.models import DiT
-from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel, build_scheduler
+from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
+from pretrain.schedulers import build_scheduler
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def tiny_pipeline() -> FocusDiTPipeline:
 
     from data_prep.encoders import TextEncoder, Vae
     from pretrain.models import DiT, preset
-    from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel, build_scheduler
+    from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
+    from pretrain.schedulers import build_scheduler
 
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)

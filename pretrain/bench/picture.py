@@ -16,8 +16,9 @@ from torch import nn
 from data_prep.encoders import working_dtype
 from pretrain.bench.timing import side_by_side
 from pretrain.models import DiT, DiTConfig, preset
-from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel, build_scheduler
+from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
 from pretrain.sample import speed_up
+from pretrain.schedulers import build_scheduler
 
 # The paper, "Model Size and Inference Cost": 20 steps on an H800.
 PAPER = {256: "DiT 0.56 s, 5.9 GB; FocusDiT 0.922 s, 5.8 GB", 512: "DiT 0.72 s, 7.9 GB; FocusDiT 0.92 s, 7.9 GB"}

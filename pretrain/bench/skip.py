@@ -22,9 +22,9 @@ from pretrain.models.cost import saved_flops
 from pretrain.models.ffn import Vocabulary
 from pretrain.models.mask import MaskLinear, QueryMask
 from pretrain.models.skip import UNITS
-from pretrain.pipeline import build_scheduler, set_timesteps
 from pretrain.plots import SkipPoint, plot_skip
 from pretrain.prompts import read_prompts
+from pretrain.schedulers import build_scheduler, set_timesteps
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From noise to latents: a loop over a scheduler in diffusers' form, which `pretrain/pipeline.py` brings.
+"""From noise to latents: a loop over a scheduler in diffusers' form, which `pretrain/schedulers.py` brings.
 
 Flow matching: Euler steps over sigmas 1 … 1/n, shifted. ε-prediction: DPM-Solver++ (arXiv 2211.01095).
 

@@ -18,8 +18,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from support import ROOT, Opened, levels, same_pictures
 
-from pretrain.pipeline import FocusDiTPipeline, build_scheduler
+from pretrain.pipeline import FocusDiTPipeline
 from pretrain.sample import main
+from pretrain.schedulers import build_scheduler
 
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle", "star")
 PROMPTS = [f"a {colour} {shape} on a {'white' if i % 2 else 'black'} background" for i, (colour, shape) in

@@ -33,7 +33,7 @@ ROOMS = {
         "pretrain/bench/encode.py",
     },
 }
-ROOMS["diffusers"] = ROOMS["transformers"]
+ROOMS["diffusers"] = ROOMS["transformers"] | {"pretrain/schedulers.py"}
 
 
 def files(*folders: str) -> list[str]:

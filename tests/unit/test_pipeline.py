@@ -23,7 +23,8 @@ from torch import Tensor
 
 from data_prep.encoders import decode_latents
 from pretrain.models import DiT, PackedText, preset
-from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel, build_scheduler
+from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
+from pretrain.schedulers import build_scheduler
 
 PROMPTS = [
     "a red circle",

@@ -1,4 +1,4 @@
-"""Sampling towards a known Gaussian, whose velocity and noise are known in closed form, with pretrain/pipeline.py's schedulers.
+"""Sampling towards a known Gaussian, whose velocity and noise are known in closed form, with pretrain/schedulers.py.
 
 The data is normal with mean μ and standard deviation s. Then E[x_0 | x_t] and E[ε | x_t] are linear in x_t, and the exact
 solution of the sampling ODE takes each noise z to μ + s·z (nearly, for ε-prediction, whose noisiest point still holds
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.diffusion import EpsilonPrediction, Guidance, RectifiedFlow, generate, sample, start_noise
 from pretrain.models import DiT, DiTConfig, PackedText, Prediction, Skip, TextMemory
-from pretrain.pipeline import build_scheduler, set_timesteps
+from pretrain.schedulers import build_scheduler, set_timesteps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
