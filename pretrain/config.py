@@ -88,17 +88,19 @@ class ModelSection(Section):
 class ObjectiveSection(Section):
     name: Literal["flow", "epsilon"] = "flow"
     """flow: rectified flow, velocity = noise − latent; epsilon: DDPM's linear schedule, predicting the noise."""
+    times: Literal["logit_normal", "uniform"] = "logit_normal"
+    """flow: how the times t of training lie in 0..1 before the shift; uniform is SiT's."""
     mean: float = 0.0
-    """flow: mean of the normal whose logistic is t."""
+    """flow with logit-normal times: mean of the normal whose logistic is t."""
     std: Annotated[float, Field(gt=0)] = 1.0
-    """flow: its standard deviation."""
+    """flow with logit-normal times: its standard deviation."""
     shift: Annotated[float, Field(gt=0)] = 1.0
     """flow: above 1 trains more near noise."""
 
     def build(self) -> Objective:
         if self.name == "epsilon":
             return EpsilonPrediction()
-        return RectifiedFlow(self.mean, self.std, self.shift)
+        return RectifiedFlow(self.mean, self.std, self.shift, self.times)
 
 
 class DataSection(Section):

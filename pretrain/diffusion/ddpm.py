@@ -19,7 +19,7 @@ STEPS, BETA_START, BETA_END = 1000, 1e-4, 0.02
 
 @dataclass(frozen=True)
 class EpsilonPrediction:
-    """The noise objective."""
+    """The noise objective: each of the steps is as likely."""
 
     def corrupt(self, latent_BCHW: Tensor, noise_BCHW: Tensor, uniform_B: Tensor) -> NoisySample:
         """The process's point and noise; `uniform_B` in (0, 1) chooses t."""
@@ -29,3 +29,7 @@ class EpsilonPrediction:
         kept_B111 = kept[t_B].float()[:, None, None, None]
         noisy = kept_B111.sqrt() * latent_BCHW + (1 - kept_B111).sqrt() * noise_BCHW
         return NoisySample(noisy, timestep_B=t_B.float(), target_BCHW=noise_BCHW)
+
+    def cdf(self, t: float) -> float:
+        """The share of times below t, a multiple of 1/STEPS: t itself."""
+        return min(max(t, 0.0), 1.0)

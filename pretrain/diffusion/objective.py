@@ -38,7 +38,16 @@ class Loss:
 class Objective(Protocol):
     """A way from data to noise and what to predict on it."""
 
-    def corrupt(self, latent_BCHW: Tensor, noise_BCHW: Tensor, uniform_B: Tensor) -> NoisySample: ...
+    def corrupt(self, latent_BCHW: Tensor, noise_BCHW: Tensor, uniform_B: Tensor) -> NoisySample:
+        """The noisy latents and the target; `uniform_B` in 0..1 chooses each time by its quantile."""
+        ...
+
+    def cdf(self, t: float) -> float:
+        """The share of training times (timestep / 1000) below t: the number in 0..1 for which `corrupt` chooses t.
+
+        Uniform numbers scaled to cdf(a)..cdf(b) draw the times between a and b, as often as they are there.
+        """
+        ...
 
 
 @dataclass(frozen=True)

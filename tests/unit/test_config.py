@@ -131,7 +131,9 @@ def test_the_model_section_changes_single_points_of_the_preset():
 def test_the_objective_is_built_by_its_name():
     assert load("demo_256", ["objective.name=epsilon"])[0].objective.build() == EpsilonPrediction()
     flow = load("demo_256", ["objective.mean=-0.5", "objective.std=2", "objective.shift=3"])[0].objective.build()
-    assert flow == RectifiedFlow(mean=-0.5, std=2.0, shift=3.0)
+    assert flow == RectifiedFlow(mean=-0.5, std=2.0, shift=3.0, times="logit_normal")
+    flow = load("stage1_256", ["objective.times=uniform", "objective.shift=3"])[0].objective.build()
+    assert flow == RectifiedFlow(shift=3.0, times="uniform")
 
 
 def test_all_problems_of_fields_at_once():

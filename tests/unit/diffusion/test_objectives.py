@@ -1,13 +1,14 @@
 """Both objectives at their end points and against diffusers; random numbers from each sample's own seed."""
 
 import math
+from itertools import pairwise
 from statistics import NormalDist
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from pretrain.diffusion import EpsilonPrediction, NoisySample, RectifiedFlow, draw, measure
+from pretrain.diffusion import EpsilonPrediction, NoisySample, Objective, RectifiedFlow, draw, measure
 
 CPU = torch.device("cpu")
 
@@ -66,7 +67,60 @@ def test_flow_shift(shift):
     torch.testing.assert_close(sample.noisy_BCHW, (1 - t) * latent + t * noise)
 
 
-@pytest.mark.parametrize("objective", [RectifiedFlow(), EpsilonPrediction()])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_uniform_flow_times(shift):
+    """t is the uniform number, then shifted; mean and std do not matter."""
+    uniform = torch.tensor([0.01, 0.25, 0.5, 0.95])
+    sample = RectifiedFlow(mean=2.0, std=3.0, shift=shift, times="uniform").corrupt(*pair(4), uniform)
+    torch.testing.assert_close(sample.timestep_B, 1000 * shift * uniform / (1 + (shift - 1) * uniform))
+
+
+def times_of(objective: Objective, uniform: torch.Tensor) -> torch.Tensor:
+    """The times in 0..1 that uniform numbers choose."""
+    empty = torch.zeros(len(uniform), 1, 1, 1)
+    return objective.corrupt(empty, empty, uniform).timestep_B.double() / 1000
+
+
+OBJECTIVES = [
+    RectifiedFlow(),
+    RectifiedFlow(mean=-0.6, std=1.4, shift=5.0),
+    RectifiedFlow(mean=0.5, std=0.7, shift=0.5),
+    RectifiedFlow(times="uniform"),
+    RectifiedFlow(shift=3.0, times="uniform"),
+    EpsilonPrediction(),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_share_of_times_is_the_inverse_of_how_they_are_chosen(objective):
+    times = torch.tensor([0.03125, 0.125, 0.25, 0.5, 0.75, 0.875, 0.96875], dtype=torch.float64)
+    shares = [objective.cdf(float(t)) for t in times]
+    assert shares == sorted(set(shares))
+    assert [objective.cdf(t) for t in (-1.0, 0.0, 1.0, 2.0)] == [0, 0, 1, 1]
+    drawn = times_of(objective, torch.tensor(shares, dtype=torch.float64))
+    step = 1e-3 if isinstance(objective, EpsilonPrediction) else 0
+    assert ((drawn <= times + 1e-6) & (drawn > times - step - 1e-6)).all()
+    if isinstance(objective, EpsilonPrediction):
+        assert shares == times.tolist()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_times_drawn_bin_by_bin_lie_as_those_drawn_at_once(objective):
+    """Each bin holds the share of the times that cdf says, and its own draws have the quantiles of those."""
+    quantiles = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    whole = times_of(objective, quantiles)
+    edges = [0.0, 0.2, 0.25, 0.7, 1.0]
+    for low, high in pairwise(edges):
+        start, end = objective.cdf(low), objective.cdf(high)
+        inside = whole[(whole >= low) & (whole < high)]
+        assert len(inside) / len(whole) == pytest.approx(end - start, abs=2e-4)
+        evenly = (torch.arange(len(inside), dtype=torch.float64) + 0.5) / len(inside)
+        binned = times_of(objective, start + evenly * (end - start))
+        assert ((binned >= low - 1e-6) & (binned <= high + 1e-6)).all()
+        torch.testing.assert_close(binned, inside, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("objective", [RectifiedFlow(), RectifiedFlow(times="uniform"), EpsilonPrediction()])
 def test_the_uniform_numbers_ends_are_harmless(objective):
     sample = objective.corrupt(*pair(2), torch.tensor([0.0, 1.0]))
     assert sample.noisy_BCHW.isfinite().all()
