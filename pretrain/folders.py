@@ -29,6 +29,7 @@ COMPONENTS = {
     "scheduler": {
         ("diffusers", "FlowMatchEulerDiscreteScheduler"),
         ("diffusers", "DPMSolverMultistepScheduler"),
+        ("pretrain.schedulers", "FlowMatchEulerMaruyamaScheduler"),
     },
 }
 # Each component's own description.

@@ -238,7 +238,8 @@ class FocusDiTPipeline(DiffusionPipeline):
             height, width: in pixels; divisible by 8 × the patch. The training's resolution by default.
             guidance_scale: of classifier-free guidance; 1 is none.
             negative_prompt: one for all, or one per prompt; the empty caption by default.
-            generator: one per picture makes each picture independent of the batch.
+            generator: of the starting noise, then of the steps' where the scheduler draws any (build_scheduler's sde);
+                one per picture makes each picture independent of the batch.
             latents: starting noise [B, C, H, W].
             output_type: pil | np | pt | latent.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": …}); may give other latents.
@@ -295,6 +296,7 @@ class FocusDiTPipeline(DiffusionPipeline):
                 skip,
                 output_query_masks,
                 on_step,
+                generator,
             )
         images: Any = drawn.latent_BCHW
         if output_type != "latent":
@@ -353,12 +355,12 @@ class FocusDiTPipeline(DiffusionPipeline):
 
     def _noise(self, pictures: int, size: tuple[int, int], generator: Any, latents: Tensor | None) -> Tensor:
         shape = (pictures, self.transformer.dit.config.latent_channels, *size)
+        if isinstance(generator, list) and len(generator) != pictures:
+            raise ValueError(f"{len(generator)} generators for {pictures} pictures: give one, or one per picture")
         if latents is not None:
             if latents.shape != shape:
                 raise ValueError(f"latents: {tuple(latents.shape)}, but {shape} are to be drawn")
             return latents.float()
-        if isinstance(generator, list) and len(generator) != pictures:
-            raise ValueError(f"{len(generator)} generators for {pictures} pictures: give one, or one per picture")
         return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
 
     def _check(self, prompt: Any, embeds: Tensor | None, tensor_inputs: Sequence[str], output_type: str) -> None:

@@ -37,6 +37,7 @@ from pretrain.page import Entry, page
 from pretrain.pictures import mask_map
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
 from pretrain.prompts import read_prompts
+from pretrain.schedulers import SAMPLERS
 
 ABOUT = "focusdit"  # the PNG's text chunk
 SHOWN = 256  # pictures on the contact sheet and the page
@@ -147,12 +148,22 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[Focus
             raise FileNotFoundError(f"no export at {args.model}: make one with python -m pretrain.export")
         pipeline = FocusDiTPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
         origin = {"model": str(args.model)}
-    if args.shift is not None:
-        if "shift" not in pipeline.scheduler.config:
-            raise ValueError("--shift: this model was trained with the epsilon objective, whose sampler has no shift")
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, shift=args.shift)
+    pipeline.scheduler = chosen_scheduler(args, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, origin
+
+
+def chosen_scheduler(args: argparse.Namespace, scheduler: Any) -> Any:
+    """The model's scheduler as `--sampler` and `--shift` change it. Raises ValueError where it cannot be so."""
+    if "shift" in scheduler.config:
+        kind = SAMPLERS[args.sampler] if args.sampler else type(scheduler)
+        return kind.from_config(scheduler.config, **({} if args.shift is None else {"shift": args.shift}))
+    trained = "this model was trained with the epsilon objective, whose sampler"
+    if args.shift is not None:
+        raise ValueError(f"--shift: {trained} has no shift")
+    if args.sampler == "sde":
+        raise ValueError(f"--sampler sde: {trained} follows an ODE; leave --sampler out")
+    return scheduler
 
 
 def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[str, Any]:
@@ -297,6 +308,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="times in 0 (data) .. 1 (noise) where guidance acts (default: all)",
     )  # fmt: skip
     parser.add_argument("--negative-prompt", help="for all pictures (default: the empty caption)")
+    parser.add_argument(
+        "--sampler",
+        choices=tuple(SAMPLERS),
+        help="flow: ode, or sde with noise in each step (default: the model's: ode)",
+    )
     parser.add_argument("--shift", type=float, help="shift of the times (default: the config's preview.shift)")
     parser.add_argument(
         "--skip-threshold", type=float, help="leave out FFN work where the query mask is under it (0..1)"

@@ -1,15 +1,16 @@
 """From noise to latents: a loop over a scheduler in diffusers' form, which `pretrain/schedulers.py` brings.
 
-Flow matching: Euler steps over sigmas 1 … 1/n, shifted. ε-prediction: DPM-Solver++ (arXiv 2211.01095).
+Flow matching: Euler or Euler–Maruyama steps over sigmas 1 … 1/n, shifted. ε-prediction: DPM-Solver++ (arXiv 2211.01095).
 
 Letters: B images, C latent channels, S sampling steps, K blocks, N tokens.
 
 The captions' keys and values are made once; both halves of guidance go through the backbone in one batch, and without
-`skip` nothing in the loop waits for the device.
+`skip` nothing in the loop waits for the device, unless a stochastic scheduler's noise comes from another.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +23,9 @@ from pretrain.models.block import TimeMemory
 from pretrain.models.dit import Prediction
 from pretrain.models.skip import Skip
 from pretrain.models.text import TextMemory
+
+# Of the noise that a stochastic scheduler draws: one for all pictures, or one for each; None is torch's global one.
+Generators = torch.Generator | list[torch.Generator] | None
 
 # Called after each step with its number, its timestep and the latents; gives the latents to go on with, or None to stop there.
 OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
@@ -65,18 +69,21 @@ def sample(
     noise_BCHW: Tensor,
     scheduler: Any,
     on_step: OnStep | None = None,
+    generator: Generators = None,
 ) -> Tensor:
     """Follows the scheduler's timesteps from noise [B, C, H, W] to latents of the same shape, in fp32.
 
     `predict(latent, timestep, t)` is the (guided) backbone; the scheduler has had its timesteps set.
     """
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    noise = {"generator": generator} if takes_generator else {}
     latent = noise_BCHW
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else the first step asks the device for it
     times = [t / 1000 for t in scheduler.timesteps.tolist()]
     for i, timestep in enumerate(scheduler.timesteps):
         prediction = predict(latent, timestep, times[i]).float()
-        latent = scheduler.step(prediction, timestep, latent, return_dict=False)[0]
+        latent = scheduler.step(prediction, timestep, latent, **noise, return_dict=False)[0]
         if on_step is not None:
             changed = on_step(i, timestep, latent)
             if changed is None:
@@ -97,6 +104,7 @@ def generate(
     skip: Skip | None = None,
     keep_masks: bool = False,
     on_step: OnStep | None = None,
+    generator: Generators = None,
 ) -> Generated:
     """Draws one latent per caption.
 
@@ -106,6 +114,7 @@ def generate(
         noise_BCHW: where they start, in fp32; `dtype` is what the backbone computes in.
         skip: leaves out FFNs where the query mask weighs them little.
         keep_masks: give the query masks of each step.
+        generator: of a stochastic scheduler's noise.
     """
     masks: list[Tensor] = []
     kept: list[Tensor] = []
@@ -123,7 +132,7 @@ def generate(
             tokens.append([m_BN.numel() for m_BN, _ in prediction.masks])
         return prediction.sample_BCHW
 
-    latent = sample(Guided(predict, text, null, guidance), noise_BCHW, scheduler, on_step)
+    latent = sample(Guided(predict, text, null, guidance), noise_BCHW, scheduler, on_step, generator)
     return Generated(
         latent,
         tuple(scheduler.timesteps.tolist()[:steps]),

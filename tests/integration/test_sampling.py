@@ -277,6 +277,18 @@ def test_sampling_options_reach_the_pipeline(folder, tmp_path, tiny_pipeline):
     assert (settings["shift"], settings["skip_unit"], settings["guidance_interval"]) == (1.5, "token", [0.7, 1.0])
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_by_the_sde(folder, tmp_path, tiny_pipeline, batch):
+    words = [f"--prompt={prompt}" for prompt in PROMPTS[:3]] + ["--sampler", "sde", "--steps", "4", "--seed", "7"]
+    assert main(command(folder, tmp_path, *words, "--batch-size", str(batch))) == 0
+    parts = tiny_pipeline.components | {"scheduler": build_scheduler("flow", 3.0, "sde")}
+    pipeline = FocusDiTPipeline(**parts, resolution=64, steps=4, guidance=3.0)
+    expected = pipeline(PROMPTS[:3], generator=[torch.Generator().manual_seed(7 + i) for i in range(3)])
+    assert same_pictures(pictures(tmp_path), expected.images)
+    settings = about(drawn(tmp_path)[0])["settings"]
+    assert (settings["scheduler"], settings["shift"]) == ("FlowMatchEulerMaruyamaScheduler", 3.0)
+
+
 # ---- other settings ----
 
 
@@ -297,6 +309,10 @@ def one(folder: Path, tmp_path: Path) -> list[str]:
         (["--guidance-interval", "0.5", "1"], "(guidance_interval [0.0, 1.0], now [0.5, 1.0])"),
         (["--negative-prompt", "blue"], "(negative_prompt None, now 'blue')"),
         (["--shift", "2"], "(shift 3.0, now 2.0)"),
+        (
+            ["--sampler", "sde", "--steps", "2"],
+            "(scheduler 'FlowMatchEulerDiscreteScheduler', now 'FlowMatchEulerMaruyamaScheduler'; steps 1, now 2)",
+        ),
         (["--skip-threshold", "0.5"], "(skip_threshold None, now 0.5; skip_unit None, now 'token')"),
         (["--height", "32", "--width", "96"], "(height 64, now 32; width 64, now 96)"),
     ],
@@ -373,12 +389,14 @@ def test_no_prompts_in_the_file(tmp_path, fails, folder):
     assert said == f"{tmp_path / 'prompts.txt'} holds no prompts; write one a line"
 
 
-def test_an_epsilon_model_has_no_shift(folder, tmp_path, fails):
+def test_an_epsilon_model_has_no_shift_and_no_sde(folder, tmp_path, fails):
     pipeline = FocusDiTPipeline.from_pretrained(folder)
     pipeline.scheduler = build_scheduler("epsilon", 1.0)
     pipeline.save_pretrained(tmp_path / "epsilon")
     words = command(tmp_path / "epsilon", tmp_path / "out", "--prompt", "a red circle", "--steps", "2")
     assert "the epsilon objective, whose sampler has no shift" in fails([*words, "--shift", "2"])
+    said = fails([*words, "--sampler", "sde"])
+    assert said.startswith("--sampler sde: this model was trained with the epsilon objective")
     assert main(words) == 0
     settings = about(only(tmp_path / "out"))["settings"]
     assert (settings["scheduler"], settings["shift"]) == ("DPMSolverMultistepScheduler", None)

@@ -24,7 +24,7 @@ from torch import Tensor
 from data_prep.encoders import decode_latents
 from pretrain.models import DiT, PackedText, preset
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
-from pretrain.schedulers import build_scheduler
+from pretrain.schedulers import FlowMatchEulerMaruyamaScheduler, build_scheduler
 
 PROMPTS = [
     "a red circle",
@@ -413,6 +413,18 @@ def test_another_scheduler(pipe, loaded, tmp_path):
     again = FocusDiTPipeline.from_pretrained(tmp_path)
     assert isinstance(again.scheduler, DPMSolverMultistepScheduler)
     assert (levels(again(PROMPTS[:2], generator=seeds(0, 1), num_inference_steps=4).images) == levels(got.images)).all()
+
+
+def test_an_export_keeps_the_sde(pipe, loaded, tmp_path):
+    loaded.scheduler = build_scheduler("flow", 3.0, "sde")
+    got = latents(loaded, PROMPTS[:2], generator=seeds(0, 1))
+    assert not torch.equal(got, latents(pipe, PROMPTS[:2], generator=seeds(0, 1)))
+    alone = [latents(loaded, PROMPTS[i], generator=seeds(i)) for i in range(2)]
+    torch.testing.assert_close(got, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    loaded.save_pretrained(tmp_path)
+    again = FocusDiTPipeline.from_pretrained(tmp_path)
+    assert (type(again.scheduler), again.scheduler.config.shift) == (FlowMatchEulerMaruyamaScheduler, 3.0)
+    assert torch.equal(got, latents(again, PROMPTS[:2], generator=seeds(0, 1)))
 
 
 def test_the_defaults_travel_with_the_folder(pipe, loaded):

@@ -6,6 +6,7 @@ some data).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -45,9 +46,9 @@ def epsilon(x: torch.Tensor, timestep: torch.Tensor, t: float) -> torch.Tensor:
     return math.sqrt(1 - a) * (x - math.sqrt(a) * MU) / (a * S**2 + 1 - a)
 
 
-def scheduled(objective: str, steps: int, shift: float = 1.0) -> Any:
+def scheduled(objective: str, steps: int, shift: float = 1.0, sampler: str = "ode") -> Any:
     """The objective's scheduler with its timesteps set."""
-    scheduler = build_scheduler(objective, shift)
+    scheduler = build_scheduler(objective, shift, sampler)
     set_timesteps(scheduler, steps, CPU)
     return scheduler
 
@@ -98,6 +99,65 @@ def test_flow_converges_to_the_odes_solution(shift):
     errors = [(draw_with("flow", steps, shift) - exact("flow")).abs().max().item() for steps in (50, 100, 200)]
     for coarse, fine in pairwise(errors):
         assert 1.7 < coarse / fine < 2.4
+
+
+def draw_by_sde(steps: int, shift: float = 1.0, pictures: Sequence[int] = range(8)) -> torch.Tensor:
+    """Some of the eight pictures, each step's noise from a generator of each."""
+    generators = [torch.Generator().manual_seed(i) for i in pictures]
+    return sample(velocity, NOISE[list(pictures)], scheduled("flow", steps, shift, "sde"), generator=generators)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_sde_reaches_the_targets_mean_and_std(shift):
+    """A drift without its half, of the other sign, or noise of half or twice the variance miss one of them by 0.08 and more."""
+    drawn = torch.cat([draw_by_sde(400, shift, range(i, i + 4)) for i in (0, 4)])
+    assert drawn.mean().item() == pytest.approx(MU, abs=0.015)
+    assert drawn.std().item() == pytest.approx(S, abs=0.015)
+
+
+def test_the_sde_forgets_the_noise_it_started_from():
+    """Along the ODE the sample is a function of the starting noise; along the SDE noise of each step takes its place."""
+    ode, sde = draw_with("flow", 100), draw_by_sde(100)
+    start = NOISE.flatten()
+    assert torch.corrcoef(torch.stack([start, ode.flatten()]))[0, 1] > 0.999
+    assert 0.2 < torch.corrcoef(torch.stack([start, sde.flatten()]))[0, 1] < 0.9
+
+
+def test_the_sde_against_a_loop_written_by_hand():
+    """The score of the closed form, and all steps but the last with noise."""
+    generator = torch.Generator().manual_seed(3)
+    got = sample(velocity, NOISE, scheduled("flow", 7, 3.0, "sde"), generator=generator)
+
+    generator.manual_seed(3)
+    times = [3 * t / (1 + 2 * t) for t in ((7 - i) / 7 for i in range(8))]
+    x = NOISE.double()
+    for t, following in pairwise(times):
+        v = velocity(x, torch.tensor(1000 * t), t)
+        if following > 0:
+            score = -(x - (1 - t) * MU) / ((1 - t) ** 2 * S**2 + t**2)  # of N((1 − t)·μ, (1 − t)²·s² + t²)
+            x = x + (v - t / 2 * score) * (following - t)
+            x = x + math.sqrt(t * (t - following)) * torch.randn(NOISE.shape, generator=generator)
+        else:
+            x = x - t * v
+    torch.testing.assert_close(got, x.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_sdes_pictures_follow_from_their_seeds_alone():
+    whole = draw_by_sde(5)
+    assert torch.equal(draw_by_sde(5), whole)
+    assert torch.equal(torch.cat([draw_by_sde(5, pictures=[i]) for i in range(8)]), whole)
+    assert torch.equal(draw_by_sde(5, pictures=[6, 1, 3]), whole[[6, 1, 3]])
+
+
+def test_one_step_of_the_sde_is_the_odes():
+    assert torch.equal(draw_by_sde(1), draw_with("flow", 1))
+
+
+def test_samplers_that_are_not_there():
+    with pytest.raises(ValueError, match=r"sampler sde: .* the epsilon objective has none; take ode"):
+        build_scheduler("epsilon", 1.0, "sde")
+    with pytest.raises(ValueError, match=r"sampler 'heun' is none of ode, sde"):
+        build_scheduler("flow", 1.0, "heun")
 
 
 def test_dpm_solver_converges_to_the_odes_solution():
@@ -356,7 +416,7 @@ class Recorder(TorchDispatchMode):
 
 
 @torch.no_grad()
-def waits_in_the_loop(objective: str, skip: Skip | None = None, where: str = "") -> set[str]:
+def waits_in_the_loop(objective: str, skip: Skip | None = None, where: str = "", sampler: str = "ode") -> set[str]:
     """The operations that wait for the device, from the backbone's first call to the last step's end."""
     model, (text, null), recorder, marks = trained("release", "shared"), texts(), Recorder(), []
 
@@ -372,7 +432,7 @@ def waits_in_the_loop(objective: str, skip: Skip | None = None, where: str = "")
         marks.append(len(recorder.names))
         return latent
 
-    scheduler = scheduled(objective, 4, 3.0)
+    scheduler = scheduled(objective, 4, 3.0, sampler)
     given = *memories(model, text, null, scheduler), start_noise([5, 6, 7], (4, 6, 8)), scheduler
     with recorder:
         generate(backbone, *given, Guidance(3.0, (0.0, 0.8)), torch.float32, skip, True, on_step)
@@ -382,9 +442,9 @@ def waits_in_the_loop(objective: str, skip: Skip | None = None, where: str = "")
     return WAITS & set(loop)
 
 
-@pytest.mark.parametrize("objective", ["flow", "epsilon"])
-def test_without_skip_nothing_in_the_loop_waits_for_the_device(objective):
-    assert waits_in_the_loop(objective) == set()
+@pytest.mark.parametrize(("objective", "sampler"), [("flow", "ode"), ("flow", "sde"), ("epsilon", "ode")])
+def test_without_skip_nothing_in_the_loop_waits_for_the_device(objective, sampler):
+    assert waits_in_the_loop(objective, sampler=sampler) == set()
 
 
 def test_the_recorder_sees_what_waits(monkeypatch):
