@@ -49,7 +49,7 @@ from pretrain.diffusion import FfnWork, Guidance, generate
 from pretrain.diffusion.ddpm import BETA_END, BETA_START, STEPS
 from pretrain.folders import check_export, check_transformer, only_safetensors, read_backbone
 from pretrain.models import DiT, Effort, PackedText, Skip, TextMemory
-from pretrain.models.block import TimeMemory
+from pretrain.models.block import BLOCKS, TimeMemory
 from pretrain.models.dit import Prediction
 
 logger = logging.get_logger(__name__)
@@ -73,8 +73,8 @@ class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
         backbone: the fields of `pretrain.models.DiTConfig`.
     """
 
-    _repeated_blocks: ClassVar[list[str]] = ["Block"]
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _repeated_blocks: ClassVar[list[str]] = [kind.__name__ for kind in BLOCKS]
+    _no_split_modules: ClassVar[list[str]] = _repeated_blocks
 
     @register_to_config
     def __init__(self, backbone: dict[str, Any]):
