@@ -223,7 +223,7 @@ def test_the_backbone_attends_through_so_many(n):
         block.self_attention.register_forward_hook(lambda layer, a, out: seen.append((layer, a, out)))
     model(*inputs(), effort=Effort(mediators=n))
     assert len(seen) == 3
-    for attention, (x, grid, rotary, rotary_mediators, number), out in seen:
+    for attention, (x, grid, rotary, rotary_mediators, number), out in list(seen):
         assert (grid, number) == ((5, 7), n)
         width, side = WIDTH // HEADS, square(n)
         own = rotary_positions("halves", grid, width, (2.0, 0.5), x.device, x.dtype)
