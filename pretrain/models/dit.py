@@ -165,13 +165,13 @@ class DiT(nn.Module):
             masks = [
                 b.query_mask.read_time(time_SD, timestep_S) for b in cast(list[Block], self.blocks) if b.query_mask
             ]
-        levels = (timestep_S / 1000).tolist() if depends_on_time(self.config) else [None] * len(timestep_S)
+        levels = (timestep_S / 1000).tolist() if depends_on_time(self.config) else [0.0] * len(timestep_S)
         return tuple(
             TimeMemory(
                 time_SD[i : i + 1],
                 modulation_S6D[i : i + 1],
                 tuple((scale[i : i + 1], shift[i : i + 1]) for scale, shift in masks) if masks else None,
-                levels[i],
+                Effort.at(self.config, levels[i]),
             )
             for i in range(len(timestep_S))
         )
@@ -256,8 +256,8 @@ class DiT(nn.Module):
         if not depends_on_time(self.config):
             return Effort()
         if isinstance(timestep_B, TimeMemory):
-            assert timestep_B.t is not None
-            return Effort.at(self.config, timestep_B.t)
+            assert timestep_B.effort is not None
+            return timestep_B.effort
         return Effort.for_all(self.config, (timestep_B / 1000).tolist())
 
     def _positions(self, grid: Grid, effort: Effort, like: Tensor) -> Positions:
