@@ -57,10 +57,12 @@ def padded(captions: list[Tensor], cap: int) -> tuple[Tensor, Tensor]:
     return torch.stack(rows), torch.stack(keep)
 
 
-def model_arguments(parser: argparse.ArgumentParser, preset: str, batch: int, rounds: int) -> None:
+def model_arguments(
+    parser: argparse.ArgumentParser, preset: str, batch: int, rounds: int, depth: int | None = 4
+) -> None:
     """The arguments of benchmarks that time a backbone."""
     parser.add_argument("--preset", default=preset)
-    parser.add_argument("--depth", type=int, default=4, help="blocks to build (0: the preset's own); default 4")
+    parser.add_argument("--depth", type=int, default=depth, help="blocks to build (0: the preset's own); default 4")
     parser.add_argument("--tokens-per-side", type=int, default=16, help="16 is 256 px with patch 2, 32 is 512 px")
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--rounds", type=int, default=rounds)

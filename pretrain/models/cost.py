@@ -137,6 +137,12 @@ def count_flops(c: DiTConfig, grid: Grid, text_tokens: float, effort: Effort | N
     return Flops(round(2 * attention), ffn, round(2 * query_mask), round(2 * rest))
 
 
+def reading_flops(c: DiTConfig, text_tokens: float) -> int:
+    """FLOPs of what `DiT.read` makes of a caption: all blocks' keys and values of it. `count_flops` holds them, too."""
+    D, E = c.width, c.text_width
+    return round(2 * text_tokens * (E * D + D * D + c.depth * 2 * D * D)) if E else 0
+
+
 def _efforts(c: DiTConfig) -> list[Effort]:
     """The default effort at equally spaced noise levels that meet every part of both choices."""
     levels = 1
