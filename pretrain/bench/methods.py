@@ -84,7 +84,9 @@ def run(args: argparse.Namespace) -> str:
     configs = {name: replace(base, **MODELS[name]) for name in ["dit", *(m for m in args.models if m != "dit")]}
     grid = (args.tokens_per_side, args.tokens_per_side)
     shape = f"{args.preset}, width {base.width}, depth {base.depth}, {grid[0] * grid[1]} tokens, batch {args.batch}"
-    lines = [f"{device.type}, {working_dtype(device)}, {torch.get_num_threads()} threads, {args.rounds} rounds"]
+    lines = [
+        f"{device.type}, {working_dtype(device)}, {torch.get_num_threads()} threads, {args.rounds} rounds, {args.clock} clock"
+    ]
     if {"forward", "sampling"} & set(args.parts):
         models = {name: _build(c, args) for name, c in configs.items()}
         given = Inputs.of(base, grid, args)
@@ -109,7 +111,9 @@ def _build(c: DiTConfig, args: argparse.Namespace) -> DiT:
 
 def _table(title: str, rows: list[Row], args: argparse.Namespace) -> list[str]:
     """The rows, and for each model with several efforts their mean: noise levels fall on each of them equally often."""
-    took = side_by_side({f"{r.model} {r.effort}": r.run for r in rows}, args.rounds, torch.device(args.device))
+    took = side_by_side(
+        {f"{r.model} {r.effort}": r.run for r in rows}, args.rounds, torch.device(args.device), args.clock
+    )
     times = [(row, took[f"{row.model} {row.effort}"]) for row in rows]
     first, its_time = times[0]
 
@@ -208,7 +212,9 @@ def _attention(c: DiTConfig, args: argparse.Namespace) -> list[str]:
             replace(c, depth=1, text_width=0, attention="mediators" if n else "full"), grid, 0, Effort(n)
         ).attention
 
-    took = side_by_side({f"{kind} {g}": layer(n, g) for g in grids for kind, n in kinds.items()}, args.rounds, device)
+    took = side_by_side(
+        {f"{kind} {g}": layer(n, g) for g in grids for kind, n in kinds.items()}, args.rounds, device, args.clock
+    )
     lines = ["", f"self-attention alone, projections included: one layer of width {c.width}, batch {args.batch}"]
     lines.append(
         f"  {'':<8}{'1024 tokens':>14}{'of full':>9}{'4096 tokens':>15}{'of full':>9}{'grows':>9}{'its FLOPs':>11}"

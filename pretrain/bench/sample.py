@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data_prep.encoders import working_dtype
 from pretrain.bench import methods
-from pretrain.bench.timing import model_arguments, padded, pixart, side_by_side
+from pretrain.bench.timing import CLOCKS, model_arguments, padded, pixart, side_by_side
 from pretrain.models import DiT, DiTConfig, PackedText, preset
 
 CAP = 300
@@ -42,6 +42,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--parts", nargs="+", choices=methods.PARTS, default=methods.PARTS, help="of --models; default all"
+    )
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="of --models; cpu: for a busy machine, on one thread"
     )
 
 
