@@ -78,30 +78,34 @@ class Inputs:
 @torch.no_grad()
 def run(args: argparse.Namespace) -> str:
     """The tables of the parts asked for."""
-    device = torch.device(args.device)
     depth = 8 if args.depth is None else args.depth  # 4 are too few for FlexDiT's kinds of blocks
     base = replace(preset(args.preset), depth=depth) if depth else preset(args.preset)
     configs = {name: replace(base, **MODELS[name]) for name in ["dit", *(m for m in args.models if m != "dit")]}
-    grid = (args.tokens_per_side, args.tokens_per_side)
-    shape = f"{args.preset}, width {base.width}, depth {base.depth}, {grid[0] * grid[1]} tokens, batch {args.batch}"
-    lines = [
-        f"{device.type}, {working_dtype(device)}, {torch.get_num_threads()} threads, {args.rounds} rounds, {args.clock} clock"
-    ]
+    device = torch.device(args.device)
+    threads = f"{torch.get_num_threads()} threads, {args.rounds} rounds, {args.clock} clock"
+    lines = [f"{device.type}, {working_dtype(device)}, {threads}"]
     if {"forward", "sampling"} & set(args.parts):
-        models = {name: _build(c, args) for name, c in configs.items()}
-        given = Inputs.of(base, grid, args)
-        if "forward" in args.parts:
-            rows = [row for name, model in models.items() for row in _forwards(name, model, grid, given)]
-            lines += _table(f"a forward pass: {shape}, captions of {args.caption_tokens} tokens", rows, args)
-        if "sampling" in args.parts:
-            rows = [_sampling(name, model, grid, given, args) for name, model in models.items()]
-            lines += _table(f"a sampling run of {args.steps} steps with guidance: {shape}", rows, args)
-        del models
+        lines += _whole(configs, args)
     if "xl" in args.parts and "flexdit" in args.models:
         lines += _xl(args)
     if "attention" in args.parts and "mediators" in args.models:
         lines += _attention(configs["mediators"], args)
     return "\n".join(lines)
+
+
+def _whole(configs: dict[str, DiTConfig], args: argparse.Namespace) -> list[str]:
+    """All models side by side: forward passes and sampling."""
+    base, grid, lines = configs["dit"], (args.tokens_per_side, args.tokens_per_side), []
+    shape = f"{args.preset}, width {base.width}, depth {base.depth}, {grid[0] * grid[1]} tokens, batch {args.batch}"
+    models = {name: _build(c, args) for name, c in configs.items()}
+    given = Inputs.of(base, grid, args)
+    if "forward" in args.parts:
+        rows = [row for name, model in models.items() for row in _forwards(name, model, grid, given)]
+        lines += _table(f"a forward pass: {shape}, captions of {args.caption_tokens} tokens", rows, args)
+    if "sampling" in args.parts:
+        rows = [_sampling(name, model, grid, given, args) for name, model in models.items()]
+        lines += _table(f"a sampling run of {args.steps} steps with guidance: {shape}", rows, args)
+    return lines
 
 
 def _build(c: DiTConfig, args: argparse.Namespace) -> DiT:
