@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ CONFIG = DiTConfig(
     width=16, heads=2, depth=2, patch=1, latent_channels=4, text_width=5, attention="mediators", mediators=(1, 4, 9)
 )
 FULL = replace(CONFIG, attention="full")
-BOTH = replace(CONFIG, mask="adaln_single", density="flexdit", depth=8, sparsity=(0.3, 0.6))
+BOTH = replace(CONFIG, mask="adaln_single", density="flexdit", depth=6, split=(1, 1, 1, 1), sparsity=(0.3, 0.6))
 SIZE = (4, 4, 6)
 
 
@@ -136,7 +137,7 @@ def draw(
     return generate(model, model.read(text), model.read(null), times, noise, scheduler, mediators=rule, **asked)
 
 
-SWITCHING = Switching(BOTH, (1.02, 0.95))
+SWITCHING = Switching(BOTH, (0.7, 0.45))
 
 
 def test_the_default_is_the_backbones(model):
@@ -168,12 +169,11 @@ def test_pictures_of_a_batch_switch_each_by_its_own_changes(model):
     assert len({tuple(s) for s in schedules}) > 2, "the pictures differ"
     assert {n for s in schedules for n in s} == {1, 4, 9}
     for b, schedule in enumerate(schedules):
-        changes = [(after[b] - before[b]).abs().mean().item() for before, after in zip(trail, trail[1:], strict=False)]
+        changes = [(after[b] - before[b]).abs().mean().item() for before, after in pairwise(trail)]
         assert schedule == numbers(SWITCHING, changes[:-1])
 
 
-@pytest.mark.parametrize("sampler", ["ode", "sde"])
-@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize(("sampler", "scale"), [("ode", 3.0), ("sde", 1.0)])
 def test_a_picture_does_not_depend_on_its_batch(model, sampler, scale):
     """Alone, in another order, and in a batch that is divided by the numbers."""
 
@@ -182,7 +182,7 @@ def test_a_picture_does_not_depend_on_its_batch(model, sampler, scale):
 
     whole = drawn(0, 1, 2, 3)
     assert whole.mediators_BS is not None and (whole.mediators_BS != whole.mediators_BS[0]).any()
-    for some in ([0], [1], [2], [3], [3, 1], [2, 0, 1]):
+    for some in ([1], [3], [3, 1], [2, 0, 1]):
         part = drawn(*some)
         for name in ("latent_BCHW", "masks_BSKN", "mediators_BS"):
             torch.testing.assert_close(getattr(part, name), getattr(whole, name)[some], rtol=1e-6, atol=1e-6)
@@ -201,7 +201,6 @@ def test_two_drawings_are_equal_bit_for_bit(model, rule):
 def test_the_work_of_a_divided_batch_is_the_sum_of_its_parts(model, unit):
     """Against pictures drawn alone, and against the tokens that the FFNs were given."""
     given: list[list[int]] = [[0] * BOTH.depth for _ in range(8)]
-    steps = iter(range(100))
     step = 0
 
     def count(block: int, tokens: Tensor) -> None:
@@ -221,7 +220,6 @@ def test_the_work_of_a_divided_batch_is_the_sum_of_its_parts(model, unit):
     for hook in hooks:
         hook.remove()
     alone = [draw(model, SWITCHING, [i], skip=skip).work for i in range(4)]
-    del steps
     assert whole.work is not None
     assert whole.work.kept_SK.tolist() == given
     assert torch.equal(whole.work.kept_SK, sum(work.kept_SK for work in alone))
