@@ -19,6 +19,7 @@ import torch
 
 from pretrain.config import Config, ConfigError, load
 from pretrain.data import check_fits
+from pretrain.inherit import plan
 from pretrain.models import DiT
 from pretrain.streams import Place, open_card
 
@@ -94,13 +95,9 @@ def _handover_problems(first: Config, second: Config) -> list[str]:
         found.append(f"init_from: {second.init_from} is not the stage before it, whose run_dir is {first.run_dir}")
     if first.run_dir.resolve() == second.run_dir.resolve():
         found.append(f"run_dir: {second.run_dir} is the stage before it, too; give each its own")
-    before, after = _parameters(first), _parameters(second)
-    if odd := sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n)):
-        name, more = odd[0], f", and {len(odd) - 1} more" if len(odd) > 1 else ""
-        found.append(
-            f"model: not the stage's before it: {name} is {before.get(name, 'not there')} before and "
-            f"{after.get(name, 'not there')} here{more}; only what has no parameters (position_scale) may differ"
-        )
+    if odd := plan(_parameters(second), _parameters(first)).problems:
+        more = f", and {len(odd) - 1} more" if len(odd) > 1 else ""
+        found.append(f"model: cannot start from the stage's before it: {odd[0]}{more}")
     return found
 
 

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from data_prep.files import write_whole
 from pretrain.data import Position
-from pretrain.ema import Ema
-from pretrain.engine import Engine, Slot, World, gather, together
+from pretrain.engine import Slot, World, gather, together
 from pretrain.guard import Health
 
 FOLDER, LATEST, STATE = "checkpoints", "latest", "state.json"
@@ -217,43 +216,6 @@ def set_aside_later(run_dir: Path, step: int, world: World) -> None:
                 write_whole(folder / LATEST, name + "\n")
                 path.rename(aside)
     together(world)
-
-
-def resume(checkpoint: Checkpoint, engine: Engine, ema: Ema, data: dict[str, Any]) -> Progress:
-    """Puts a run's own checkpoint back, from any number of processes into any other.
-
-    Args:
-        data: the loader's fingerprint; the checkpoint's position is valid for the same one only.
-
-    Raises:
-        ValueError: another model, or another data order.
-    """
-    if different := [k for k, v in data.items() if checkpoint.state["data"].get(k) != v]:
-        lines = [f"  {k}: there {checkpoint.state['data'].get(k)}, now {data[k]}" for k in different]
-        raise ValueError(
-            f"{checkpoint.path} was made with another data order, so its position means other samples; undo the change, or "
-            "start a new run with init_from:\n" + "\n".join(lines)
-        )
-    take_over(checkpoint, engine, ema, moments=True)
-    return checkpoint.progress
-
-
-def take_over(checkpoint: Checkpoint, engine: Engine, ema: Ema, moments: bool) -> None:
-    """Takes weights and average, and if asked AdamW's moments, of a checkpoint of the same model."""
-    here = {s.name: s.shape for s in engine.slots}
-    there = {n: s.shape for n, s in checkpoint.slots.items()}
-    if here != there:
-        odd = sorted(n for n in here.keys() | there.keys() if here.get(n) != there.get(n))
-        lines = [f"  {n}: there {there.get(n)}, here {here.get(n)}" for n in odd[:10]]
-        more = f"\n  and {len(odd) - 10} more" if len(odd) > 10 else ""
-        raise ValueError(f"{checkpoint.path} is of another model:\n" + "\n".join(lines) + more)
-    engine.fill(engine.masters, lambda name: checkpoint.parameter("master", name))
-    engine.fill(ema.shares, lambda name: checkpoint.parameter("ema", name))
-    if moments:
-        for kind, shares in engine.moments().items():
-            engine.fill(shares, lambda name, kind=kind: checkpoint.parameter(kind, name))  # type: ignore[misc]
-        engine.updates = checkpoint.progress.updates
-    engine.publish(engine.masters)
 
 
 def changes(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

@@ -158,6 +158,8 @@ class Engine:
             )
             for p in parameters
         ]
+        for master in self.masters:
+            master.zero_()  # what is padding stays so
         self.fill(self.masters, exact.__getitem__)
         self.publish(self.masters)
 
@@ -229,16 +231,15 @@ class Engine:
             self._zero.optimizer.state[master]["step"].fill_(count)
 
     @torch.no_grad()
-    def fill(self, shares: list[Tensor], read: Callable[[str], Tensor]) -> None:
-        """Fills this process's slices from whole parameters, `read(name)` [shape] each; what is padding becomes 0."""
+    def fill(self, shares: list[Tensor], read: Callable[[str], Tensor | None]) -> None:
+        """Fills this process's slices from whole parameters, `read(name)` [shape] each; None leaves one as it is."""
         for group, share in enumerate(shares):
             start = self.world.rank * share.numel()
-            share.zero_()
             for slot in self.slots:
                 low, high = max(slot.offset, start), min(slot.offset + slot.numel, start + share.numel())
-                if slot.group == group and low < high:
-                    whole = read(slot.name).reshape(-1)
-                    share[low - start : high - start] = whole[low - slot.offset : high - slot.offset].to(share)
+                if slot.group == group and low < high and (whole := read(slot.name)) is not None:
+                    mine = whole.reshape(-1)[low - slot.offset : high - slot.offset]
+                    share[low - start : high - start] = mine.to(share)
 
     @torch.no_grad()
     def publish(self, shares: list[Tensor]) -> None:

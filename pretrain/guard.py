@@ -36,13 +36,14 @@ class Health:
     """What is remembered of a run's steps; in each checkpoint, so that a resumed run judges as an uninterrupted one.
 
     Attributes:
-        losses, norms: of the last applied steps, the newest last.
+        losses, norms, bins: of the last applied steps, the newest last; a step is judged by those of its own bin.
         skipped: steps so far that were not applied; `in_a_row` of them without an applied one since.
         rollbacks: returns to a checkpoint so far; each goes on with other noise and another order of the data.
     """
 
     losses: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()
+    bins: tuple[int, ...] = ()
     skipped: int = 0
     in_a_row: int = 0
     rollbacks: int = 0
@@ -50,21 +51,30 @@ class Health:
     @classmethod
     def of(cls, kept: dict[str, Any]) -> Health:
         """From a checkpoint's JSON."""
-        return cls(**kept | {"losses": tuple(kept["losses"]), "norms": tuple(kept["norms"])})
+        return cls(**kept | {name: tuple(kept[name]) for name in ("losses", "norms", "bins")})
 
     def after(self, verdict: Verdict, window: int) -> Health:
-        """With one step more."""
+        """With one step more; of each bin the last `window` are kept."""
         if verdict.fault:
             return replace(self, skipped=self.skipped + 1, in_a_row=self.in_a_row + 1)
-        losses, norms = (*self.losses, verdict.loss)[-window:], (*self.norms, verdict.norm)[-window:]
-        return replace(self, losses=losses, norms=norms, in_a_row=0)
+        steps = [*zip(self.losses, self.norms, self.bins, strict=True), (verdict.loss, verdict.norm, verdict.bin)]
+        of_bin = [i for i, (_, _, bin_) in enumerate(steps) if bin_ == verdict.bin]
+        for i in reversed(of_bin[:-window]):
+            del steps[i]
+        losses, norms, bins = zip(*steps, strict=True)
+        return replace(self, losses=losses, norms=norms, bins=bins, in_a_row=0)
+
+    def of_bin(self, values: tuple[float, ...], bin_: int) -> tuple[float, ...]:
+        """Those of the losses or norms that are of this bin's steps."""
+        return tuple(value for value, of in zip(values, self.bins, strict=True) if of == bin_)
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What all processes know of a step: its mean loss, its gradient's norm before clipping, and why it was skipped, if it was.
 
-    `stop` and `damaged` are the numbers of processes that were asked to stop, and that read damaged data.
+    `stop` and `damaged` are the numbers of processes that were asked to stop, and that read damaged data; `bin` is that of the
+    noise levels, where all of a step's lie in one (pretrain/efforts.py).
     """
 
     loss: float
@@ -72,6 +82,7 @@ class Verdict:
     fault: str | None = None
     stop: int = 0
     damaged: int = 0
+    bin: int = 0
 
 
 @dataclass
@@ -90,11 +101,11 @@ class Guard:
     def __init__(self, config: GuardSection, world: World, stop: Stop):
         self.config, self.world, self.stop = config, world, stop
         self.verdict = Verdict(math.nan, math.nan)
-        self._health, self._micro = Health(), _Micro()
+        self._health, self._micro, self._bin = Health(), _Micro(), 0
 
-    def begin(self, health: Health) -> None:
-        """A step begins."""
-        self._health, self._micro = health, _Micro()
+    def begin(self, health: Health, bin_: int = 0) -> None:
+        """A step begins, whose noise levels lie in this bin."""
+        self._health, self._micro, self._bin = health, _Micro(), bin_
 
     def add(self, keys: tuple[str, ...], loss: Loss, damaged: int = 0) -> None:
         """One micro-batch of it."""
@@ -114,13 +125,14 @@ class Guard:
             dist.all_reduce(sums)
         loss_sum, squares, micros, stop, damaged = sums.tolist()
         norm = math.sqrt(squares) if squares >= 0 else math.nan
-        verdict = Verdict(loss_sum / micros, norm, None, int(stop), int(damaged))
+        verdict = Verdict(loss_sum / micros, norm, None, int(stop), int(damaged), self._bin)
         self.verdict = replace(verdict, fault=self._fault(verdict))
         return Look(sums[1].sqrt().float(), self.verdict.fault is None)
 
     def _fault(self, verdict: Verdict) -> str | None:
-        found = (("loss", verdict.loss, self._health.losses), ("gradient's norm", verdict.norm, self._health.norms))
-        for name, value, before in found:
+        h = self._health
+        for name, value, last in (("loss", verdict.loss, h.losses), ("gradient's norm", verdict.norm, h.norms)):
+            before = h.of_bin(last, verdict.bin)
             if not math.isfinite(value):
                 return f"the {name} is {value}"
             enough = len(before) >= self.config.after and self.config.deviations > 0

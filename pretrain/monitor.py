@@ -24,7 +24,7 @@ from pretrain.data import Batch
 from pretrain.diffusion import Loss
 from pretrain.engine import Engine
 from pretrain.guard import Verdict
-from pretrain.models import DiTConfig
+from pretrain.models import DiTConfig, Effort
 from pretrain.models.cost import grid_of, training_flops
 
 # Dense bf16 peaks of the data sheets, in TFLOP/s, by a part of the device's name.
@@ -65,7 +65,7 @@ class Totals:
     masks: Tensor
     micro_batches: int = 0
     images: int = 0
-    text_tokens: int = 0
+    flops: float = 0.0
     wait_s: float = 0.0
     skipped: int = 0
     steps: int = 0
@@ -76,7 +76,7 @@ class Totals:
 
 
 # Totals' fields on the host: those that add up over processes, and those that all processes count alike.
-SHARED, ALIKE = ("micro_batches", "images", "text_tokens", "wait_s"), ("skipped", "steps")
+SHARED, ALIKE = ("micro_batches", "images", "flops", "wait_s"), ("skipped", "steps")
 
 
 class Monitor:
@@ -129,7 +129,7 @@ class Monitor:
         self.totals.wait_s += seconds
 
     @torch.no_grad()
-    def record(self, batch: Batch, loss: Loss, masks_KBN: Tensor | None) -> None:
+    def record(self, batch: Batch, loss: Loss, masks_KBN: Tensor | None, effort: Effort) -> None:
         """Adds one micro-batch, without asking the device for anything."""
         t = self.totals
         bins = len(t.bin_loss)
@@ -141,7 +141,7 @@ class Monitor:
             t.masks += masks_KBN.detach().float().mean(dim=(1, 2))
         t.micro_batches += 1
         t.images += len(batch.keys)
-        t.text_tokens += sum(batch.text.lengths)
+        t.flops += training_flops(self.backbone, len(batch.keys), self.grid, sum(batch.text.lengths), effort)
 
     def step(self, step: int, verdict: Verdict, lr: float) -> None:
         """After optimizer step number `step` (from 1); writes at logging steps. All processes call it."""
@@ -153,7 +153,7 @@ class Monitor:
 
     def _write(self, step: int, verdict: Verdict, lr: float) -> None:
         t = self.totals
-        host = torch.tensor([t.micro_batches, t.images, t.text_tokens, t.wait_s], device=self.world.device)
+        host = torch.tensor([t.micro_batches, t.images, t.flops / 1e12, t.wait_s], device=self.world.device)
         sums = torch.cat([*t.on_device, host])
         if self.world.size > 1:
             dist.all_reduce(sums)
@@ -162,7 +162,7 @@ class Monitor:
         if self.world.rank != 0:
             return
         seconds = time.perf_counter() - self.since
-        micro, images, text_tokens, wait = host.tolist()
+        micro, images, tflops, wait = host.tolist()
         scalars = {
             "train/loss": loss.item() / micro,
             "train/gradient_norm": verdict.norm,
@@ -172,9 +172,7 @@ class Monitor:
             "speed/tokens_per_s": images * math.prod(self.grid) / seconds,
             "speed/step_s": seconds / t.steps,
             "speed/data_wait_percent": 100 * wait / self.world.size / seconds,
-            "speed/mfu_percent": 100
-            * training_flops(self.backbone, images, self.grid, text_tokens)
-            / (seconds * self.peak),
+            "speed/mfu_percent": 100 * tflops * 1e12 / (seconds * self.peak),
         }
         for i in range(bins):
             if bin_count[i] > 0:

@@ -21,7 +21,7 @@ from pretrain.diffusion.ddpm import BETA_END, BETA_START, STEPS
 
 
 class FlowMatchEulerMaruyamaScheduler(FlowMatchEulerDiscreteScheduler):
-    """The flow's reverse SDE (SiT, arXiv 2401.08740, Eq. 4), at the same times as the ODE.
+    """The flow's reverse SDE (SiT, arXiv 2401.08740), at the same times as the ODE.
 
     On the path x_t = (1 − t)·x_0 + t·ε the velocity v gives the expected noise, E[ε | x_t] = x_t + (1 − t)·v, and the
     score −E[ε | x_t] / t. With the diffusion w_t = t (the paper's σ_t; the authors' code draws with twice as much), from

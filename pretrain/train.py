@@ -27,9 +27,11 @@ from pretrain.config import Config, geometry, load
 from pretrain.console import quiet
 from pretrain.data import Batch, Loader
 from pretrain.diffusion import Loss, Objective, draw, measure
+from pretrain.efforts import StepEffort, step_effort
 from pretrain.ema import Ema
 from pretrain.engine import Engine, World, gather, together
 from pretrain.guard import SKIPPED, Guard
+from pretrain.inherit import inherit, resume
 from pretrain.models import DiT
 from pretrain.models.mask import draw_keep
 from pretrain.monitor import Monitor
@@ -170,10 +172,11 @@ def train_step(t: Trainer, batches: list[Batch], progress: Progress) -> Progress
     zero, window = t.engine, t.config.guard.window
     lr = optim.learning_rate(progress.step, t.config.steps, t.config.optimizer)
     t.watchdog.at(WAITING)
-    t.guard.begin(progress.health)
+    spent = step_effort(t.model.config, t.objective, t.config.seed, progress.step)
+    t.guard.begin(progress.health, spent.effort.bin or 0)
     for host_batch in batches:
         batch = host_batch.to(zero.world.device, zero.dtype)
-        loss = forward(t, batch)
+        loss = forward(t, batch, spent)
         t.guard.add(batch.keys, loss, len(batch.damaged))
         zero.backward(loss.mean)
         zero.step(lr, t.guard)
@@ -189,18 +192,21 @@ def train_step(t: Trainer, batches: list[Batch], progress: Progress) -> Progress
     )
 
 
-def forward(t: Trainer, batch: Batch) -> Loss:
-    """A micro-batch's loss. All random numbers of a sample come from its own seed."""
+def forward(t: Trainer, batch: Batch, spent: StepEffort) -> Loss:
+    """A micro-batch's loss. All random numbers of a sample come from its own seed, what is computed from the step."""
     device, backbone = t.engine.world.device, t.model.config
     numbers = draw(batch.seeds, batch.mean_BCHW.shape, device)
-    noisy = t.objective.corrupt(batch.latent(numbers.posterior_BCHW), numbers.noise_BCHW, numbers.uniform_B)
+    noisy = t.objective.corrupt(
+        batch.latent(numbers.posterior_BCHW), numbers.noise_BCHW, spent.narrow(numbers.uniform_B)
+    )
     keep_KBN = None
     if backbone.mask != "none" and backbone.mask_dropout:
         tokens = noisy.noisy_BCHW[0, 0].numel() // backbone.patch**2
         keep_KBN = draw_keep(batch.seeds, backbone.depth, tokens, backbone.mask_dropout, device)
-    prediction = t.engine.forward(noisy.noisy_BCHW.to(t.engine.dtype), noisy.timestep_B, batch.text, None, keep_KBN)
+    latent_BCHW = noisy.noisy_BCHW.to(t.engine.dtype)
+    prediction = t.engine.forward(latent_BCHW, noisy.timestep_B, batch.text, None, keep_KBN, spent.effort)
     loss = measure(prediction.sample_BCHW, noisy)
-    t.monitor.record(batch, loss, prediction.masks_KBN)
+    t.monitor.record(batch, loss, prediction.masks_KBN, spent.effort)
     return loss
 
 
@@ -222,10 +228,10 @@ def begin(t: Trainer) -> Progress:
     if other.progress.step < other.state["config"]["steps"]:
         done = f"{other.progress.step} of its {other.state['config']['steps']} steps"
         log(t, f"WARNING: {config.init_from} is not finished: it has {done}")
-    checkpoint.take_over(other, t.engine, t.ema, moments=config.carry_moments)
+    origins = inherit(other, t.engine, t.ema, moments=config.carry_moments)
     moments = "the optimizer's moments too" if config.carry_moments else "fresh optimizer moments"
     log(t, f"starting {config.name} from {other.path}: its weights and average, {moments}, data from the start")
-    for line in checkpoint.changes(other.state, t.saver.about):
+    for line in [*checkpoint.changes(other.state, t.saver.about), *origins]:
         log(t, f"  {line}")
     return Progress(updates=other.progress.updates if config.carry_moments else 0)
 
@@ -245,7 +251,7 @@ def note(t: Trainer, step: int) -> None:
 def take_up(t: Trainer, own: checkpoint.Checkpoint) -> Progress:
     """Puts one of the run's own checkpoints back everywhere; those of later steps are set aside."""
     checkpoint.set_aside_later(t.config.run_dir, own.progress.step, t.engine.world)
-    progress = checkpoint.resume(own, t.engine, t.ema, t.loader.fingerprint)
+    progress = resume(own, t.engine, t.ema, t.loader.fingerprint)
     t.monitor.begin(progress.step, own.totals(t.engine.world))
     return progress
 

@@ -110,8 +110,8 @@ def bad_losses(steps: dict[int, float], rank: int = 0, times: int = 1_000) -> No
         left -= now in steps
         return whole(t, batches, progress)
 
-    def bad(t, batch):
-        loss, factor = forward(t, batch), steps.get(now, 1.0) if left >= 0 else 1.0
+    def bad(*given):
+        loss, factor = forward(*given), steps.get(now, 1.0) if left >= 0 else 1.0
         return replace(loss, mean=loss.mean * factor, per_sample_B=loss.per_sample_B * torch.tensor(factor))
 
     train.train_step, train.forward = step, bad

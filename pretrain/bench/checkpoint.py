@@ -25,7 +25,7 @@ from pretrain.diffusion import Loss
 from pretrain.ema import Ema
 from pretrain.engine import Engine, World
 from pretrain.guard import Guard
-from pretrain.models import DiT, PackedText, preset
+from pretrain.models import DiT, Effort, PackedText, preset
 from pretrain.monitor import Monitor
 from pretrain.saver import Saver
 from pretrain.stopping import Stop
@@ -133,7 +133,7 @@ def _share(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
             t.watchdog.at("reading data")
             t.watchdog.at(WAITING)
             t.guard.begin(before.health)
-            t.monitor.record(batch, loss, masks)
+            t.monitor.record(batch, loss, masks, Effort())
             t.guard.add(batch.keys, loss)
             t.guard(squares)
             t.watchdog.done(before.step + 1)

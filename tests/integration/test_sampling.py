@@ -281,9 +281,9 @@ def test_sampling_options_reach_the_pipeline(folder, tmp_path, tiny_pipeline):
 def test_by_the_sde(folder, tmp_path, tiny_pipeline, batch):
     words = [f"--prompt={prompt}" for prompt in PROMPTS[:3]] + ["--sampler", "sde", "--steps", "4", "--seed", "7"]
     assert main(command(folder, tmp_path, *words, "--batch-size", str(batch))) == 0
-    pipeline = FocusDiTPipeline(**tiny_pipeline.components | {"scheduler": build_scheduler("flow", 3.0, "sde")})
-    generators = [torch.Generator().manual_seed(7 + i) for i in range(3)]
-    expected = pipeline(PROMPTS[:3], num_inference_steps=4, guidance_scale=3.0, generator=generators)
+    parts = tiny_pipeline.components | {"scheduler": build_scheduler("flow", 3.0, "sde")}
+    pipeline = FocusDiTPipeline(**parts, resolution=64, steps=4, guidance=3.0)
+    expected = pipeline(PROMPTS[:3], generator=[torch.Generator().manual_seed(7 + i) for i in range(3)])
     assert same_pictures(pictures(tmp_path), expected.images)
     settings = about(drawn(tmp_path)[0])["settings"]
     assert (settings["scheduler"], settings["shift"]) == ("FlowMatchEulerMaruyamaScheduler", 3.0)

@@ -23,6 +23,7 @@ def test_the_shipped_stages_fit() -> None:
     assert of() == []
     assert of("run_dir=runs/mine", "init_from=mine run_dir=runs/my_second") == []
     assert of("run_dir=/far/run", "init_from=/far/run model.position_scale=3") == []
+    assert of("model.mask=none", "model.density=flexdit model.attention=mediators") == []
 
 
 @pytest.mark.parametrize(
@@ -31,8 +32,12 @@ def test_the_shipped_stages_fit() -> None:
         ("run_dir=runs/mine", "", "init_from: stage1_256 is not the stage before it, whose run_dir is runs/mine"),
         ("", "init_from=null", "init_from: None is not the stage before it, whose run_dir is runs/stage1_256"),
         ("", "run_dir=runs/stage1_256", "run_dir: runs/stage1_256 is the stage before it, too; give each its own"),
-        ("model.mask=none", "", "model: not the stage's before it: blocks.0.query_mask."),
-        ("", "model.preset=focusdit_tiny", "model: not the stage's before it: "),
+        (
+            "model.ffn=uniform",
+            "",
+            "model: cannot start from the stage's before it: shared_expert.key.weight: there not there",
+        ),
+        ("", "model.preset=focusdit_tiny", "model: cannot start from the stage's before it: "),
         ("", "data.path=/else", "data: /else is no data set: dataset.json is missing"),
         (
             "",

@@ -71,17 +71,17 @@ def test_loss_and_norm_are_means_over_micro_batches() -> None:
 def test_a_spike_needs_enough_steps_before_it() -> None:
     guard = made(after=10, window=20)
     steps = (1.0,) * 9
-    assert judge(guard, Health(steps, steps), 100.0, 1.0).fault is None
+    assert judge(guard, Health(steps, steps, (0,) * len(steps)), 100.0, 1.0).fault is None
     steps = (1.0,) * 10
     assert "the loss is 100, more than 2, the bound after the last 10 steps" in str(
-        judge(guard, Health(steps, steps), 100.0, 1.0).fault
+        judge(guard, Health(steps, steps, (0,) * len(steps)), 100.0, 1.0).fault
     )
-    assert "the gradient's norm is 50" in str(judge(guard, Health(steps, steps), 1.0, 50.0).fault)
-    assert judge(made(after=10, deviations=0), Health(steps, steps), 100.0, 50.0).fault is None
+    assert "the gradient's norm is 50" in str(judge(guard, Health(steps, steps, (0,) * len(steps)), 1.0, 50.0).fault)
+    assert judge(made(after=10, deviations=0), Health(steps, steps, (0,) * len(steps)), 100.0, 50.0).fault is None
 
 
 def test_skipped_steps_do_not_count_into_the_bound() -> None:
-    health = Health((1.0, 2.0), (3.0, 4.0), skipped=1)
+    health = Health((1.0, 2.0), (3.0, 4.0), (0, 0), skipped=1)
     health = health.after(Verdict(99.0, 99.0, "a spike"), window=2)
     assert (health.losses, health.skipped, health.in_a_row) == ((1.0, 2.0), 2, 1)
     health = health.after(Verdict(5.0, 6.0), window=2)
@@ -89,5 +89,5 @@ def test_skipped_steps_do_not_count_into_the_bound() -> None:
 
 
 def test_health_survives_a_checkpoint_exactly() -> None:
-    health = Health((0.1, 1 / 3), (math.pi, 2e-300), 3, 1, 2)
+    health = Health((0.1, 1 / 3), (math.pi, 2e-300), (0, 3), 3, 1, 2)
     assert Health.of(json.loads(json.dumps(asdict(health)))) == health
