@@ -41,7 +41,7 @@ from data_prep.encoders import (
 from pretrain.diffusion import FfnWork, Guidance, choose_rule, generate
 from pretrain.folders import check_export, check_transformer, only_safetensors, read_backbone
 from pretrain.models import DiT, Effort, PackedText, Skip, TextMemory
-from pretrain.models.block import Block, TimeMemory
+from pretrain.models.block import BLOCKS, TimeMemory
 from pretrain.models.dit import Prediction
 from pretrain.schedulers import set_timesteps
 
@@ -66,7 +66,7 @@ class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
         backbone: the fields of `pretrain.models.DiTConfig`.
     """
 
-    _repeated_blocks: ClassVar[list[str]] = ["Block", *(kind.__name__ for kind in Block.__subclasses__())]
+    _repeated_blocks: ClassVar[list[str]] = [kind.__name__ for kind in BLOCKS]
     _no_split_modules: ClassVar[list[str]] = _repeated_blocks
 
     @register_to_config

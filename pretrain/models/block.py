@@ -229,6 +229,9 @@ class RecoverBlock(Block):
         return back, self.self_attention(prepare(y_BND), positions.tokens, prepare(state.x_BND), rotary)
 
 
+BLOCKS: tuple[type[Block], ...] = (Block, MediatorBlock, PoolingBlock, GenerateBlock, SparseBlock, RecoverBlock)
+
+
 def make_blocks(config: DiTConfig) -> list[Block]:
     """The blocks of a shape, from bottom to top."""
     kinds: dict[str, type[Block]] = {
