@@ -36,12 +36,12 @@ class PairBias(nn.Module):
         self.column = nn.Parameter(torch.empty(heads, mediators, LINE))
 
     def forward(self, grid: Grid) -> Tensor:
+        rows, columns = grid
+        # The lines as images: of torch's interpolations, the bilinear one alone can be deterministic on GPUs.
         map_ = F.interpolate(self.map, size=grid, mode="bilinear")
-        row, column = (
-            F.interpolate(line, size=side, mode="linear")
-            for line, side in zip((self.row, self.column), grid, strict=True)
-        )
-        return (map_ + row[..., None] + column[..., None, :]).flatten(2)
+        row = F.interpolate(self.row[..., None], size=(rows, 1), mode="bilinear")
+        column = F.interpolate(self.column[..., None, :], size=(1, columns), mode="bilinear")
+        return (map_ + row + column).flatten(2)
 
 
 class MediatorAttention(nn.Module):
