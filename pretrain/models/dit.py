@@ -12,6 +12,7 @@ Initialisation, all in `DiT.initialise`:
 | scale-shift tables                                     | gates 1, the rest normal(1/√D)                            |
 | query mask's time table, or its shift                  | normal(0.02), or 0                                        |
 | mediators' bias tables                                 | truncated normal(0.02)                                    |
+| mediators' convolution                                 | uniform(±1/3), as torch's own                             |
 | FlexDiT's W1, W2                                       | 0, the identity                                           |
 | query mask's last bias                                 | 2: masks start near 0.88, where their gradient still flows |
 
@@ -126,6 +127,9 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.uniform_(module.weight, -1 / 3, 1 / 3)
+                nn.init.zeros_(cast(Tensor, module.bias))
         for module in self.modules():
             if isinstance(module, Block | FinalLayer):
                 nn.init.normal_(module.scale_shift_table, std=self.config.width**-0.5)
