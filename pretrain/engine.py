@@ -159,7 +159,7 @@ class Engine:
             for p in parameters
         ]
         for master in self.masters:
-            master.zero_()  # what is padding stays so
+            master.detach().zero_()  # what is padding stays so
         self.fill(self.masters, exact.__getitem__)
         self.publish(self.masters)
 

@@ -7,6 +7,7 @@ text encoder. Each process draws its share; process 0 decodes.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,14 +32,14 @@ from pretrain.trained import load_text_encoder, load_vae
 class Preview:
     """Draws the preview prompts; nothing where `preview.every` is 0."""
 
-    def __init__(self, config: Config, card: Card, world: World):
+    def __init__(self, config: Config, card: Card, data: Path, world: World):
         p = config.preview
         self.config, self.card, self.world = config, card, world
         self.vae: Vae | None = None
         if p.every:
             self.prompts = read_prompts(p.file())
             self.texts = self._encoded()
-            self.null = PackedText.pack([load_null_text(config.run_dir)])
+            self.null = PackedText.pack([load_null_text(data)])
 
     def _encoded(self) -> list[torch.Tensor]:
         """The prompts' embeddings, from the run directory, or encoded now by process 0."""

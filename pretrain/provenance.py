@@ -24,7 +24,6 @@ def keep_what_is_used(config: Config, deepspeed: dict[str, Any], loader: Loader,
     """Writes the resolved config, DeepSpeed's, the environment and the data set's card into the run directory."""
     if world.rank == 0:
         run = config.run_dir
-        run.mkdir(parents=True, exist_ok=True)
         write_whole(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
         write_whole(run / "ds_config.json", json.dumps(deepspeed, indent=2) + "\n")
         write_whole(run / "environment.json", json.dumps(environment(world), indent=2) + "\n")

@@ -48,6 +48,7 @@ class Trainer:
     """The parts of a training."""
 
     config: Config
+    deepspeed: dict[str, Any]
     loader: Loader
     model: DiT
     engine: Engine
@@ -108,11 +109,11 @@ def build(config: Config, deepspeed: dict[str, Any], world: World, stop: Stop, w
     """Wires the parts in the order of the data."""
     accumulation = geometry(deepspeed, world.size)
     deepspeed = {**deepspeed, "gradient_accumulation_steps": accumulation}
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     backbone = config.model.backbone()
     batch, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
     loader = Loader(config, backbone, batch, micro, world.rank, world.size)
-    keep_what_is_used(config, deepspeed, loader, world)
-    preview = Preview(config, loader.card, world)
+    preview = Preview(config, loader.card, loader.root, world)
     torch.manual_seed(config.seed)
     model = DiT(backbone).to(world.device)
     model.recompute = config.model.recompute
@@ -126,13 +127,14 @@ def build(config: Config, deepspeed: dict[str, Any], world: World, stop: Stop, w
     about = {"data": loader.fingerprint, "config": config.model_dump(mode="json")}
     saver = Saver(config, zero, ema, about)
     objective = config.objective.build()
-    return Trainer(config, loader, model, zero, ema, objective, guard, watchdog, monitor, preview, saver)
+    return Trainer(config, deepspeed, loader, model, zero, ema, objective, guard, watchdog, monitor, preview, saver)
 
 
 def train(t: Trainer) -> str | None:
     """Runs to the last step (None), or until some process is asked to stop (by what)."""
     config, monitor = t.config, t.monitor
     progress = begin(t)
+    keep_what_is_used(config, t.deepspeed, t.loader, t.engine.world)  # not of a start that was refused
     note(t, progress.step)
     t.watchdog.step = progress.step
     batches = timed(t, progress)

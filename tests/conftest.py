@@ -36,7 +36,7 @@ def data_set(shape_tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
     """Runs a training to its end; fails with its output where a process fails, unless `check=False`."""
 

@@ -78,7 +78,8 @@ def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: Stop) -
     nothing = cast(Any, None)
     saver = Saver(config, zero, ema, {})
     objective, watchdog = config.objective.build(), Watchdog(world, config.guard.seconds)
-    return train.Trainer(config, nothing, model, zero, ema, objective, guard, watchdog, monitor, nothing, saver), batch
+    parts: Any = (config, {}, nothing, model, zero, ema, objective, guard, watchdog, monitor, nothing, saver)
+    return train.Trainer(*parts), batch
 
 
 def _checkpoints(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:

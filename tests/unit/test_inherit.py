@@ -34,7 +34,9 @@ def test_flexdit_from_a_dense_model():
     block = "blocks.0.self_attention"
     assert found.sources[f"{block}.value.weight"] == f"{block}.qkv.weight"
     assert found.sources["blocks.1.self_attention.qkv.weight"] == "blocks.1.self_attention.qkv.weight"
-    assert found.fresh == [f"blocks.5.from_{which}.{what}" for which in ("sparse", "dense") for what in ("weight", "bias")]
+    assert found.fresh == [
+        f"blocks.5.from_{which}.{what}" for which in ("sparse", "dense") for what in ("weight", "bias")
+    ]
     assert found.left == []
     report = found.report()
     assert report[0] == f"{len(shapes(MASKED)) - 2} of {len(shapes(MASKED)) + 4} parameters as they were"
