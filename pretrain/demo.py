@@ -38,12 +38,11 @@ def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     prompts = OUT / "demo_prompts.txt"
     prompts.write_text("".join(f"{s.caption}\n" for s in wanted))
-    train = [python, "-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}", "-m", "pretrain.train"]
     draw = [python, "-m", "pretrain.sample", "--run", f"runs/{STAGES[-1]}"]
     commands = [
         [python, "data_prep/shapes.py", "--output", TARS, "--pictures", str(PICTURES)],
         [python, "data_prep/encode.py", "--input", f"{TARS}/*.tar", "--output", DATA, "--encoders", "tiny"],
-        *([*train, stage] for stage in STAGES),
+        *map(launch, STAGES),
         [*draw, "--prompts", str(prompts), "--out", str(OUT), "--overwrite"],
     ]
     if (Path(DATA) / "dataset.json").exists() and Path(TARS).exists():
@@ -53,6 +52,12 @@ def main() -> int:
         print(f"  ({took:.0f} s)", flush=True)
     print(report(wanted, time.monotonic() - start))
     return 0
+
+
+def launch(*words: str) -> list[str]:
+    """The command of a training in as many processes as the demo uses."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}"]
+    return [*launcher, "-m", "pretrain.train", *words]
 
 
 def run(command: list[str]) -> float:

@@ -9,7 +9,6 @@ and how to mend it.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import socket
@@ -29,7 +28,7 @@ from pretrain.checkpoint import FOLDER
 from pretrain.config import Config, ConfigError, geometry, load
 from pretrain.data import check_fits
 from pretrain.engine import World, start
-from pretrain.models.cost import count_parameters, ffn_flops, grid_of
+from pretrain.models.cost import CAPTION, count_activations, count_parameters, grid_of
 from pretrain.shared_names import remove_stale_names
 from pretrain.streams import Place, open_card, plan, prepare
 
@@ -230,15 +229,10 @@ def state_bytes(config: Config, deepspeed: dict[str, Any], processes: int) -> in
 
 
 def activation_bytes(config: Config, micro: int) -> int:
-    """A rough estimate of what the backward pass of a micro-batch needs, in bf16.
-
-    A block keeps, of each image token, some 18 vectors of width D (norms, attention's inputs and outputs, residuals) and
-    its vocabulary's entries twice; with `model.recompute` one vector, and all of that for one block at a time.
-    """
+    """About what a micro-batch keeps for its backward pass, in bf16, with captions of some length."""
     c = config.model.backbone()
-    block = 18 * c.width + 2 * max(ffn_flops(c)) // (4 * c.width)
-    kept = c.depth * c.width + block if config.model.recompute else c.depth * block
-    return 2 * micro * math.prod(grid_of(c, config.data.resolution)) * kept
+    grid = grid_of(c, config.data.resolution)
+    return round(micro * count_activations(c, grid, CAPTION, recompute=config.model.recompute))
 
 
 # ---- what all of them see together ----

@@ -6,6 +6,7 @@ python -m pretrain.bench picture     one picture to its pixels: seconds and memo
 python -m pretrain.bench skip        leaving FFNs out by their query masks
 python -m pretrain.bench loader      reading: the training loader against bare reading and other layouts
 python -m pretrain.bench checkpoint  what checkpoints, spike guard and watchdog cost
+python -m pretrain.bench neighbours  FocusDiT, FlexDiT and mediators trained on the shapes, at equal images and FLOPs
 python -m pretrain.bench encode      data prep's pipeline against its bare encoders
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pretrain.bench import checkpoint, encode, loader, picture, sample, skip, step
+from pretrain.bench import checkpoint, encode, loader, neighbours, picture, sample, skip, step
 from pretrain.console import quiet
 
 BENCHMARKS = {
@@ -24,6 +25,7 @@ BENCHMARKS = {
     "skip": skip,
     "loader": loader,
     "checkpoint": checkpoint,
+    "neighbours": neighbours,
     "encode": encode,
 }
 

@@ -3,6 +3,8 @@
 Timed is what a sampling step asks of the backbone, both halves of guidance in one batch, and, apart, what is done once per
 prompt (ours: the captions' keys and values, and all that follows from the times alone). PixArt's is given captions padded to
 300 tokens, as its pipeline does, and, to tell padding from the rest, unpadded ones of the same length in both halves.
+
+With `--models`, the backbone's methods beside each other instead (methods.py).
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor
 
 from data_prep.encoders import working_dtype
-from pretrain.bench.timing import model_arguments, padded, pixart, side_by_side
+from pretrain.bench import methods
+from pretrain.bench.timing import CLOCKS, model_arguments, padded, pixart, side_by_side
 from pretrain.models import DiT, DiTConfig, PackedText, preset
 
 CAP = 300
@@ -31,17 +34,29 @@ class Timed:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    model_arguments(parser, preset="dit_1b", batch=1, rounds=5)
+    model_arguments(parser, preset="dit_1b", batch=1, rounds=5, depth=None)
     parser.add_argument("--steps", type=int, default=20, help="sampling steps that a prompt's own cost is spread over")
     parser.add_argument("--caption-tokens", type=int, default=80, help="tokens of each caption; the null text has one")
+    parser.add_argument(
+        "--models", nargs="+", choices=methods.MODELS, help="compare these with the DiT instead (8 blocks)"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=methods.PARTS, default=methods.PARTS, help="of --models; default all"
+    )
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="of --models; cpu: for a busy machine, on one thread"
+    )
 
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> str:
     """The table."""
+    if args.models:
+        return methods.run(args)
+    depth = 4 if args.depth is None else args.depth
     device = torch.device(args.device)
     dtype = working_dtype(device)
-    base = replace(preset(args.preset), depth=args.depth) if args.depth else preset(args.preset)
+    base = replace(preset(args.preset), depth=depth) if depth else preset(args.preset)
     side = args.tokens_per_side * base.patch
     latent = torch.randn(2 * args.batch, base.latent_channels, side, side, device=device, dtype=dtype)
     timestep = torch.full((2 * args.batch,), 500.0, device=device)

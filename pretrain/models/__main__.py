@@ -1,6 +1,7 @@
-"""Prints the table of presets: parameters by part and FLOPs per image, beside the paper's figures.
+"""Prints the table of presets: parameters by part and FLOPs per image, beside the paper's figures; or compares the methods.
 
 python -m pretrain.models
+python -m pretrain.models --compare --resolution 256 512 1024
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import argparse
 from dataclasses import replace
 
 from pretrain.models import PRESETS
-from pretrain.models.cost import count_flops, count_parameters, grid_of
+from pretrain.models.compare import compare, compare_published
+from pretrain.models.cost import CAPTION, count_flops, count_parameters, grid_of
 
 PAPER = {  # total parameters that the paper (§5) prints
     "dit_1b": "1.078B",
@@ -60,11 +62,30 @@ def notes() -> str:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Prints parameters and FLOPs of every preset.")
-    parser.add_argument("--text-tokens", type=int, default=120, help="caption length for the FLOPs (default 120)")
+    parser = argparse.ArgumentParser(
+        description="Prints parameters and FLOPs of every preset, or of the methods compared."
+    )
+    parser.add_argument(
+        "--text-tokens", type=int, default=CAPTION, help=f"caption length for the FLOPs (default {CAPTION})"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="FocusDiT, FlexDiT and mediators at the 1B model's shape"
+    )
+    parser.add_argument("--resolution", type=int, nargs="+", default=[256, 512, 1024], help="with --compare: pixels")
     args = parser.parse_args()
+    about = f"one forward pass of one image with a caption of {args.text_tokens} tokens; a multiply-add is 2"
+    if args.compare:
+        print(compare(args.resolution, args.text_tokens))
+        print(
+            f"\nFLOPs: {about}; where they depend on the noise level, the mean over all levels."
+            "\nn: the same share of the baseline with so many mediators at every level."
+            "\nActivations: what a training step keeps of one image in bf16, at the noise level that needs the most.\n"
+        )
+        print(compare_published())
+        print("G: 10⁹ multiply-adds; where the sources contradict themselves: docs/neighbours.md.")
+        return
     print(table(args.text_tokens))
-    print(f"\nFLOPs: one forward pass of one image with a caption of {args.text_tokens} tokens; a multiply-add is 2.")
+    print(f"\nFLOPs: {about}.")
     print(notes())
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from pretrain.models import density, ffn, mask
 from pretrain.models.attention import CrossAttention, CrossScaleAttention, MeanAttention, SelfAttention
 from pretrain.models.config import DiTConfig
+from pretrain.models.effort import Effort
 from pretrain.models.embeddings import Rotary
 from pretrain.models.mediators import MediatorAttention
 from pretrain.models.scales import Grid, pool, spread
@@ -43,13 +44,13 @@ class TimeMemory:
         modulation_B6D: the blocks' shared modulation.
         masks: each block's scale and shift [B, 1, D] of its query mask; None without query masks, and in training, where
             each block makes its own.
-        t: the noise level in 0..1, where the backbone's effort depends on it.
+        effort: the default at a single time; None where the times are several.
     """
 
     time_BD: Tensor
     modulation_B6D: Tensor
     masks: tuple[tuple[Tensor, Tensor], ...] | None = None
-    t: float | None = None
+    effort: Effort | None = None
 
 
 @dataclass(frozen=True)

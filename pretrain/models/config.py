@@ -119,8 +119,7 @@ class DiTConfig:
                 density.split_of(self.depth, self.split)
             except ValueError as error:
                 found.append(f"split: {error}")
-            low, high = self.sparsity
-            if not 0 < low <= high < 1:
+            if len(self.sparsity) != 2 or not 0 < self.sparsity[0] <= self.sparsity[1] < 1:
                 found.append(
                     f"sparsity: {list(self.sparsity)} must be two shares above 0 and below 1, the first not above the second"
                 )

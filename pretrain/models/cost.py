@@ -1,10 +1,11 @@
-"""What a backbone costs: parameters by part and FLOPs per image, computed from its shape alone.
+"""What a backbone costs: parameters by part, FLOPs and activations per image, computed from its shape alone.
 
 Letters: N image tokens, n sparse ones or mediators, L text tokens, D width, E the text encoder's width, K blocks.
 
 A multiply-add counts as two FLOPs; only matrix products and convolutions count (linear maps, attention, pooling), as is usual.
 A training step is counted as three forward passes. Where the cost depends on the noise level, it is the mean over all levels,
-unless an effort is given. `tests/unit/models/test_cost.py` compares both with modules built on the meta device.
+unless an effort is given. `tests/unit/models/test_cost.py` compares them with modules built on the meta device, and the
+activations with what torch keeps.
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ from pretrain.models.ffn import local_size
 from pretrain.models.mask import TIMESTEPS
 from pretrain.models.mediators import LINE, MAP
 from pretrain.models.scales import Grid, square
+
+CAPTION = 120  # tokens of a caption, where nobody says otherwise
+
+# Vectors of width D that a block's self-attention keeps for its backward pass, of each token of the dense and the sparse grid.
+# Full attention: the tokens, their norm, what is projected, q, k and v as projected (v is a view of them), q and k as turned,
+# attention's output, and its projection.
+_KEPT = {DENSE: (10, 0), POOLING: (2, 0), GENERATE: (6, 6), SPARSE: (0, 10), RECOVER: (7, 6)}
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,12 @@ def count_flops(c: DiTConfig, grid: Grid, text_tokens: float, effort: Effort | N
     return Flops(round(2 * attention), ffn, round(2 * query_mask), round(2 * rest))
 
 
+def reading_flops(c: DiTConfig, text_tokens: float) -> int:
+    """FLOPs of what `DiT.read` makes of a caption: all blocks' keys and values of it. `count_flops` holds them, too."""
+    D, E = c.width, c.text_width
+    return round(2 * text_tokens * (E * D + D * D + c.depth * 2 * D * D)) if E else 0
+
+
 def _efforts(c: DiTConfig) -> list[Effort]:
     """The default effort at equally spaced noise levels that meet every part of both choices."""
     levels = 1
@@ -188,3 +202,42 @@ def saved_flops(c: DiTConfig, kept_SK: Tensor, tokens_SK: Tensor) -> Tensor:
 def training_flops(c: DiTConfig, images: int, grid: Grid, text_tokens: int, effort: Effort | None = None) -> float:
     """FLOPs of a training step over `images` images with `text_tokens` tokens of text in all."""
     return 3.0 * images * count_flops(c, grid, text_tokens / images, effort).total
+
+
+def count_activations(
+    c: DiTConfig, grid: Grid, text_tokens: float, effort: Effort | None = None, recompute: bool = False
+) -> float:
+    """Bytes that a training step keeps of one image in bf16 for its backward pass, attention computed without its N×N matrix.
+
+    Left out is what does not grow with the images (the mediators' biases), or hardly (the modulations).
+
+    Args:
+        effort: by default the one that needs the most.
+        recompute: only the blocks' inputs are kept, and all of one block at a time.
+    """
+    if effort is None:
+        return max(count_activations(c, grid, text_tokens, e, recompute) for e in _efforts(c))
+    D, N, L = c.width, math.prod(grid), text_tokens
+    tokens = block_tokens(c, grid, effort)
+    shared = c.shared_width * D if c.ffn == "shared" else 0
+    blocks: list[float] = []
+    for role, n, size in zip(roles(c.density, c.depth, c.split), tokens, _vocabulary_sizes(c), strict=True):
+        kept: float = _kept_by_attention(role, N, tokens, effort) * D
+        if c.text_width:
+            kept += 3 * n * D + 2 * L * D
+        if c.mask != "none":
+            kept += n * (2 * D + sum(c.mask_hidden))
+        if size:  # the tokens, their norm, what is projected, the update, and its gate where each token has its own
+            kept += n * ((5 if c.mask != "none" else 4) * D + 2 * (size + shared))
+        blocks.append(kept)
+    ends = N * (3 * D + c.latent_channels * c.patch**2) + (L * (c.text_width + 3 * D) if c.text_width else 0)
+    inputs = N + sum(tokens[:-1])
+    return 2 * (ends + (inputs * D + max(blocks) if recompute else sum(blocks)))
+
+
+def _kept_by_attention(role: str, N: int, tokens: list[int], effort: Effort) -> int:
+    """Vectors of width D that a block's self-attention keeps."""
+    if role == DENSE and effort.mediators is not None:
+        return 11 * N + 3 * effort.mediators
+    dense, sparse = _KEPT[role]
+    return dense * N + sparse * min(tokens)

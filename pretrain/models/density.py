@@ -38,7 +38,7 @@ def blocks_of(split: Split) -> int:
 
 def split_of(depth: int, split: Split | None) -> Split:
     """The split asked for, or the table's. Raises ValueError where there is none, or it makes up another depth."""
-    found = split or SPLITS.get(depth)
+    found = SPLITS.get(depth) if split is None else split
     what = "it is [pooling blocks, modules, sparse blocks in each, dense blocks on top]"
     sum_ = "pooling + modules × (sparse + 3) + top"
     if found is None:
@@ -46,9 +46,9 @@ def split_of(depth: int, split: Split | None) -> Split:
         raise ValueError(
             f"no split is known for {depth} blocks (only for {known}); give one whose {sum_} is {depth}: {what}"
         )
-    if min(found) < 0 or found[1] < 1 or found[2] < 1:
+    if len(found) != 4 or min(found) < 0 or found[1] < 1 or found[2] < 1:
         raise ValueError(
-            f"{list(found)}: expected one module with one sparse block at least, and nothing below 0: {what}"
+            f"{list(found)}: expected four numbers, one module with one sparse block at least, and nothing below 0: {what}"
         )
     if blocks_of(found) != depth:
         raise ValueError(f"{list(found)} makes {blocks_of(found)} blocks ({sum_}), but depth is {depth}: {what}")

@@ -165,13 +165,13 @@ class DiT(nn.Module):
             masks = [
                 b.query_mask.read_time(time_SD, timestep_S) for b in cast(list[Block], self.blocks) if b.query_mask
             ]
-        levels = (timestep_S / 1000).tolist() if depends_on_time(self.config) else [None] * len(timestep_S)
+        levels = (timestep_S / 1000).tolist() if depends_on_time(self.config) else [0.0] * len(timestep_S)
         return tuple(
             TimeMemory(
                 time_SD[i : i + 1],
                 modulation_S6D[i : i + 1],
                 tuple((scale[i : i + 1], shift[i : i + 1]) for scale, shift in masks) if masks else None,
-                levels[i],
+                Effort.at(self.config, levels[i]),
             )
             for i in range(len(timestep_S))
         )
@@ -201,8 +201,8 @@ class DiT(nn.Module):
 
         Raises:
             ValueError: the latent's sides are not divisible by the patch or too small for mediators or density; latents,
-                timesteps and captions differ in number; noise levels ask for different efforts; or there are no query
-                masks to skip by.
+                timesteps and captions differ in number; noise levels ask for different efforts; the model has no such
+                effort; or there are no query masks to skip by.
         """
         p = self.config.patch
         timesteps = len(latent_BCHW) if isinstance(timestep_B, TimeMemory) else len(timestep_B)
@@ -227,7 +227,7 @@ class DiT(nn.Module):
         context = Context(
             times=times,
             timestep_B=None if isinstance(timestep_B, TimeMemory) else timestep_B,
-            positions=self._positions(grid, effort or self._effort(timestep_B), x_BND),
+            positions=self._positions(grid, self._effort(timestep_B, effort), x_BND),
             shared_expert=self.shared_expert,
             skip=skip,
             keep_KBN=None if keep_KBN is None else keep_KBN.to(x_BND.dtype),
@@ -249,13 +249,15 @@ class DiT(nn.Module):
             masks.append((state.mask_BN1.squeeze(-1), state.grid))
         return Prediction(self.final(state, times.time_BD), () if self.config.mask == "none" else tuple(masks), grid)
 
-    def _effort(self, timestep_B: Tensor | TimeMemory) -> Effort:
-        """The default at these times."""
+    def _effort(self, timestep_B: Tensor | TimeMemory, given: Effort | None) -> Effort:
+        """What is given, if it suits the model, or the default at these times."""
+        if given is not None:
+            return given.check(self.config)
         if not depends_on_time(self.config):
             return Effort()
         if isinstance(timestep_B, TimeMemory):
-            assert timestep_B.t is not None
-            return Effort.at(self.config, timestep_B.t)
+            assert timestep_B.effort is not None
+            return timestep_B.effort
         return Effort.for_all(self.config, (timestep_B / 1000).tolist())
 
     def _positions(self, grid: Grid, effort: Effort, like: Tensor) -> Positions:

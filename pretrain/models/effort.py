@@ -31,17 +31,25 @@ class Effort:
         Raises:
             ValueError: `mediators` is asked for, and the model has no tables for so many, or no mediators.
         """
-        if config.attention != "mediators":
-            if mediators is not None:
-                raise ValueError(f"{mediators} mediators: this model has full attention; leave them out")
-        elif mediators is None:
+        if mediators is None and config.attention == "mediators":
             choices = config.mediators
             mediators = choices[min(max(int((1 - t) * len(choices)), 0), len(choices) - 1)]
-        elif mediators not in config.mediators:
-            raise ValueError(
-                f"{mediators} mediators: this model has tables for {', '.join(map(str, config.mediators))} only"
-            )
-        return cls(mediators, density.bin_of(t) if config.density == "flexdit" else None)
+        return cls(mediators, density.bin_of(t) if config.density == "flexdit" else None).check(config)
+
+    def check(self, config: DiTConfig) -> Effort:
+        """Itself. Raises ValueError where the backbone has no such choice, or leaves open one that it has."""
+        if config.attention != "mediators":
+            if self.mediators is not None:
+                raise ValueError(f"mediators: {self.mediators}, but this model has full attention; leave them out")
+        elif self.mediators not in config.mediators:
+            known = ", ".join(map(str, config.mediators))
+            raise ValueError(f"mediators: {self.mediators} is none of {known}, for which this model has tables")
+        if config.density != "flexdit":
+            if self.bin is not None:
+                raise ValueError(f"bin: {self.bin}, but every block of this model computes on all tokens; leave it out")
+        elif self.bin not in range(density.BINS):
+            raise ValueError(f"bin: {self.bin} is none of {', '.join(map(str, range(density.BINS)))}")
+        return self
 
     @classmethod
     def for_all(cls, config: DiTConfig, levels: Iterable[float]) -> Effort:

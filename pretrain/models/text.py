@@ -123,15 +123,17 @@ class TextMemory:
 
     def take(self, captions: Sequence[int]) -> TextMemory:
         """Some of the captions, by their numbers in ascending order."""
+        numbers = list(captions)
+        assert numbers == sorted(set(numbers)) and set(numbers) <= set(range(len(self))), f"{numbers} of {len(self)}"
         blocks = []
         for runs in self.blocks:
             kept, start = [], 0
             for keys, values in runs:
-                mine = [n - start for n in captions if start <= n < start + len(keys)]
+                mine = [n - start for n in numbers if start <= n < start + len(keys)]
                 start += len(keys)
                 if len(mine) == len(keys):
                     kept.append((keys, values))
                 elif mine:
                     kept.append((keys[mine], values[mine]))
             blocks.append(tuple(kept))
-        return TextMemory(tuple(blocks), len(captions))
+        return TextMemory(tuple(blocks), len(numbers))

@@ -2,12 +2,16 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
+from pretrain.bench import methods
 from pretrain.bench.__main__ import main
 from pretrain.bench.timing import padded, side_by_side
+from pretrain.models import PRESETS, preset
+from pretrain.models.cost import count_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,6 +39,30 @@ def test_step_and_sample(capsys):
     said = capsys.readouterr().out
     assert re.search(r"FocusDiT / DiT +\d+\.\d\d +\(with the shared FFN \d+\.\d\d\)", said)
     assert re.search(r"DiT / PixArt padded to 300 +\d+\.\d\d", said)
+
+
+def test_methods_side_by_side(capsys, monkeypatch):
+    """Every part, small; the shares of FLOPs are those that cost.py counts."""
+    base = replace(preset("dit_tiny_deep"), patch=2)
+    monkeypatch.setitem(PRESETS, "small", base)
+    xl = replace(base, text_width=0)
+    monkeypatch.setattr(methods, "XL", (xl, replace(xl, density="flexdit")))
+    monkeypatch.setattr(methods, "XL_GRID", (8, 8))
+    words = ["sample", "--models", "dit", "flexdit", "mediators", "focusdit", *SMALL[2:], "--preset", "small"]
+    assert main([*words, "--tokens-per-side", "8", "--steps", "2", "--caption-tokens", "5"]) == 0
+    _, forward, sampling, large, alone = capsys.readouterr().out.split("\n\n")
+    flops = {
+        changes: count_flops(replace(base, **dict(changes)), (8, 8), 5).total
+        for changes in [(), (("density", "flexdit"),)]
+    }
+    assert re.search(r"dit +\d+\.\d ms +1\.00 +1\.00 +1\.00×", forward)
+    share = min(flops.values()) / max(flops.values())
+    assert re.search(rf"flexdit, mean over the noise levels +\d+\.\d ms +\d+\.\d\d +{share:.2f} ", forward)
+    assert forward.count("flexdit at noise") == 4 and forward.count("mediators n = ") == 2
+    assert [line.split()[0] for line in sampling.splitlines()[2:]] == ["dit", "flexdit", "mediators", "focusdit"]
+    assert large.count("FlexDiT at noise") == 4
+    assert re.search(r"full +\d+\.\d ms +1\.00 .* \d+\.\d\d×", alone)
+    assert len(re.findall(r"n = \d+ .* 4\.00×", alone)) == 2, "FLOPs linear in the tokens"
 
 
 def test_skip_counts_the_flops(capsys, tmp_path):

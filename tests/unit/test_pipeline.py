@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from support import ROOT, levels, same_pictures
 from torch import Tensor
 
 from data_prep.encoders import decode_latents
-from pretrain.models import DiT, PackedText, preset
+from pretrain.models import DiT, DiTConfig, PackedText, preset
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
 from pretrain.schedulers import FlowMatchEulerMaruyamaScheduler, build_scheduler
 
@@ -507,6 +508,57 @@ def test_saved_and_loaded_bit_by_bit(pipe, tmp_path, options):
     assert mine.keys() == others.keys()
     assert all(torch.equal(mine[name], others[name]) for name in mine)
     assert not again.training
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("mask", "attention", "density", "text_width"),
+    [
+        ("none", "full", "dense", 0),
+        ("adaln_single", "mediators", "dense", 6),
+        ("release", "full", "flexdit", 6),
+        ("release", "mediators", "flexdit", 0),
+    ],
+)
+def test_every_kind_of_backbone_saved_and_loaded(mask, attention, density, text_width, tmp_path):
+    split = (1, 1, 1, 1) if density == "flexdit" else None
+    choices = {"mask": mask, "attention": attention, "density": density, "split": split, "text_width": text_width}
+    config = DiTConfig(
+        width=16,
+        heads=2,
+        depth=6,
+        patch=2,
+        latent_channels=4,
+        mediators=(1, 4),
+        mask_hidden=(8,),
+        ffn="shared",
+        **choices,
+    )
+    torch.manual_seed(0)
+    dit = DiT(config).eval()
+    for parameter in dit.parameters():
+        parameter.add_(0.2 * torch.randn_like(parameter))
+    FocusDiTTransformer2DModel.of(dit).save_pretrained(tmp_path)
+    again = FocusDiTTransformer2DModel.from_pretrained(tmp_path)
+    assert again.dit.config == config
+    text = torch.randn(2, 3, 6)
+    for timestep in (100.0, 900.0):
+        given = noise(0, 1, size=12), timestep, PackedText.pack(list(text))
+        expected = dit(given[0], torch.full((2,), timestep), given[2])
+        got = again(given[0], text, timestep)
+        assert torch.equal(got.sample, expected.sample_BCHW)
+        assert (got.query_masks is None) if mask == "none" else torch.equal(got.query_masks, expected.masks_KBN)
+
+
+def test_diffusers_knows_every_kind_of_block():
+    """It compiles them one by one, and never splits one between devices."""
+    config = DiTConfig(
+        width=16, heads=2, depth=6, patch=2, latent_channels=4, text_width=6, density="flexdit", split=(1, 1, 1, 1)
+    )
+    for attention in ("full", "mediators"):
+        names = {type(block).__name__ for block in DiT(replace(config, attention=attention)).blocks}
+        assert names <= set(FocusDiTTransformer2DModel._repeated_blocks)
+        assert names <= set(FocusDiTTransformer2DModel._no_split_modules)
 
 
 def test_loaded_in_bf16(pipe, tiny_pipeline_folder):
