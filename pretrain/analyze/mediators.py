@@ -3,7 +3,8 @@
 The first prompts are drawn with the most mediators at all steps, which is the reference; then by the noise level (the
 default), with each fewer number at all steps, and by switching at each ρ_1 ≥ ρ_2 ≥ … of a grid. For each: its FLOPs as a
 share of the reference's, and how far its latents are from the reference's. What is proposed is the cheapest ρ within the
-tolerance. A small distance says that little changes, not that pictures are as good: look at some of them.
+tolerance, by default half as far away as the fewest mediators at all steps are. A small distance says that little changes,
+not that pictures are as good: look at some of them.
 
 Letters: B pictures, S sampling steps, L text tokens, E the text encoder's width.
 """
@@ -51,7 +52,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grid", type=float, nargs="+", metavar="RHO", help="values of ρ (default: by the reference's own changes)"
     )
-    parser.add_argument("--tolerance", type=float, default=0.1, help="largest relative distance of the latents")
+    parser.add_argument(
+        "--tolerance", type=float, help="largest relative distance of the latents (default: half that of the fewest)"
+    )
     parser.add_argument("--weights", choices=("ema", "master"), default="ema")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures drawn together")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; each next prompt has the next seed")
@@ -172,13 +175,22 @@ def run(args: argparse.Namespace) -> str:
             drawn = subject.draw(progress, **schedule)
             share = subject.flops(drawn.numbers_BS) / whole
             rows.append(Row(name, schedule.get("mediator_rho"), drawn, share, distance(drawn, reference)))
-    proposed = propose(rows, args.tolerance)
+    fewest = next(row for row in rows if row.name == f"{config.mediators[0]} at all steps")
+    tolerance = fewest.distance / 2 if args.tolerance is None else args.tolerance
+    proposed = propose(rows, tolerance)
     out = args.run / "analyze"
     out.mkdir(exist_ok=True)
-    verdict = "\n".join(conclude(rows, proposed, args.tolerance))
-    settings = {"steps": subject.steps, "guidance": subject.guidance, "pictures": len(subject.captions)}
-    (out / "mediators.json").write_text(json.dumps(report(rows, proposed, settings, args), indent=1) + "\n")
-    plot(rows, proposed, config.mediators, args.tolerance).save(out / "mediators.png")
+    verdict = "\n".join(conclude(rows, proposed, tolerance))
+    settings = {
+        "pictures": len(subject.captions),
+        "steps": subject.steps,
+        "guidance": subject.guidance,
+        "sampler": type(subject.pipeline.scheduler).__name__,
+        "shift": subject.pipeline.scheduler.config.get("shift"),
+        "tolerance": tolerance,
+    }
+    (out / "mediators.json").write_text(json.dumps(report(rows, proposed, settings), indent=1) + "\n")
+    plot(rows, proposed, config.mediators, tolerance).save(out / "mediators.png")
     return f"{table(rows, config.mediators)}\n{verdict}\nsee {out / 'mediators.png'} and mediators.json"
 
 
@@ -189,7 +201,7 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} {value}: must be at least 1")
     if args.steps is not None and args.steps <= FIRST:
         raise ValueError(f"--steps {args.steps}: the first {FIRST} are what ρ is relative to; give more")
-    if not 0 < args.tolerance < float("inf"):
+    if args.tolerance is not None and not 0 < args.tolerance < float("inf"):
         raise ValueError(f"--tolerance {args.tolerance}: must be above 0")
     for value in args.grid or ():
         if not 0 < value < float("inf"):
@@ -242,13 +254,13 @@ def conclude(rows: Sequence[Row], proposed: Row | None, tolerance: float) -> lis
     if proposed is None:
         nearest = min((row for row in rows if row.rho), key=lambda row: row.distance)
         said.append(
-            f"no ρ of this grid is within {tolerance:g}; the nearest, {nearest.name}, is at {nearest.distance:.3f}"
+            f"no ρ of this grid is within {tolerance:.3g}; the nearest, {nearest.name}, is at {nearest.distance:.3f}"
         )
         limit = 1.0
     else:
         words = " ".join(f"{value:g}" for value in proposed.rho or ())
         said.append(
-            f"within {tolerance:g} the cheapest switching is --mediator-rho {words}: "
+            f"within {tolerance:.3g} the cheapest switching is --mediator-rho {words}: "
             f"{100 * proposed.flops:.1f}% of the FLOPs at a distance of {proposed.distance:.3f}"
         )
         limit = proposed.flops
@@ -260,7 +272,7 @@ def conclude(rows: Sequence[Row], proposed: Row | None, tolerance: float) -> lis
     spread = max(row.distance for row in rows)
     if spread <= tolerance:
         said.append(
-            f"every row is within {tolerance:g} (the farthest at {spread:.3f}): a lower --tolerance would tell more"
+            f"every row is within {tolerance:.3g} (the farthest at {spread:.3f}): a lower --tolerance would tell more"
         )
     return said
 
@@ -280,13 +292,10 @@ def table(rows: Sequence[Row], numbers: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def report(rows: Sequence[Row], proposed: Row | None, settings: dict[str, Any], args: argparse.Namespace) -> dict:
+def report(rows: Sequence[Row], proposed: Row | None, settings: dict[str, Any]) -> dict:
     """All that was measured, for mediators.json."""
     return {
         **settings,
-        "sampler": args.sampler,
-        "shift": args.shift,
-        "tolerance": args.tolerance,
         "proposed_rho": None if proposed is None else proposed.rho,
         "changes_of_reference": rows[0].drawn.changes_BS.tolist(),
         "rows": [
@@ -327,7 +336,9 @@ def _plot_changes(panel: Axes, reference: Drawn, proposed: Row | None, numbers: 
         switched = [(b, int(row.int().argmax())) for b, row in enumerate(reached_BS) if row.any()]
         # The change after step s, counted from 1, decides about step s + 1.
         at = [s for _, s in switched]
-        panel.scatter(at, [proposed.drawn.ratios_BS[b, s - 1].item() for b, s in switched], color=colour, s=18, zorder=3)
+        panel.scatter(
+            at, [proposed.drawn.ratios_BS[b, s - 1].item() for b, s in switched], color=colour, s=18, zorder=3
+        )
     panel.set(
         title="change δ of each picture; dots: where it switches", xlabel="step", ylabel="δ / mean of the first 3"
     )
@@ -340,19 +351,20 @@ def _plot_changes(panel: Axes, reference: Drawn, proposed: Row | None, numbers: 
 def _plot_cost(panel: Axes, rows: Sequence[Row], proposed: Row | None, tolerance: float) -> None:
     switching = [row for row in rows if row.rho]
     panel.scatter([100 * row.flops for row in switching], [row.distance for row in switching], s=18, label="switching")
-    for row in rows:
-        if not row.rho:
-            panel.scatter(100 * row.flops, row.distance, color="black", marker="s", s=18)
-            panel.annotate(row.name, (100 * row.flops, row.distance), (4, 4), textcoords="offset points", fontsize=8)
+    for k, row in enumerate(row for row in rows if not row.rho):
+        place, beside = (100 * row.flops, row.distance), (4, -11 if k % 2 else 5)
+        panel.scatter(*place, color="black", marker="s", s=18)
+        panel.annotate(row.name, place, beside, textcoords="offset points", fontsize=8)
     if proposed is not None:
         panel.scatter(
             100 * proposed.flops, proposed.distance, s=110, facecolors="none", edgecolors="tab:red", label=proposed.name
         )
-    panel.axhline(tolerance, color="tab:red", linestyle=":", label=f"tolerance {tolerance:g}")
+    panel.axhline(tolerance, color="tab:red", linestyle=":", label=f"tolerance {tolerance:.3g}")
     panel.set(
         title="cost and distance from the reference", xlabel="FLOPs, %", ylabel="relative distance of the latents"
     )
-    panel.set_ylim(bottom=0)
+    highest = max(row.distance for row in rows) or 1.0
+    panel.set_ylim(-0.08 * highest, 1.15 * highest)
     panel.margins(x=0.15)
     panel.grid(alpha=0.3)
     panel.legend()

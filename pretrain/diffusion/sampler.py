@@ -113,10 +113,12 @@ class Asked:
         skip: Skip | None,
         keep_masks: bool,
         mediators: Rule | None,
+        levels: Sequence[float],
     ):
         self.backbone, self.times, self.pictures, self.dtype = backbone, times, pictures, dtype
         self.skip, self.keep_masks = skip, keep_masks
         self.course = None if mediators is None else Course(mediators, pictures)
+        self.levels = levels
         self.steps = 0
         self._masks: list[Tensor] = []
         self._kept: list[Tensor] = []
@@ -124,7 +126,7 @@ class Asked:
 
     def __call__(self, latent: Tensor, timestep: Tensor, captions: TextMemory) -> Tensor:
         """The next step's prediction, for the pictures with text, and after them, with guidance, for those without."""
-        prediction = self._predict(latent, self.times[self.steps], captions)
+        prediction = self._predict(latent, captions)
         self.steps += 1
         if self.keep_masks and (masks_KBN := prediction.masks_KBN) is not None:
             self._masks.append(masks_KBN[:, : self.pictures].transpose(0, 1).clone())
@@ -133,13 +135,12 @@ class Asked:
             self._tokens.append([m_BN.numel() for m_BN, _ in prediction.masks])
         return prediction.sample_BCHW
 
-    def _predict(self, latent: Tensor, times: TimeMemory, captions: TextMemory) -> Prediction:
+    def _predict(self, latent: Tensor, captions: TextMemory) -> Prediction:
         """One forward pass, or one for each effort among the pictures."""
-        inputs = latent.to(self.dtype)
+        inputs, times = latent.to(self.dtype), self.times[self.steps]
         if self.course is None:
             return self.backbone(inputs, times, captions, self.skip, effort=None)
-        assert times.t is not None, "read_times knows the noise level where mediators depend on it"
-        efforts = self.course.next(times.t, latent[: self.pictures])
+        efforts = self.course.next(self.levels[self.steps], latent[: self.pictures])
         efforts *= len(latent) // self.pictures
         different = list(dict.fromkeys(efforts))
         if len(different) == 1:
@@ -197,7 +198,8 @@ def generate(
         generator: of a stochastic scheduler's noise.
         mediators: how many each picture has at each step; None leaves it to the backbone.
     """
-    asked = Asked(backbone, times, len(text), dtype, skip, keep_masks, mediators)
+    levels = [] if mediators is None else (scheduler.timesteps / 1000).tolist()
+    asked = Asked(backbone, times, len(text), dtype, skip, keep_masks, mediators, levels)
     latent = sample(Guided(asked, text, null, guidance), noise_BCHW, scheduler, on_step, generator)
     timesteps = tuple(scheduler.timesteps.tolist()[: asked.steps])
     return Generated(latent, timesteps, asked.masks_BSKN(), asked.work(), asked.mediators_BS())

@@ -82,10 +82,10 @@ def test_the_rule_asked_for():
 @pytest.mark.parametrize(
     ("config", "asked", "mend"),
     [
-        (FULL, {"mediators": 4}, "4 mediators: this model has full attention; leave them out"),
+        (FULL, {"mediators": 4}, "mediators: 4, but this model has full attention"),
         (FULL, {"rho": [0.5]}, "mediator ρ 0.5: this model has full attention; leave them out"),
-        (CONFIG, {"mediators": 16}, "16 mediators: this model has tables for 1, 4, 9 only"),
-        (CONFIG, {"mediators": 0}, "0 mediators: this model has tables for 1, 4, 9 only"),
+        (CONFIG, {"mediators": 16}, "mediators: 16 is none of 1, 4, 9, for which"),
+        (CONFIG, {"mediators": 0}, "mediators: 0 is none of 1, 4, 9, for which"),
         (CONFIG, {"rho": [0.5]}, r"mediator ρ 0.5: expected 2, one fewer than the model's .* \(1, 4, 9\)"),
         (CONFIG, {"rho": [0.9, 0.8, 0.7]}, "mediator ρ 0.9, 0.8, 0.7: expected 2, one fewer"),
         (CONFIG, {"rho": []}, r"mediator ρ \(none\): expected 2, one fewer"),

@@ -1,4 +1,4 @@
-"""Models whose mediators and density change while they sample: the pipeline, the commands, the preview, pruning.
+"""Models whose mediators and density change while they sample: the pipeline, the command, the search for ρ, pruning.
 
 Letters: B images, S sampling steps, K blocks, N tokens.
 """
@@ -8,19 +8,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import SMALL, fork_training, levels, same_pictures
+from support import same_pictures
 
 from pretrain import prune, sample
 from pretrain.analyze.__main__ import main as analyze
 from pretrain.diffusion import FfnWork
 from pretrain.models import DiT, preset
-from pretrain.models.cost import block_tokens
+from pretrain.models.cost import block_tokens, saved_flops
 from pretrain.models.effort import Effort
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput, FocusDiTTransformer2DModel
 from pretrain.schedulers import build_scheduler
@@ -142,7 +142,7 @@ def test_the_commands_options_reach_the_pipeline(folder, tiny_pipeline, tmp_path
 @pytest.mark.parametrize(
     ("words", "mend"),
     [
-        (["--mediators", "5"], "5 mediators: this model has tables for 1, 4, 16 only"),
+        (["--mediators", "5"], "mediators: 5 is none of 1, 4, 16, for which this model has tables"),
         (
             ["--mediator-rho", "0.9"],
             "mediator ρ 0.9: expected 2, one fewer than the model's numbers of mediators (1, 4, 16)",
@@ -163,3 +163,90 @@ def test_every_kind_of_block_is_compiled(pipe):
     """By `--compile blocks`; that the pictures stay the same takes minutes of compiling."""
     kinds = {type(block).__name__ for block in pipe.transformer.dit.blocks}
     assert kinds <= set(pipe.transformer._repeated_blocks)
+
+
+# ---- the search for ρ ----
+
+
+@pytest.fixture
+def search(tiny_pipeline: FocusDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs the command over a run of a model; gives its exit code, and the run's folder."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+
+    def run(pipe: FocusDiTPipeline, *words: str) -> tuple[int, Path]:
+        monkeypatch.setattr("pretrain.trained.load_run", lambda *asked: SimpleNamespace(pipeline=pipe))
+        given = ["--run", str(tmp_path), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "5", "--pictures", "2"]
+        return analyze(["mediators", *given, "--device", "cpu", *words]), tmp_path / "analyze"
+
+    return run
+
+
+def test_the_search_proposes_what_is_cheapest_within_the_tolerance(search, tiny_pipeline, capsys):
+    code, out = search(make(tiny_pipeline, "both"), "--grid", "0.9", "1.1", "--tolerance", "0.5")
+    assert code == 0
+    said = capsys.readouterr().out
+    found = json.loads((out / "mediators.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == [
+        "16 at all steps", "by noise level", "1 at all steps", "4 at all steps", "ρ 1.1 1.1", "ρ 1.1 0.9", "ρ 0.9 0.9"
+    ]  # fmt: skip
+    assert all(name in said for name in rows)
+    reference, fewest = rows["16 at all steps"], rows["1 at all steps"]
+    assert (reference["flops"], reference["distance"]) == (1, 0)
+    assert all(fewest["flops"] <= row["flops"] <= 1 and row["distance"] >= 0 for row in rows.values())
+    assert fewest["distance"] > 0
+    assert rows["ρ 1.1 1.1"]["mean_mediators_by_step"][:3] == [1, 1, 1]
+    assert rows["by noise level"]["mean_mediators_by_step"] == [1, 1, 4, 4, 16]
+    assert torch.tensor(found["changes_of_reference"]).shape == (2, 5)
+    within = [row for row in found["rows"] if row["rho"] and row["distance"] <= 0.5]
+    assert found["proposed_rho"] == min(within, key=lambda row: (row["flops"], row["distance"]))["rho"]
+    assert "the cheapest switching is --mediator-rho " in said
+    assert "1 at all steps: " in said and "as good without switching" in said, "it is cheaper, and as near"
+    assert Image.open(out / "mediators.png").width > 1000
+
+
+def test_a_grid_of_the_references_own_changes(search, tiny_pipeline, capsys):
+    """Where nothing is within the tolerance, that is said."""
+    code, out = search(make(tiny_pipeline, "mediators"), "--tolerance", "1e-9", "--pictures", "1")
+    said = capsys.readouterr().out
+    assert code == 0 and "no ρ of this grid is within 1e-09; the nearest, ρ " in said
+    assert "16 at all steps: 100.0% of the FLOPs at a distance of 0.000" in said
+    found = json.loads((out / "mediators.json").read_text())
+    assert found["proposed_rho"] is None
+    assert len({row["flops"] for row in found["rows"] if row["rho"]}) > 1, "they switch at different steps"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "mend"),
+    [
+        ("flexdit", [], "was trained with full attention: there are no mediators to switch between"),
+        ("mediators", ["--steps", "3"], "--steps 3: the first 3 are what ρ is relative to; give more"),
+        ("mediators", ["--grid", "0.9", "0"], "--grid 0.0: must be finite and above 0"),
+        ("mediators", ["--tolerance", "nan"], "--tolerance nan: must be above 0"),
+        ("mediators", ["--pictures", "0"], "--pictures 0: must be at least 1"),
+    ],
+)
+def test_a_search_that_cannot_be_is_one_line(search, tiny_pipeline, capsys, kind, words, mend):
+    code, out = search(make(tiny_pipeline, kind), *words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 1 and line.startswith("analyze: ") and mend in line
+    assert not out.exists()
+
+
+# ---- pruning ----
+
+
+def test_pruning_a_block_of_the_sparse_grid(tiny_pipeline):
+    """The means are over the tokens of the picture; the block's query mask stays, and it has nothing left to skip."""
+    pipe = make(tiny_pipeline, "both")
+    means_SK = prune.measure(pipe, PROMPTS, 4, 2, seed=0).means_SK
+    masks = pipe(PROMPTS, num_inference_steps=4, generator=[torch.Generator().manual_seed(i) for i in range(3)],
+                 output_type="latent", output_query_masks=True).query_masks  # fmt: skip
+    torch.testing.assert_close(means_SK, masks.mean((0, 3)), rtol=1e-3, atol=1e-4)
+    smaller = prune.without_ffns(pipe.transformer.dit, [2, 3])  # the first module's two first
+    pipe.register_modules(transformer=FocusDiTTransformer2DModel.of(smaller))
+    drawn = draw(pipe, skip_threshold=1.0, output_query_masks=True)
+    assert drawn.images.isfinite().all()
+    assert drawn.query_masks.shape == (3, STEPS, 8, 16)
+    saved_SK = saved_flops(smaller.config, drawn.ffn_work.kept_SK, drawn.ffn_work.tokens_SK)
+    assert (saved_SK > 0).all(0).tolist() == [True, True, False, False, True, True, True, True]
