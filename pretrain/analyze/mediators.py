@@ -365,6 +365,6 @@ def _plot_cost(panel: Axes, rows: Sequence[Row], proposed: Row | None, tolerance
     )
     highest = max(row.distance for row in rows) or 1.0
     panel.set_ylim(-0.08 * highest, 1.15 * highest)
-    panel.margins(x=0.15)
+    panel.margins(x=0.25)
     panel.grid(alpha=0.3)
     panel.legend()
