@@ -38,7 +38,7 @@ from data_prep.encoders import (
     read_text_model,
     read_vae,
 )
-from pretrain.diffusion import FfnWork, Guidance, generate
+from pretrain.diffusion import FfnWork, Guidance, choose_rule, generate
 from pretrain.folders import check_export, check_transformer, only_safetensors, read_backbone
 from pretrain.models import DiT, Effort, PackedText, Skip, TextMemory
 from pretrain.models.block import BLOCKS, TimeMemory
@@ -149,11 +149,15 @@ def unpadded(embeds_BLE: Tensor, keep_BL: Tensor | None) -> PackedText:
 
 @dataclass
 class FocusDiTPipelineOutput(BaseOutput):
-    """The pictures (or latents); the query masks [B, S, K, N] if asked for; what skipping left of the FFNs' work."""
+    """The pictures (or latents); the query masks [B, S, K, N] if asked for; what skipping left of the FFNs' work.
+
+    `mediators_BS`: how many each picture had at each step; None for a model without mediators.
+    """
 
     images: list[Image.Image] | np.ndarray | Tensor
     query_masks: Tensor | None = None
     ffn_work: FfnWork | None = None
+    mediators_BS: Tensor | None = None
 
 
 class FocusDiTPipeline(DiffusionPipeline):
@@ -230,6 +234,8 @@ class FocusDiTPipeline(DiffusionPipeline):
         skip_threshold: float | None = None,
         skip_unit: str = "token",
         output_query_masks: bool = False,
+        mediators: int | None = None,
+        mediator_rho: Sequence[float] | None = None,
     ) -> FocusDiTPipelineOutput | tuple:
         """Draws pictures.
 
@@ -248,6 +254,9 @@ class FocusDiTPipeline(DiffusionPipeline):
             skip_threshold: leave out FFN work where the query mask is under it; None computes all.
             skip_unit: token | layer, what the threshold judges.
             output_query_masks: give the query masks too.
+            mediators: attention mediators at all steps; by default few near noise, many near data.
+            mediator_rho: switch each picture to more of them as it settles; one ρ fewer than the model has numbers
+                (diffusion/mediators.py).
 
         Raises:
             ValueError: for arguments that contradict each other or the model, with the mend.
@@ -256,6 +265,7 @@ class FocusDiTPipeline(DiffusionPipeline):
         low, high = guidance_interval
         guidance = Guidance(self.config.guidance if guidance_scale is None else guidance_scale, (low, high))
         skip = None if skip_threshold is None else Skip(skip_threshold, skip_unit)
+        rule = choose_rule(self.transformer.dit.config, mediators, mediator_rho)
         device, dtype = self._execution_device, self.transformer.dtype
         text = self._text(prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt)
         null = text
@@ -297,13 +307,14 @@ class FocusDiTPipeline(DiffusionPipeline):
                 output_query_masks,
                 on_step,
                 generator,
+                rule,
             )
         images: Any = drawn.latent_BCHW
         if output_type != "latent":
             pictures = decode_latents(self.vae, drawn.latent_BCHW, device)
             images = self.image_processor.postprocess(pictures, output_type)
         self.maybe_free_model_hooks()
-        output = FocusDiTPipelineOutput(images, drawn.masks_BSKN, drawn.work)
+        output = FocusDiTPipelineOutput(images, drawn.masks_BSKN, drawn.work, drawn.mediators_BS)
         return output if return_dict else output.to_tuple()
 
     @property
@@ -342,8 +353,10 @@ class FocusDiTPipeline(DiffusionPipeline):
             texts.append(text)
         return texts
 
-    def _predict(self, latent: Tensor, timestep: TimeMemory, text: TextMemory, skip: Skip | None) -> Prediction:
-        return Prediction(*self.transformer(latent, text, timestep, skip=skip, return_dict=False))
+    def _predict(
+        self, latent: Tensor, timestep: TimeMemory, text: TextMemory, skip: Skip | None, *, effort: Effort | None
+    ) -> Prediction:
+        return Prediction(*self.transformer(latent, text, timestep, skip=skip, return_dict=False, effort=effort))
 
     def _text(self, prompt: Any, embeds: Tensor | None, keep: Tensor | None, times: int) -> PackedText:
         """The captions, each repeated `times` times."""

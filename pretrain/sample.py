@@ -184,6 +184,8 @@ def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[st
         "negative_prompt": args.negative_prompt,
         "skip_threshold": args.skip_threshold,
         "skip_unit": args.skip_unit if args.skip_threshold is not None else None,
+        "mediators": args.mediators,
+        "mediator_rho": args.mediator_rho,
     }
 
 
@@ -248,6 +250,8 @@ def draw_batch(pipeline: FocusDiTPipeline, jobs: Sequence[Job], args: argparse.N
         skip_threshold=settings["skip_threshold"],
         skip_unit=args.skip_unit,
         output_query_masks=args.save_masks,
+        mediators=settings["mediators"],
+        mediator_rho=settings["mediator_rho"],
     )
     assert isinstance(output, FocusDiTPipelineOutput)
     masks = output.query_masks
@@ -318,6 +322,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--skip-threshold", type=float, help="leave out FFN work where the query mask is under it (0..1)"
     )
     parser.add_argument("--skip-unit", choices=("token", "layer"), default="token", help="what the threshold judges")
+    parser.add_argument(
+        "--mediators", type=int, metavar="N", help="at all steps (default: few near noise, many near data)"
+    )
+    parser.add_argument(
+        "--mediator-rho", type=float, nargs="+", metavar="RHO",
+        help="more mediators for each picture as it settles; one fewer than the model has numbers of them",
+    )  # fmt: skip
     parser.add_argument("--save-masks", action="store_true", help="maps of the query masks over blocks and steps")
     parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="of --run")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures drawn together")

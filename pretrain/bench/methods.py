@@ -29,7 +29,7 @@ from pretrain.models.density import BINS
 from pretrain.models.embeddings import Rotary, rotary_positions
 from pretrain.models.mediators import MediatorAttention
 from pretrain.models.scales import Grid, square
-from pretrain.pipeline import build_scheduler, set_timesteps
+from pretrain.schedulers import build_scheduler, set_timesteps
 
 MODELS: dict[str, dict[str, Any]] = {
     "dit": {},

@@ -6,13 +6,16 @@ Convention everywhere: t = 0 is data, t = 1 (timestep 1000) is noise.
 from pretrain.diffusion.ddpm import EpsilonPrediction
 from pretrain.diffusion.flow import RectifiedFlow
 from pretrain.diffusion.guidance import Guidance, Guided
+from pretrain.diffusion.mediators import ByLevel, Fixed, Rule, Switching, choose_rule
 from pretrain.diffusion.objective import Draw, Loss, NoisySample, Objective, draw, measure
 from pretrain.diffusion.sampler import FfnWork, Generated, generate, sample, start_noise
 
 __all__ = [
+    "ByLevel",
     "Draw",
     "EpsilonPrediction",
     "FfnWork",
+    "Fixed",
     "Generated",
     "Guidance",
     "Guided",
@@ -20,6 +23,9 @@ __all__ = [
     "NoisySample",
     "Objective",
     "RectifiedFlow",
+    "Rule",
+    "Switching",
+    "choose_rule",
     "draw",
     "generate",
     "measure",

@@ -4,8 +4,9 @@ Flow matching: Euler or Euler–Maruyama steps over sigmas 1 … 1/n, shifted. �
 
 Letters: B images, C latent channels, S sampling steps, K blocks, N tokens.
 
-The captions' keys and values are made once; both halves of guidance go through the backbone in one batch, and without
-`skip` nothing in the loop waits for the device, unless a stochastic scheduler's noise comes from another.
+The captions' keys and values are made once; both halves of guidance go through the backbone in one batch, and nothing in
+the loop waits for the device, except for `skip`, for mediators that switch (mediators.py), which may also divide the
+batch, and for a stochastic scheduler's noise that comes from another device.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from pretrain.diffusion.guidance import Guidance, Guided
+from pretrain.diffusion.mediators import Course, Rule
 from pretrain.models.block import TimeMemory
 from pretrain.models.dit import Prediction
+from pretrain.models.effort import Effort
 from pretrain.models.skip import Skip
 from pretrain.models.text import TextMemory
 
@@ -34,7 +37,9 @@ OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
 class Backbone(Protocol):
     """What the loop asks of a backbone; `DiT` is one."""
 
-    def __call__(self, latent: Tensor, timestep: TimeMemory, text: TextMemory, skip: Skip | None) -> Prediction: ...
+    def __call__(
+        self, latent: Tensor, timestep: TimeMemory, text: TextMemory, skip: Skip | None, *, effort: Effort | None
+    ) -> Prediction: ...
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,16 @@ class FfnWork:
 
 @dataclass(frozen=True)
 class Generated:
-    """Latents in fp32; the query masks of the pictures with text, if kept; what `skip` left of the FFNs' work."""
+    """Latents in fp32; the query masks of the pictures with text, if kept; what `skip` left of the FFNs' work.
+
+    `mediators_BS`: how many each picture had at each step, where there was a rule for them.
+    """
 
     latent_BCHW: Tensor
     timesteps: tuple[float, ...]
     masks_BSKN: Tensor | None = None
     work: FfnWork | None = None
+    mediators_BS: Tensor | None = None
 
 
 def start_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
@@ -92,6 +101,77 @@ def sample(
     return latent
 
 
+class Asked:
+    """The backbone as the loop asks it, one step after the other, and what is kept of its answers."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        times: Sequence[TimeMemory],
+        pictures: int,
+        dtype: torch.dtype,
+        skip: Skip | None,
+        keep_masks: bool,
+        mediators: Rule | None,
+        levels: Sequence[float],
+    ):
+        self.backbone, self.times, self.pictures, self.dtype = backbone, times, pictures, dtype
+        self.skip, self.keep_masks = skip, keep_masks
+        self.course = None if mediators is None else Course(mediators, pictures)
+        self.levels = levels
+        self.steps = 0
+        self._masks: list[Tensor] = []
+        self._kept: list[Tensor] = []
+        self._tokens: list[list[int]] = []
+
+    def __call__(self, latent: Tensor, timestep: Tensor, captions: TextMemory) -> Tensor:
+        """The next step's prediction, for the pictures with text, and after them, with guidance, for those without."""
+        prediction = self._predict(latent, captions)
+        self.steps += 1
+        if self.keep_masks and (masks_KBN := prediction.masks_KBN) is not None:
+            self._masks.append(masks_KBN[:, : self.pictures].transpose(0, 1).clone())
+        if self.skip is not None and prediction.masks:
+            self._kept.append(torch.stack([self.skip.keep(m_BN).sum() for m_BN, _ in prediction.masks]))
+            self._tokens.append([m_BN.numel() for m_BN, _ in prediction.masks])
+        return prediction.sample_BCHW
+
+    def _predict(self, latent: Tensor, captions: TextMemory) -> Prediction:
+        """One forward pass, or one for each effort among the pictures."""
+        inputs, times = latent.to(self.dtype), self.times[self.steps]
+        if self.course is None:
+            return self.backbone(inputs, times, captions, self.skip, effort=None)
+        efforts = self.course.next(self.levels[self.steps], latent[: self.pictures])
+        efforts *= len(latent) // self.pictures
+        different = list(dict.fromkeys(efforts))
+        if len(different) == 1:
+            return self.backbone(inputs, times, captions, self.skip, effort=different[0])
+        rows = [[i for i, effort in enumerate(efforts) if effort == one] for one in different]
+        parts = [
+            self.backbone(inputs[some], times, captions.take(some), self.skip, effort=effort)
+            for some, effort in zip(rows, different, strict=True)
+        ]
+        return together(parts, rows)
+
+    def masks_BSKN(self) -> Tensor | None:
+        return torch.stack(self._masks, dim=1).float().cpu() if self._masks else None
+
+    def work(self) -> FfnWork | None:
+        return FfnWork(torch.stack(self._kept).cpu(), torch.tensor(self._tokens)) if self._kept else None
+
+    def mediators_BS(self) -> Tensor | None:
+        return None if self.course is None else torch.tensor(self.course.numbers_SB).T
+
+
+def together(parts: Sequence[Prediction], rows: Sequence[Sequence[int]]) -> Prediction:
+    """Predictions for parts of a batch, at one density, as one for all: `rows` are each part's places in the batch."""
+    place = torch.tensor([row for some in rows for row in some]).argsort().to(parts[0].sample_BCHW.device)
+    masks = tuple(
+        (torch.cat([m_BN for m_BN, _ in block])[place], block[0][1])
+        for block in zip(*(part.masks for part in parts), strict=True)
+    )
+    return Prediction(torch.cat([part.sample_BCHW for part in parts])[place], masks, parts[0].grid)
+
+
 def generate(
     backbone: Backbone,
     text: TextMemory,
@@ -105,6 +185,7 @@ def generate(
     keep_masks: bool = False,
     on_step: OnStep | None = None,
     generator: Generators = None,
+    mediators: Rule | None = None,
 ) -> Generated:
     """Draws one latent per caption.
 
@@ -115,27 +196,10 @@ def generate(
         skip: leaves out FFNs where the query mask weighs them little.
         keep_masks: give the query masks of each step.
         generator: of a stochastic scheduler's noise.
+        mediators: how many each picture has at each step; None leaves it to the backbone.
     """
-    masks: list[Tensor] = []
-    kept: list[Tensor] = []
-    tokens: list[list[int]] = []
-    steps = 0
-
-    def predict(latent: Tensor, timestep: Tensor, captions: TextMemory) -> Tensor:
-        nonlocal steps
-        steps += 1
-        prediction = backbone(latent.to(dtype), times[steps - 1], captions, skip)
-        if keep_masks and (masks_KBN := prediction.masks_KBN) is not None:
-            masks.append(masks_KBN[:, : len(text)].transpose(0, 1).clone())
-        if skip is not None and prediction.masks:
-            kept.append(torch.stack([skip.keep(m_BN).sum() for m_BN, _ in prediction.masks]))
-            tokens.append([m_BN.numel() for m_BN, _ in prediction.masks])
-        return prediction.sample_BCHW
-
-    latent = sample(Guided(predict, text, null, guidance), noise_BCHW, scheduler, on_step, generator)
-    return Generated(
-        latent,
-        tuple(scheduler.timesteps.tolist()[:steps]),
-        torch.stack(masks, dim=1).float().cpu() if masks else None,
-        FfnWork(torch.stack(kept).cpu(), torch.tensor(tokens)) if kept else None,
-    )
+    levels = [] if mediators is None else (scheduler.timesteps / 1000).tolist()
+    asked = Asked(backbone, times, len(text), dtype, skip, keep_masks, mediators, levels)
+    latent = sample(Guided(asked, text, null, guidance), noise_BCHW, scheduler, on_step, generator)
+    timesteps = tuple(scheduler.timesteps.tolist()[: asked.steps])
+    return Generated(latent, timesteps, asked.masks_BSKN(), asked.work(), asked.mediators_BS())

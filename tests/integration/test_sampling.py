@@ -191,6 +191,8 @@ def test_a_picture_tells_what_it_follows_from(sixteen, folder):
         "negative_prompt": None,
         "skip_threshold": None,
         "skip_unit": None,
+        "mediators": None,
+        "mediator_rho": None,
     }
 
 

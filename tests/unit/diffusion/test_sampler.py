@@ -333,11 +333,11 @@ def test_generate_with_a_backbone_that_predicts_0_gives_the_noise_back():
     scheduler = scheduled("flow", 4, 3.0)
     read = memories(model, text.to(CPU, torch.bfloat16), null.to(CPU, torch.bfloat16), scheduler)
 
-    def backbone(latent: torch.Tensor, timestep: torch.Tensor, text: TextMemory, skip: Skip | None) -> Prediction:
+    def backbone(latent: torch.Tensor, times: Any, text: TextMemory, skip: Skip | None, **more: Any) -> Prediction:
         assert latent.dtype == torch.bfloat16
-        assert (len(latent), len(text), skip) == (6, 6, None)
+        assert (len(latent), len(text), skip, more) == (6, 6, None, {"effort": None})
         assert text.blocks[0][0][0].data_ptr() == read[0].blocks[0][0][0].data_ptr()
-        prediction = model(latent, timestep, text, skip)
+        prediction = model(latent, times, text, skip)
         return replace(prediction, sample_BCHW=torch.zeros_like(prediction.sample_BCHW))
 
     drawn = generate(backbone, *read, noise, scheduler, Guidance(3.0), torch.bfloat16, keep_masks=True)
@@ -376,9 +376,9 @@ def test_the_work_counted_is_what_the_ffns_were_given(unit, ffn):
     for block in model.blocks:
         block.ffn.register_forward_pre_hook(lambda m, given: rows[-1].__setitem__(m, given[0].flatten(0, -2).shape[0]))
 
-    def backbone(*given: Any) -> Prediction:
+    def backbone(*given: Any, **more: Any) -> Prediction:
         rows.append({})
-        prediction = model(*given)
+        prediction = model(*given, **more)
         masks.append(prediction.masks_KBN)
         return prediction
 
@@ -420,11 +420,11 @@ def waits_in_the_loop(objective: str, skip: Skip | None = None, where: str = "",
     """The operations that wait for the device, from the backbone's first call to the last step's end."""
     model, (text, null), recorder, marks = trained("release", "shared"), texts(), Recorder(), []
 
-    def backbone(latent: torch.Tensor, *given: Any) -> Prediction:
+    def backbone(latent: torch.Tensor, *given: Any, **more: Any) -> Prediction:
         marks.append(len(recorder.names))
         if where == "backbone":
             latent.mean().item()
-        return model(latent, *given)
+        return model(latent, *given, **more)
 
     def on_step(i: int, timestep: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         if where == "step":

@@ -1,0 +1,1 @@
+"""Looking into a trained run: one question a file."""

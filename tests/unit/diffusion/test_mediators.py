@@ -1,0 +1,238 @@
+"""How many mediators each picture has at each step: the rules, and batches whose pictures differ in it.
+
+Letters: B images, S sampling steps, K blocks, N tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain.diffusion import Fixed, Generated, Guidance, Rule, Switching, choose_rule, generate, start_noise
+from pretrain.diffusion.mediators import ByLevel, change
+from pretrain.models import DiT, DiTConfig, PackedText, Skip
+from pretrain.schedulers import build_scheduler, set_timesteps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG = DiTConfig(
+    width=16, heads=2, depth=2, patch=1, latent_channels=4, text_width=5, attention="mediators", mediators=(1, 4, 9)
+)
+FULL = replace(CONFIG, attention="full")
+BOTH = replace(CONFIG, mask="adaln_single", density="flexdit", depth=6, split=(1, 1, 1, 1), sparsity=(0.3, 0.6))
+SIZE = (4, 4, 6)
+
+
+# ---- the rules ----
+
+
+def numbers(rule: Rule, changes: Sequence[float]) -> list[int | None]:
+    """The numbers before the first change, after it, and so on."""
+    return [rule.effort(0.5, changes[:i]).mediators for i in range(len(changes) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # The reference is 2. From the third change on one under 1.6 leads to 4 mediators, one under 0.8 to 9.
+        ([2, 2, 2, 1.61, 1.59, 1.0, 0.79, 0.1], [1, 1, 1, 1, 1, 4, 4, 9, 9]),
+        ([2, 2, 2, 0.7, 3], [1, 1, 1, 1, 9, 9]),
+        ([2, 2, 2, 1.5, 5, 0.7, 5, 5], [1, 1, 1, 1, 4, 4, 9, 9, 9]),
+        ([0.1, 3, 2.9, 2.5], [1, 1, 1, 1, 1]),
+        ([2.5, 2.5, 1.0], [1, 1, 1, 4]),
+        ([2, 2, 2, 2, 1.6], [1, 1, 1, 1, 1, 1]),
+        ([2, 0.1], [1, 1, 1]),
+    ],
+)
+def test_switching_never_goes_back(changes, expected):
+    assert numbers(Switching(CONFIG, (0.8, 0.4)), changes) == expected
+
+
+def test_switching_between_any_number_of_numbers():
+    changes = [1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    two, four = (replace(CONFIG, mediators=m) for m in ((4, 9), (1, 4, 9, 16)))
+    assert numbers(Switching(two, (0.7,)), changes) == [4, 4, 4, 4, 4, 9, 9, 9]
+    assert numbers(Switching(four, (0.9, 0.5, 0.3)), changes) == [1, 1, 1, 1, 4, 4, 9, 16]
+    assert numbers(Switching(four, (0.9, 2.0, 0.3)), changes) == [1, 1, 1, 1, 9, 9, 9, 16]
+    assert numbers(Switching(replace(CONFIG, mediators=(4,)), ()), changes) == [4] * 8
+
+
+def test_change_is_of_each_picture():
+    before = torch.zeros(2, 4, 2, 2)
+    after = before.clone()
+    after[1, 0, 0, 0] = -8
+    assert change(after, before).tolist() == [0, 0.5]
+
+
+def test_the_rule_asked_for():
+    assert choose_rule(CONFIG) == ByLevel(CONFIG)
+    assert choose_rule(CONFIG, 4) == Fixed(CONFIG, 4)
+    assert choose_rule(CONFIG, rho=[0.9, 0.5]) == Switching(CONFIG, (0.9, 0.5))
+    assert choose_rule(FULL) is None
+    assert [ByLevel(CONFIG).effort(t, ()).mediators for t in (1.0, 0.6, 0.1)] == [1, 4, 9]
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "mend"),
+    [
+        (FULL, {"mediators": 4}, "mediators: 4, but this model has full attention"),
+        (FULL, {"rho": [0.5]}, "mediator ρ 0.5: this model has full attention; leave them out"),
+        (CONFIG, {"mediators": 16}, "mediators: 16 is none of 1, 4, 9, for which"),
+        (CONFIG, {"mediators": 0}, "mediators: 0 is none of 1, 4, 9, for which"),
+        (CONFIG, {"rho": [0.5]}, r"mediator ρ 0.5: expected 2, one fewer than the model's .* \(1, 4, 9\)"),
+        (CONFIG, {"rho": [0.9, 0.8, 0.7]}, "mediator ρ 0.9, 0.8, 0.7: expected 2, one fewer"),
+        (CONFIG, {"rho": []}, r"mediator ρ \(none\): expected 2, one fewer"),
+        (CONFIG, {"rho": [0.5, 0.0]}, "mediator ρ 0.5, 0: expected finite numbers above 0"),
+        (CONFIG, {"rho": [-1, 0.5]}, "mediator ρ -1, 0.5: expected finite numbers above 0"),
+        (CONFIG, {"rho": [math.nan, 0.5]}, "mediator ρ nan, 0.5: expected finite numbers above 0"),
+        (CONFIG, {"rho": [math.inf, 0.5]}, "mediator ρ inf, 0.5: expected finite numbers above 0"),
+        (CONFIG, {"mediators": 4, "rho": [0.9, 0.5]}, "exclude each other; give one"),
+    ],
+)
+def test_what_the_model_cannot_do_is_one_line(config, asked, mend):
+    with pytest.raises(ValueError, match=mend) as error:
+        choose_rule(config, **asked)
+    assert "\n" not in str(error.value)
+
+
+# ---- drawing by them ----
+
+
+@pytest.fixture(scope="module")
+def model() -> DiT:
+    """Mediators, FlexDiT and query masks, with random parameters: nothing is 0. In fp64, to tell rounding from faults."""
+    torch.manual_seed(0)
+    model = DiT(BOTH).eval().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+CAPTIONS = [torch.randn(n, 5, generator=torch.Generator().manual_seed(n)).double() for n in (3, 1, 2, 2)]
+
+
+@torch.no_grad()
+def draw(
+    model: Any, rule: Rule | None, pictures: Sequence[int] = range(4), sampler: str = "ode", **more: Any
+) -> Generated:
+    """Some of four pictures, by eight equal steps."""
+    scheduler = build_scheduler("flow", 1.0, sampler)
+    set_timesteps(scheduler, 8, torch.device("cpu"))
+    text, null = PackedText.pack([CAPTIONS[i] for i in pictures]), PackedText.pack([CAPTIONS[1]])
+    if sampler == "sde":
+        more["generator"] = [torch.Generator().manual_seed(i) for i in pictures]
+    # Pictures of other scales settle at other times.
+    scales = torch.tensor([1.0, 0.2, 4.0, 0.5])[list(pictures), None, None, None]
+    noise = start_noise(pictures, SIZE) * scales
+    asked = {"guidance": Guidance(3.0, (0.0, 0.7)), "dtype": torch.float64, **more}
+    times = model.read_times(scheduler.timesteps)
+    return generate(model, model.read(text), model.read(null), times, noise, scheduler, mediators=rule, **asked)
+
+
+SWITCHING = Switching(BOTH, (0.7, 0.45))
+
+
+def test_the_default_is_the_backbones(model):
+    """As asked for by no rule at all, and told."""
+    got, plain = draw(model, ByLevel(BOTH)), draw(model, None)
+    assert torch.equal(got.latent_BCHW, plain.latent_BCHW)
+    assert plain.mediators_BS is None
+    assert got.mediators_BS is not None
+    assert got.mediators_BS.tolist() == [[1, 1, 1, 4, 4, 4, 9, 9]] * 4  # at t = 1, 7/8, …, 1/8
+
+
+def test_a_fixed_number_is_what_the_backbone_is_asked_for(model, monkeypatch):
+    """It leaves the density to the noise level."""
+    asked = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: asked.append(k["effort"]) or forward(*a, **k))
+    drawn = draw(model, Fixed(BOTH, 4))
+    assert [(effort.mediators, effort.bin) for effort in asked] == [(4, b) for b in (3, 3, 3, 2, 2, 1, 1, 0)]
+    assert drawn.mediators_BS is not None and (drawn.mediators_BS == 4).all()
+    assert not torch.equal(drawn.latent_BCHW, draw(model, Fixed(BOTH, 9)).latent_BCHW)
+
+
+def test_pictures_of_a_batch_switch_each_by_its_own_changes(model):
+    """The numbers are those that the rule gives for the changes that a watcher measures."""
+    trail = [start_noise(range(4), SIZE) * torch.tensor([1.0, 0.2, 4.0, 0.5])[:, None, None, None]]
+    drawn = draw(model, SWITCHING, on_step=lambda i, timestep, latent: trail.append(latent) or latent)
+    assert drawn.mediators_BS is not None
+    schedules = drawn.mediators_BS.tolist()
+    assert len({tuple(s) for s in schedules}) > 2, "the pictures differ"
+    assert {n for s in schedules for n in s} == {1, 4, 9}
+    for b, schedule in enumerate(schedules):
+        changes = [(after[b] - before[b]).abs().mean().item() for before, after in pairwise(trail)]
+        assert schedule == numbers(SWITCHING, changes[:-1])
+
+
+@pytest.mark.parametrize(("sampler", "scale"), [("ode", 3.0), ("sde", 1.0)])
+def test_a_picture_does_not_depend_on_its_batch(model, sampler, scale):
+    """Alone, in another order, and in a batch that is divided by the numbers."""
+
+    def drawn(*pictures: int) -> Generated:
+        return draw(model, SWITCHING, pictures, sampler, keep_masks=True, guidance=Guidance(scale, (0.0, 0.7)))
+
+    whole = drawn(0, 1, 2, 3)
+    assert whole.mediators_BS is not None and (whole.mediators_BS != whole.mediators_BS[0]).any()
+    for some in ([1], [3], [3, 1], [2, 0, 1]):
+        part = drawn(*some)
+        for name in ("latent_BCHW", "masks_BSKN", "mediators_BS"):
+            torch.testing.assert_close(getattr(part, name), getattr(whole, name)[some], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [ByLevel(BOTH), SWITCHING])
+def test_two_drawings_are_equal_bit_for_bit(model, rule):
+    first, again = (draw(model, rule, keep_masks=True, skip=Skip(0.8), sampler="sde") for _ in range(2))
+    assert first.latent_BCHW.isfinite().all()
+    assert torch.equal(first.latent_BCHW, again.latent_BCHW)
+    assert first.masks_BSKN is not None and torch.equal(first.masks_BSKN, again.masks_BSKN)
+    assert first.mediators_BS is not None and torch.equal(first.mediators_BS, again.mediators_BS)
+
+
+@pytest.mark.parametrize("unit", ["token", "layer"])
+def test_the_work_of_a_divided_batch_is_the_sum_of_its_parts(model, unit):
+    """Against pictures drawn alone, and against the tokens that the FFNs were given."""
+    given: list[list[int]] = [[0] * BOTH.depth for _ in range(8)]
+    step = 0
+
+    def count(block: int, tokens: Tensor) -> None:
+        given[step][block] += tokens.flatten(0, -2).shape[0]
+
+    def on_step(i: int, timestep: Tensor, latent: Tensor) -> Tensor:
+        nonlocal step
+        step = min(i + 1, 7)
+        return latent
+
+    skip = Skip(0.88, unit)
+    hooks = [
+        block.ffn.register_forward_pre_hook(lambda m, args, k=k: count(k, args[0]))
+        for k, block in enumerate(model.blocks)
+    ]
+    whole = draw(model, SWITCHING, skip=skip, on_step=on_step)
+    for hook in hooks:
+        hook.remove()
+    alone = [draw(model, SWITCHING, [i], skip=skip).work for i in range(4)]
+    assert whole.work is not None
+    assert whole.work.kept_SK.tolist() == given
+    assert torch.equal(whole.work.kept_SK, sum(work.kept_SK for work in alone))
+    assert torch.equal(whole.work.tokens_SK, sum(work.tokens_SK for work in alone))
+    assert 0 < whole.work.kept_SK.sum() < whole.work.tokens_SK.sum()
+
+
+def test_a_step_can_stop_it_or_give_other_latents(model):
+    """The changes are those of the latents that the sampling goes on with."""
+    stopped = draw(model, SWITCHING, on_step=lambda i, timestep, latent: None if i == 2 else latent)
+    assert stopped.mediators_BS is not None
+    assert stopped.mediators_BS.shape == (4, 3)
+    start = start_noise(range(4), SIZE)
+    still = draw(model, SWITCHING, on_step=lambda i, timestep, latent: start + (i + 1 if i < 3 else 3))
+    assert still.mediators_BS is not None
+    assert still.mediators_BS[0].tolist()[-3:] == [9, 9, 9], "it stands still from the fourth step on"
