@@ -176,9 +176,9 @@ class GuardSection(Section):
     deviations: Annotated[float, Field(ge=0)] = 8.0
     """A step is skipped where its loss or gradient norm is so many robust deviations above the median; 0: where not finite."""
     window: Positive = 256
-    """Last applied steps from which the bound comes."""
+    """Last applied steps from which the bound comes; with FlexDiT's density, of the same bin of the noise level."""
     after: Positive = 100
-    """Applied steps before there is a bound."""
+    """So many of them before there is a bound."""
     patience: Positive = 5
     """Steps skipped in a row after which the run goes back to its last good checkpoint, with other noise and data order."""
     rollbacks: NotNegative = 3

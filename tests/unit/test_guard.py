@@ -80,6 +80,25 @@ def test_a_spike_needs_enough_steps_before_it() -> None:
     assert judge(made(after=10, deviations=0), Health(steps, steps, (0,) * len(steps)), 100.0, 50.0).fault is None
 
 
+def test_a_step_is_judged_by_those_of_its_own_bin() -> None:
+    """FlexDiT's steps lie in one bin of the noise level each: a rare bin of high losses is no spike."""
+    guard = made(after=10, window=20)
+    health = Health((1.0,) * 20 + (40.0,) * 10, (1.0,) * 30, (0,) * 20 + (3,) * 10)
+    for bin_, loss, spike in ((3, 40.0, False), (0, 40.0, True), (3, 90.0, True), (1, 90.0, False)):
+        guard.begin(health, bin_)
+        guard.add(("a",), Loss(torch.tensor(loss), torch.tensor([loss]), torch.zeros(1)))
+        guard(torch.tensor(1.0, dtype=torch.float64))
+        assert (guard.verdict.fault is not None) == spike, (bin_, loss)
+
+
+def test_of_each_bin_the_last_steps_are_kept() -> None:
+    health = Health()
+    for i in range(12):
+        health = health.after(Verdict(float(i), float(i), bin=i % 3 if i < 9 else 0), window=2)
+    assert health.bins == (1, 2, 1, 2, 0, 0) and health.losses == (4.0, 5.0, 7.0, 8.0, 10.0, 11.0)
+    assert health.of_bin(health.losses, 1) == (4.0, 7.0)
+
+
 def test_skipped_steps_do_not_count_into_the_bound() -> None:
     health = Health((1.0, 2.0), (3.0, 4.0), (0, 0), skipped=1)
     health = health.after(Verdict(99.0, 99.0, "a spike"), window=2)
