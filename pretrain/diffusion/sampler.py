@@ -147,7 +147,7 @@ class Asked:
             return self.backbone(inputs, times, captions, self.skip, effort=different[0])
         rows = [[i for i, effort in enumerate(efforts) if effort == one] for one in different]
         parts = [
-            self.backbone(inputs[some], times, captions.take(some), self.skip, effort=effort)
+            copied(self.backbone(inputs[some], times, captions.take(some), self.skip, effort=effort))
             for some, effort in zip(rows, different, strict=True)
         ]
         return together(parts, rows)
@@ -160,6 +160,12 @@ class Asked:
 
     def mediators_BS(self) -> Tensor | None:
         return None if self.course is None else torch.tensor(self.course.numbers_SB).T
+
+
+def copied(prediction: Prediction) -> Prediction:
+    """In memory of its own: compiled as CUDA graphs, the backbone's next call overwrites what this one gave."""
+    masks = tuple((m_BN.clone(), grid) for m_BN, grid in prediction.masks)
+    return Prediction(prediction.sample_BCHW.clone(), masks, prediction.grid)
 
 
 def together(parts: Sequence[Prediction], rows: Sequence[Sequence[int]]) -> Prediction:

@@ -17,7 +17,18 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.diffusion import EpsilonPrediction, Guidance, RectifiedFlow, generate, sample, start_noise
+from pretrain.diffusion import (
+    EpsilonPrediction,
+    Guidance,
+    RectifiedFlow,
+    Rule,
+    choose_rule,
+    generate,
+    mediators,
+    sample,
+    start_noise,
+)
+from pretrain.diffusion.mediators import change
 from pretrain.models import DiT, DiTConfig, PackedText, Prediction, Skip, TextMemory
 from pretrain.schedulers import build_scheduler, set_timesteps
 
@@ -269,10 +280,10 @@ def texts() -> tuple[PackedText, PackedText]:
     return PackedText.pack(captions), PackedText.pack([torch.randn(1, 5, generator=generator)])
 
 
-def trained(mask: str = "adaln_single", ffn: str = "uniform") -> DiT:
+def trained(mask: str = "adaln_single", ffn: str = "uniform", **more: Any) -> DiT:
     """A model with random parameters, as after some training: nothing is 0."""
     torch.manual_seed(0)
-    model = DiT(replace(TINY, mask=mask, ffn=ffn)).eval()
+    model = DiT(replace(TINY, mask=mask, ffn=ffn, **more)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -416,9 +427,16 @@ class Recorder(TorchDispatchMode):
 
 
 @torch.no_grad()
-def waits_in_the_loop(objective: str, skip: Skip | None = None, where: str = "", sampler: str = "ode") -> set[str]:
+def waits_in_the_loop(
+    objective: str,
+    skip: Skip | None = None,
+    where: str = "",
+    sampler: str = "ode",
+    model: DiT | None = None,
+    rule: Rule | None = None,
+) -> set[str]:
     """The operations that wait for the device, from the backbone's first call to the last step's end."""
-    model, (text, null), recorder, marks = trained("release", "shared"), texts(), Recorder(), []
+    model, (text, null), recorder, marks = model or trained("release", "shared"), texts(), Recorder(), []
 
     def backbone(latent: torch.Tensor, *given: Any, **more: Any) -> Prediction:
         marks.append(len(recorder.names))
@@ -435,7 +453,7 @@ def waits_in_the_loop(objective: str, skip: Skip | None = None, where: str = "",
     scheduler = scheduled(objective, 4, 3.0, sampler)
     given = *memories(model, text, null, scheduler), start_noise([5, 6, 7], (4, 6, 8)), scheduler
     with recorder:
-        generate(backbone, *given, Guidance(3.0, (0.0, 0.8)), torch.float32, skip, True, on_step)
+        generate(backbone, *given, Guidance(3.0, (0.0, 0.8)), torch.float32, skip, True, on_step, mediators=rule)
     assert len(marks) == 2 * 4
     loop = recorder.names[marks[0] : marks[-1]]
     assert loop.count("addmm") > 4, "the backbone's products are seen"
@@ -445,6 +463,18 @@ def waits_in_the_loop(objective: str, skip: Skip | None = None, where: str = "",
 @pytest.mark.parametrize(("objective", "sampler"), [("flow", "ode"), ("flow", "sde"), ("epsilon", "ode")])
 def test_without_skip_nothing_in_the_loop_waits_for_the_device(objective, sampler):
     assert waits_in_the_loop(objective, sampler=sampler) == set()
+
+
+def test_of_the_mediators_rules_one_alone_asks_for_the_changes(monkeypatch):
+    """Only there is something to wait for, which the recorder does not see on a CPU."""
+    asked_for = []
+    monkeypatch.setattr(mediators, "change", lambda after, before: asked_for.append(1) or change(after, before))
+    model = trained("release", "shared", attention="mediators", mediators=(1, 4))
+    for asked in ({}, {"mediators": 4}):
+        assert waits_in_the_loop("flow", model=model, rule=choose_rule(model.config, **asked)) == set()
+    assert asked_for == []
+    waits_in_the_loop("flow", model=model, rule=choose_rule(model.config, rho=[1e-9]))
+    assert len(asked_for) == 3, "after each of four steps but the last"
 
 
 def test_the_recorder_sees_what_waits(monkeypatch):
