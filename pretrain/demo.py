@@ -102,11 +102,16 @@ def _share(right: list[bool]) -> str:
     return f"{sum(right) / len(right):.3f} ({sum(right)} of {len(right)})"
 
 
+def curve(run_dir: Path, tag: str) -> dict[int, float]:
+    """A curve of a run, by step."""
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return {e.step: e.value for e in events.Scalars(tag)}
+
+
 def loss_line(stage: str) -> str:
     """A stage's loss at eight points of its curve, each a mean over an eighth of it."""
-    events = EventAccumulator(str(Path("runs") / stage / "tensorboard"))
-    events.Reload()
-    values = [e.value for e in events.Scalars("train/loss")]
+    values = list(curve(Path("runs") / stage, "train/loss").values())
     edges = [round(i * len(values) / 8) for i in range(9)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges) if b > a]
     return f"{stage}  train/loss  " + " → ".join(f"{m:.3f}" for m in means)

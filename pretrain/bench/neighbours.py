@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_prep.shapes import check, scenes
 from pretrain.config import load
-from pretrain.demo import DATA, PICTURES, PROMPT_SEED, TARS, launch
+from pretrain.demo import DATA, PICTURES, PROMPT_SEED, TARS, curve, launch
 from pretrain.demo import run as run_command
 from pretrain.models.cost import count_flops, grid_of
 
@@ -112,10 +111,8 @@ def measured(name: str, steps: int, flops: float, args: argparse.Namespace) -> R
         check(Image.open(drawn / file).convert("RGB"), scene) for file, scene in zip(files, wanted, strict=True)
     ]
     shapes = [v.shapes for v in verdicts if v.shapes is not None]
-    events = EventAccumulator(str(run_dir / "tensorboard"))
-    events.Reload()
-    losses = [e.value for e in events.Scalars("train/loss") if steps * 0.9 < e.step <= steps]
-    seconds = [e.value for e in events.Scalars("speed/step_s") if e.step <= steps]
+    losses = [value for step, value in curve(run_dir, "train/loss").items() if steps * 0.9 < step <= steps]
+    seconds = [value for step, value in curve(run_dir, "speed/step_s").items() if step <= steps]
     return Row(
         name,
         steps,
