@@ -253,6 +253,7 @@ class PartWriter:
         return self
 
     def write(self, record: Record) -> None:
+        """Adds a record to the shards of its set, which is that of its resolutions and bucket."""
         name = set_name(record.latents, record.bucket)
         if name not in self._writers:
             self.sets[name] = {"resolutions": sorted(record.latents), "bucket": record.bucket}

@@ -33,6 +33,7 @@ class Encoding:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description="Whether two stages can follow one another.")
     for stage in ("stage1", "stage2"):
         parser.add_argument(stage, help="a config's name, or the path of a YAML file")

@@ -116,6 +116,7 @@ The whole configuration, as in `training.json`:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description="Writes a trained run as a diffusers folder.")
     parser.add_argument("--run", type=Path, required=True, help="run directory")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not be there yet")

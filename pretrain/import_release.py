@@ -56,6 +56,7 @@ def read_release_config(folder: Path, ignore: Sequence[str]) -> DiTConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description="Reads the authors' released transformer.")
     parser.add_argument("--transformer", type=Path, required=True, help="the released transformer's folder")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not be there yet")

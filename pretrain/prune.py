@@ -123,6 +123,7 @@ def prune(trained: Trained, prompts: Sequence[str], args: argparse.Namespace, ou
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description="Removes the FFNs that the query masks weigh least.")
     parser.add_argument("--run", type=Path, required=True, help="run directory")
     parser.add_argument("--prompts", type=Path, required=True, help="file of captions, one a line; the paper took 200")

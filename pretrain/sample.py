@@ -79,6 +79,7 @@ def found(path: Path) -> dict[str, Any] | None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     args = parse(argv)
     quiet()
     try:

@@ -64,6 +64,7 @@ class Trainer:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description="Trains a stage; every field of a config can be overridden.")
     parser.add_argument("config", help="a stage's name, or the path of a YAML file")
     parser.add_argument("overrides", nargs="*", help="section.key=value, or deepspeed.key=value")

@@ -35,6 +35,7 @@ class CrossScaleAttention(SelfAttention):
     """Attention from [B, N, D] tokens of one scale to [B, n, D] of another, with self-attention's parameters."""
 
     def forward(self, x_BND: Tensor, rotary: Rotary, from_BnD: Tensor, rotary_from: Rotary) -> Tensor:  # type: ignore[override]
+        """The update [B, N, D] of `x_BND`; queries and keys are turned by their own scale's positions."""
         D = x_BND.shape[-1]
         q_weight, kv_weight = self.qkv.weight.split([D, 2 * D])
         q_bias, kv_bias = self.qkv.bias.split([D, 2 * D])
@@ -85,6 +86,7 @@ class CrossAttention(nn.Module):
         )
 
     def forward(self, x_BND: Tensor, text: PackedText | Runs) -> Tensor:
+        """The update [B, N, D] of the image tokens; `text` is the projected captions, or what `read` made of them."""
         q_BhNd = rearrange(self.q(x_BND), "B N (h d) -> B h N d", h=self.heads)
         if isinstance(text, PackedText):
             kv_BLX = text.pad(self.kv(text.tokens_ME))

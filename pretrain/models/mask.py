@@ -67,6 +67,7 @@ class QueryMask(nn.Module):
     def forward(
         self, x_BND: Tensor, mask_BN1: Tensor, scale: Tensor, shift: Tensor, keep_BN1: Tensor | None = None
     ) -> Tensor:
+        """The mask from tokens [B, N, D], the mask before [B, N, 1], and `read_time`'s scale and shift; `keep_BN1` is dropout."""
         h = torch.addcmul(shift, F.layer_norm(x_BND, x_BND.shape[-1:], eps=1e-5), 1 + scale)
         for layer in self.layers:
             h = F.relu(layer(h, mask_BN1))
