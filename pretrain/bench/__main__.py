@@ -12,11 +12,10 @@ python -m pretrain.bench encode      data prep's pipeline against its bare encod
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from pretrain.bench import checkpoint, encode, loader, neighbours, picture, sample, skip, step
-from pretrain.console import quiet
+from pretrain.console import run_one_of
 
 BENCHMARKS = {
     "step": step,
@@ -32,19 +31,7 @@ BENCHMARKS = {
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(description="Times things side by side.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in BENCHMARKS.items():
-        about = " ".join((module.__doc__ or "").split("\n\n")[0].split())
-        module.arguments(commands.add_parser(name, help=about, description=about))
-    args = parser.parse_args(argv)
-    quiet()
-    try:
-        print(BENCHMARKS[args.command].run(args))
-    except (ValueError, OSError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_one_of("bench", "Times things side by side.", BENCHMARKS, argv)
 
 
 if __name__ == "__main__":

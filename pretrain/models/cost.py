@@ -34,31 +34,25 @@ _KEPT = {DENSE: (10, 0), POOLING: (2, 0), GENERATE: (6, 6), SPARSE: (0, 10), REC
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Parts:
+    """Something counted, by part of the backbone."""
+
+    attention: int
+    ffn: int
+    query_mask: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.ffn + self.query_mask + self.rest
+
+
+class Parameters(Parts):
     """Parameters by part."""
 
-    attention: int
-    ffn: int
-    query_mask: int
-    rest: int
 
-    @property
-    def total(self) -> int:
-        return self.attention + self.ffn + self.query_mask + self.rest
-
-
-@dataclass(frozen=True)
-class Flops:
+class Flops(Parts):
     """FLOPs of one image's forward pass, by part."""
-
-    attention: int
-    ffn: int
-    query_mask: int
-    rest: int
-
-    @property
-    def total(self) -> int:
-        return self.attention + self.ffn + self.query_mask + self.rest
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True) -> int:
