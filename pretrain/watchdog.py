@@ -42,7 +42,8 @@ class Watchdog:
         self.world, self.seconds = world, seconds
         self._beat = min(seconds / 5, 5.0)
         self._board = Board(patience=min(seconds / 2, 30.0))
-        self.step, self._doing, self._first = 0, "starting", True
+        self.step, self._doing = 0, "starting"
+        self._begun: float | None = None  # when the first step was done
         self._failed: dict[str, str | int] = {}
         self._failing = False  # the main thread looks for the cause itself
         self._seen: dict[int, Seen] = {}
@@ -58,7 +59,7 @@ class Watchdog:
 
     def done(self, step: int) -> None:
         """The main thread has done this step."""
-        self.step, self._first = step, False
+        self.step, self._begun = step, self._begun or time.monotonic()
 
     def close(self) -> None:
         """Ends the watch. All processes call it at their end."""
@@ -149,7 +150,7 @@ class Watchdog:
     def _mine(self) -> dict[str, Any]:
         """A sign of life; its time makes each differ from the one before."""
         now = time.monotonic()
-        limit = self.seconds * (STARTING if self._first else 1)
+        limit = self.seconds * (STARTING if self._begun is None else 1)
         note = {"step": self.step, "doing": self._doing, "idle": now - self._since, "limit": limit, "at": now}
         return note | {"host": socket.gethostname()} | self._failed
 
@@ -162,20 +163,23 @@ class Watchdog:
             if note != self._seen[rank].note:
                 self._seen = self._seen | {rank: Seen(time.monotonic(), note)}
 
-    def _silent(self, limit: float) -> list[int]:
+    def _silent(self, limit: float, since: float = 0.0) -> list[int]:
+        """Who gave no sign of life for so many seconds, of those after `since` on this process's clock."""
         now = time.monotonic()
-        return [rank for rank, seen in self._seen.items() if now - seen.changed > limit]
+        return [rank for rank, seen in self._seen.items() if now - max(seen.changed, since) > limit]
 
     def _at_fault(self) -> tuple[list[int], str]:
         """Who holds up the others, and how that shows; nobody while all is well."""
         notes = {rank: seen.note for rank, seen in self._seen.items()}
-        # One step takes all processes: once one of them has done its first, the start is over for all.
-        limit = min(note.get("limit", STARTING * self.seconds) for note in notes.values())
-        idle = {rank: note.get("idle", 0.0) for rank, note in notes.items()}
-        silent = self._silent(limit)
-        behind = [r for r in notes if idle[r] > limit and notes[r]["doing"] != WAITING]
+        limits = {rank: note.get("limit", STARTING * self.seconds) for rank, note in notes.items()}
+        over = {rank: note.get("idle", 0.0) - limits[rank] for rank, note in notes.items()}
+        if self._begun is None:
+            silent = [r for r in notes if r in self._silent(limits[r])]
+        else:  # one step takes all processes: nobody is starting any more, whatever his last sign of life says
+            silent = self._silent(self.seconds, self._begun)
+        behind = [r for r in notes if over[r] > 0 and notes[r]["doing"] != WAITING]
         # Who waits is only told of where nobody else is: a little later, as he may have begun to wait before.
-        if not silent and not behind and (still := [r for r in notes if idle[r] > limit + GRACE * self._beat]):
+        if not silent and not behind and (still := [r for r in notes if over[r] > GRACE * self._beat]):
             silent = self._silent(GRACE * self._beat)
             fewest = min(notes[r]["step"] for r in still)
             behind = [r for r in still if notes[r]["step"] == fewest]
@@ -183,7 +187,9 @@ class Watchdog:
             silent = [0] if 0 in silent else silent  # without process 0 nothing is heard of the others
             seconds = time.monotonic() - self._seen[silent[0]].changed
             return silent, f"{self._names(silent)} gave no sign of life for {seconds:.0f} s"
-        return behind, f"no step for {limit:.0f} s; {self._names(behind)} held up the others"
+        if not behind:
+            return [], ""
+        return behind, f"no step for {limits[behind[0]]:.0f} s; {self._names(behind)} held up the others"
 
     def _names(self, ranks: list[int]) -> str:
         shown = ", ".join(f"{r} on {self._seen[r].note.get('host', '?')}" for r in ranks[:8])
@@ -192,12 +198,14 @@ class Watchdog:
     def _end(self, whose: list[int], why: str) -> None:
         """Ends this process, whatever its main thread is in. The first one alive tells why, and who is at fault where it is."""
         alive = [r for r in self._seen if r not in self._silent(GRACE * self._beat)]
-        if not alive or self.world.rank == alive[0]:
+        teller = not alive or self.world.rank == alive[0]
+        if teller:
             print(f"watchdog: {why}; all processes end\n{self.table()}", file=sys.stderr, flush=True)
         if self.world.rank in whose:
             print(f"watchdog: where process {self.world.rank} is:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback()
-        time.sleep(1)  # or the launcher would end the one that is still telling
+        # Who tells may notice a beat later, and needs the others' last words; the launcher ends all with the first.
+        time.sleep(1 if teller else GRACE * self._beat)
         os._exit(REQUEUE)
 
 

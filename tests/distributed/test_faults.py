@@ -328,7 +328,7 @@ def test_a_process_that_is_stopped_ends_all_and_is_named(words, tmp_path: Path) 
         assert other.exitcode == REQUEUE, log.read_text()
         assert started[victim].is_alive()  # SIGSTOP: the launcher's SIGKILL ends it
         started[victim].kill()
-        assert re.search(rf"watchdog: process {victim} on .* gave no sign of life for \d s", log.read_text())
+        assert re.search(rf"watchdog: process {victim} on .* gave no sign of life for \d+ s", log.read_text())
         assert f"{step} steps done" in log.read_text()
         shutil.rmtree(tmp_path / "run")
 
