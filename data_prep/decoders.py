@@ -186,7 +186,7 @@ def _answer(task: list[bytearray], memory_bytes: int) -> list[Any]:
         return _pack((True, function(*args)))
     except MemoryError:
         return _pack((False, Unusable("too_much_memory", f"more than {memory_bytes / 2**30:g} GiB")))
-    except Exception as error:
+    except Exception as error:  # whatever it is, the parent raises it
         return _pack((False, error))
 
 

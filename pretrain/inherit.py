@@ -1,11 +1,11 @@
 """A checkpoint put back: a run's own as it was, or another run's, whose model may have other settings of the same backbone.
 
-What is new with the settings keeps its own start; all of these leave a block's update as it was, or nearly:
+What the settings add:
 
     pooling blocks' `value`                        the last third of the trained `qkv`
     mediators' tables and convolution              their own start
-    FlexDiT's W1 and W2                            0 and the identity
-    query masks                                    their own start (near 0.88)
+    FlexDiT's W1 and W2                            theirs, 0 and the identity: what waited is recovered as it was
+    query masks                                    theirs, near 0.88: close to no mask
 
 What the settings leave out (a pooling block's queries and keys, mediators, query masks) is left behind.
 """
@@ -106,8 +106,8 @@ def inherit(checkpoint: Checkpoint, engine: Engine, ema: Ema, moments: bool) -> 
         raise ValueError(f"{checkpoint.path} is of another model:\n{lines}{more}")
     if moments and not found.same:
         raise ValueError(
-            f"carry_moments: {checkpoint.path} is of a model with other settings, whose moments fit this one's parameters "
-            "in part only; leave it out"
+            f"{checkpoint.path} is of a model with other settings, whose moments fit this one's parameters in part only; "
+            "undo the change of model.*, or take its weights alone into a run of its own: init_from without carry_moments"
         )
 
     def read(kind: str) -> Callable[[str], Tensor | None]:

@@ -296,6 +296,7 @@ def sum_up(jobs: Sequence[Job], origin: dict[str, Any], args: argparse.Namespace
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command's arguments."""
     parser = argparse.ArgumentParser(description="Draws pictures with a trained run or an exported model.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="run directory")

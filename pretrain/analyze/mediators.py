@@ -42,6 +42,7 @@ SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of steps and pictures, that the default gr
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
     parser.add_argument("--run", type=Path, required=True, help="run directory of a model with attention: mediators")
     parser.add_argument("--prompts", type=Path, required=True, help="file of captions, one a line")
     parser.add_argument("--pictures", type=int, default=16, help="so many of the first prompts are drawn")

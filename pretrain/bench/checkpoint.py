@@ -129,6 +129,7 @@ def _share(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
     progress = [Progress(step=1)]
 
     def safety() -> None:
+        """All that guard, watchdog and monitor do in 20 steps."""
         for _ in range(20):
             before = progress[0]
             t.watchdog.at("reading data")

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import mean
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from pretrain.bench.timing import side_by_side
 from pretrain.diffusion import Guidance, generate, start_noise
 from pretrain.models import DiT, DiTConfig, Effort, PackedText, preset
 from pretrain.models.attention import SelfAttention
+from pretrain.models.compare import METHODS
 from pretrain.models.cost import count_flops, reading_flops
 from pretrain.models.density import BINS
 from pretrain.models.embeddings import Rotary, rotary_positions
@@ -31,11 +31,11 @@ from pretrain.models.mediators import MediatorAttention
 from pretrain.models.scales import Grid, square
 from pretrain.schedulers import build_scheduler, set_timesteps
 
-MODELS: dict[str, dict[str, Any]] = {
-    "dit": {},
-    "flexdit": {"density": "flexdit"},
-    "mediators": {"attention": "mediators"},
-    "focusdit": {"mask": "release", "ffn": "shared", "shared_width": 2},
+MODELS = {
+    "dit": METHODS["baseline"],
+    "flexdit": METHODS["FlexDiT"],
+    "mediators": METHODS["mediators"],
+    "focusdit": METHODS["FocusDiT"],
 }
 PARTS = ("forward", "sampling", "xl", "attention")
 XL = tuple(replace(preset(name), text_width=0) for name in ("dit_xl2", "flexdit_xl2_512"))

@@ -34,6 +34,7 @@ class Timed:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
     model_arguments(parser, preset="dit_1b", batch=1, rounds=5, depth=None)
     parser.add_argument("--steps", type=int, default=20, help="sampling steps that a prompt's own cost is spread over")
     parser.add_argument("--caption-tokens", type=int, default=80, help="tokens of each caption; the null text has one")

@@ -120,6 +120,7 @@ class Block(nn.Module):
             self.ffn = ffn.Vocabulary(D, ffn.local_size(config.ffn, D, config.shared_width, index, config.depth))
 
     def forward(self, state: TokenState, context: Context, text: PackedText | Runs) -> TokenState:
+        """The state after this block; `text` is the projected captions, or what its cross-attention's `read` made of them."""
         modulation = (self.scale_shift_table + context.times.modulation_B6D).chunk(6, dim=1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         state, attended = self.attend(state, lambda x: modulate(x, shift_msa, scale_msa, self.eps), context.positions)

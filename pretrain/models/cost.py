@@ -170,8 +170,8 @@ def _attention(c: DiTConfig, role: str, grid: Grid, effort: Effort) -> int:
     if role == SPARSE:
         return n * 4 * D * D + 2 * n * n * D
     if role == GENERATE:
-        mask = 1  # the query mask of the block before, too
-        return (n * 2 + N * 2) * D * D + 2 * n * N * D + _pooling(grid, cells) * (D + mask)
+        pooled = D + 1  # the tokens, and the query mask of the block before
+        return (n * 2 + N * 2) * D * D + 2 * n * N * D + _pooling(grid, cells) * pooled
     return (N * 2 + n * 2) * D * D + 2 * n * N * D + 2 * N * D * D
 
 

@@ -204,21 +204,14 @@ class DiT(nn.Module):
                 timesteps and captions differ in number; noise levels ask for different efforts; the model has no such
                 effort; or there are no query masks to skip by.
         """
-        p = self.config.patch
         timesteps = len(latent_BCHW) if isinstance(timestep_B, TimeMemory) else len(timestep_B)
         if not len(latent_BCHW) == timesteps == len(text):
             raise ValueError(f"{len(latent_BCHW)} latents, {timesteps} timesteps and {len(text)} captions do not match")
-        rows, rest_h = divmod(latent_BCHW.shape[-2], p)
-        columns, rest_w = divmod(latent_BCHW.shape[-1], p)
-        if rest_h or rest_w:
-            raise ValueError(f"a latent of {tuple(latent_BCHW.shape[-2:])} is not divisible by the patch of {p}")
         if skip is not None and self.config.mask == "none":
             raise ValueError(
                 "this model has no query masks, so no FFN can be skipped by them; leave the skip threshold out"
             )
-        grid = (rows, columns)
-        if problems := self.config.grid_problems(grid):
-            raise ValueError("; ".join(problems))
+        grid = self._grid(latent_BCHW)
         x_BND = self.patch_embed(latent_BCHW)
         if self.config.absolute == "sincos":
             scale = self.config.position_scale
@@ -248,6 +241,17 @@ class DiT(nn.Module):
                 state = block(state, context, its_text)
             masks.append((state.mask_BN1.squeeze(-1), state.grid))
         return Prediction(self.final(state, times.time_BD), () if self.config.mask == "none" else tuple(masks), grid)
+
+    def _grid(self, latent_BCHW: Tensor) -> Grid:
+        """Rows and columns of a latent's tokens. Raises ValueError where the patch does not divide it, or it is too small."""
+        p = self.config.patch
+        rows, rest_h = divmod(latent_BCHW.shape[-2], p)
+        columns, rest_w = divmod(latent_BCHW.shape[-1], p)
+        if rest_h or rest_w:
+            raise ValueError(f"a latent of {tuple(latent_BCHW.shape[-2:])} is not divisible by the patch of {p}")
+        if problems := self.config.grid_problems((rows, columns)):
+            raise ValueError("; ".join(problems))
+        return rows, columns
 
     def _effort(self, timestep_B: Tensor | TimeMemory, given: Effort | None) -> Effort:
         """What is given, if it suits the model, or the default at these times."""
