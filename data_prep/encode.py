@@ -23,16 +23,17 @@ from typing import Any
 
 import torch
 
-from data_prep import claims, report, shards
-from data_prep.decoders import DecoderPool
-from data_prep.deduplicate import Search, find
-from data_prep.duplicates import MAX_DISTANCE
+from data_prep import schema as shards
+from data_prep.common.storage import Remote, is_remote
 from data_prep.encoders import DOWNSAMPLE
-from data_prep.images import BUCKET_STEP
-from data_prep.progress import Progress
-from data_prep.sources import ONLY, Job, Source, read_sources, source
-from data_prep.storage import Remote, is_remote
-from data_prep.worker import Encoder, Settings, Worker
+from data_prep.inputs.sources import ONLY, Job, Source, read_sources, source
+from data_prep.pictures.decoders import DecoderPool
+from data_prep.pictures.hashes import MAX_DISTANCE
+from data_prep.pictures.images import BUCKET_STEP
+from data_prep.worker import claims, report
+from data_prep.worker.deduplicate import Search, find
+from data_prep.worker.progress import Progress
+from data_prep.worker.worker import Encoder, Settings, Worker
 
 COMMANDS = f"{shards.WORK}/encode"
 
@@ -181,7 +182,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     of = parser.add_mutually_exclusive_group(required=True)
     of.add_argument("--input", help="folder of tars, a quoted pattern of them, or an s3://, gs://, http(s):// URL")
-    of.add_argument("--sources", type=Path, help="YAML file of several named sources (data_prep/sources.py shows one)")
+    of.add_argument(
+        "--sources", type=Path, help="YAML file of several named sources (data_prep/inputs/sources.py shows one)"
+    )
     add("--output", required=True, help="the data set's folder, or an s3:// or gs:// URL")
     add("--work", type=Path, help="with an output on object storage: a folder that all workers share")
     add("--encoders", required=True, help="tiny, or TEXT+VAE: names, hub names or folders")

@@ -28,16 +28,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep import mds, shards
-from data_prep import report as reports
-from data_prep.check_part import Part, check_part
-from data_prep.check_whole import check_whole, named_parts, read_card
-from data_prep.damage import Damage, Files, Json, Wrong
+from data_prep import schema as shards
+from data_prep.checks.damage import Damage, Files, Json, Wrong
+from data_prep.checks.part import Part, check_part
+from data_prep.checks.repair import Command, repair
+from data_prep.checks.whole import check_whole, named_parts, read_card
+from data_prep.common import mds
+from data_prep.common.storage import is_remote
 from data_prep.encode import default_device
 from data_prep.encoders import Vae
-from data_prep.pictures import labelled_grid, to_image
-from data_prep.repair import Command, repair
-from data_prep.storage import is_remote
+from data_prep.pictures.grids import labelled_grid, to_image
+from data_prep.worker import report as reports
 
 LINE_SECONDS = 30.0
 STRAYS_SHOWN = 20

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from pretrain.checkpoint.restore import plan
 from pretrain.config import Config, ConfigError, load
-from pretrain.data import check_fits
-from pretrain.inherit import plan
+from pretrain.data.loader import check_fits
+from pretrain.data.location import Place, open_card
 from pretrain.models import DiT
-from pretrain.streams import Place, open_card
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_prep.pictures import labelled_grid
+from data_prep.pictures.grids import labelled_grid
 from data_prep.shapes import KINDS, Scene, check, scenes
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")

@@ -22,9 +22,9 @@ import torch
 import yaml
 
 from pretrain.console import quiet
-from pretrain.folders import new_folder
 from pretrain.models.cost import count_parameters
-from pretrain.trained import Trained, load_run
+from pretrain.sampling.export_folder import new_folder
+from pretrain.sampling.trained_run import Trained, load_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")

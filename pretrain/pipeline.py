@@ -39,10 +39,10 @@ from data_prep.encoders import (
     read_vae,
 )
 from pretrain.diffusion import FfnWork, Guidance, choose_rule, generate
-from pretrain.folders import check_export, check_transformer, only_safetensors, read_backbone
 from pretrain.models import DiT, Effort, PackedText, Skip, TextMemory
 from pretrain.models.block import BLOCKS, TimeMemory
 from pretrain.models.dit import Prediction
+from pretrain.sampling.export_folder import check_export, check_transformer, only_safetensors, read_backbone
 from pretrain.schedulers import set_timesteps
 
 logger = logging.get_logger(__name__)

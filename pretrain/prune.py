@@ -24,15 +24,15 @@ from torch import Tensor
 
 from pretrain.console import Progress, quiet
 from pretrain.export import DTYPES, add_arguments, write_export
-from pretrain.folders import new_folder
 from pretrain.models import DiT
 from pretrain.models.cost import count_parameters
-from pretrain.pictures import side_by_side
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput, FocusDiTTransformer2DModel
-from pretrain.plots import plot_mask_means
-from pretrain.prompts import read_prompts
 from pretrain.sample import device_of
-from pretrain.trained import Trained, load_run
+from pretrain.sampling.export_folder import new_folder
+from pretrain.sampling.pictures import side_by_side
+from pretrain.sampling.plots import plot_mask_means
+from pretrain.sampling.prompts import read_prompts
+from pretrain.sampling.trained_run import Trained, load_run
 
 SHOWN = 8  # pictures of before_after.png
 

@@ -27,16 +27,16 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from data_prep.common.files import write_whole
 from data_prep.encoders import fingerprint, working_dtype
-from data_prep.files import write_whole
-from data_prep.pictures import labelled_grid
+from data_prep.pictures.grids import labelled_grid
 from pretrain.console import Progress, quiet
 from pretrain.diffusion import FfnWork
 from pretrain.models.cost import saved_flops
-from pretrain.page import Entry, page
-from pretrain.pictures import mask_map
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
-from pretrain.prompts import read_prompts
+from pretrain.sampling.page import Entry, page
+from pretrain.sampling.pictures import mask_map
+from pretrain.sampling.prompts import read_prompts
 from pretrain.schedulers import SAMPLERS
 
 ABOUT = "focusdit"  # the PNG's text chunk
@@ -139,7 +139,7 @@ def device_of(name: str | None) -> torch.device:
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[FocusDiTPipeline, dict[str, Any]]:
     """The pipeline of `--run` or `--model`, and where it comes from."""
     if args.run:
-        from pretrain.trained import load_run  # imports DeepSpeed, which an export does not need
+        from pretrain.sampling.trained_run import load_run  # imports DeepSpeed, which an export does not need
 
         trained = load_run(args.run, args.weights, device)
         pipeline, origin = trained.pipeline, {"run": str(args.run), "step": trained.step, "weights": args.weights}

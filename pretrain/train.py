@@ -21,26 +21,29 @@ from typing import Any
 
 import torch
 
-from pretrain import checkpoint, engine, optim, preflight
-from pretrain.checkpoint import Progress
+from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import Progress
+from pretrain.checkpoint.restore import inherit, resume
+from pretrain.checkpoint.writer import Saver
 from pretrain.config import Config, geometry, load
 from pretrain.console import quiet
-from pretrain.data import Batch, Loader
+from pretrain.data.loader import Batch, Loader
 from pretrain.diffusion import Loss, Objective, draw, measure
-from pretrain.efforts import StepEffort, step_effort
-from pretrain.ema import Ema
-from pretrain.engine import Engine, World, gather, together
-from pretrain.guard import SKIPPED, Guard
-from pretrain.inherit import inherit, resume
+from pretrain.diffusion.step_budget import StepEffort, step_effort
+from pretrain.distributed import engine
+from pretrain.distributed import optimizer as optim
+from pretrain.distributed.ema import Ema
+from pretrain.distributed.engine import Engine, World, gather, together
 from pretrain.models import DiT
-from pretrain.models.mask import draw_keep
-from pretrain.monitor import Monitor
-from pretrain.preview import Preview
-from pretrain.provenance import keep_what_is_used
-from pretrain.saver import Saver
-from pretrain.starts import note_start
-from pretrain.stopping import REQUEUE, Stop
-from pretrain.watchdog import STARTING, WAITING, Watchdog
+from pretrain.models.focusdit.mask import draw_keep
+from pretrain.monitoring.monitor import Monitor
+from pretrain.monitoring.preview import Preview
+from pretrain.monitoring.provenance import keep_what_is_used
+from pretrain.resilience import preflight
+from pretrain.resilience.requeue import note_start
+from pretrain.resilience.signals import REQUEUE, Stop
+from pretrain.resilience.spike_guard import SKIPPED, Guard
+from pretrain.resilience.watchdog import STARTING, WAITING, Watchdog
 
 
 @dataclass(frozen=True)

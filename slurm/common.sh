@@ -96,7 +96,7 @@ pass_on() { # A signal to this shell alone, which the tasks shall hear of. Who e
 }
 
 # The job goes back into the queue after 75, by which training says that it can go on where it stopped
-# (pretrain/stopping.py), and after a task that was killed. After any other code it would fail again.
+# (pretrain/resilience/signals.py), and after a task that was killed. After any other code it would fail again.
 finish() {
     local code=$1 restarts=${SLURM_RESTART_COUNT:-0}
     ((code == 75 || code > 128)) && running || exit "$code"

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from support import ROOT, free_port
 
-from data_prep import shards
+from data_prep import schema as shards
 from pretrain.config import load
-from pretrain.data import Loader
+from pretrain.data.loader import Loader
 from pretrain.models import preset
 
 
@@ -62,7 +62,7 @@ ORDER = """
 import json, os, sys
 import torch
 from pretrain.config import load
-from pretrain.data import Loader, Position
+from pretrain.data.loader import Loader, Position
 from pretrain.models import preset
 
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -49,7 +49,7 @@ def die_in_publishing(place: str, count: int) -> None:
     """Process 0 is killed at one place of the `count`-th checkpoint of this start."""
     if not is_rank(0):
         return
-    from pretrain import saver
+    from pretrain.checkpoint import writer as saver
 
     seen = 0
 

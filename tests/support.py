@@ -141,7 +141,7 @@ def scalars(run_dir: Path, tag: str) -> dict[int, float]:
 
 def state_of(run_dir: Path) -> dict[str, torch.Tensor]:
     """All that a run's newest checkpoint keeps of its parameters; its files are verified."""
-    from pretrain.checkpoint import newest
+    from pretrain.checkpoint.reader import newest
 
     found = newest(run_dir)
     assert found is not None
@@ -151,7 +151,7 @@ def state_of(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def same_state(one: Path, other: Path) -> bool:
     """Whether two runs stand at the same step with the same parameters, moments and average, bit for bit."""
-    from pretrain.checkpoint import newest
+    from pretrain.checkpoint.reader import newest
 
     a, b = state_of(one), state_of(other)
     return newest(one).progress == newest(other).progress and all(torch.equal(a[name], b[name]) for name in a)  # type: ignore[union-attr]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from pretrain.analyze import mediators
+from pretrain.analyze import switching as mediators
 from pretrain.console import run_one_of
 
 ANALYSES = {"mediators": mediators}

@@ -16,20 +16,22 @@ from typing import Any, cast
 
 import torch
 
-from pretrain import engine, optim, train
+from pretrain import train
 from pretrain.bench.timing import model_arguments, side_by_side
-from pretrain.checkpoint import FOLDER, Progress
+from pretrain.checkpoint.reader import FOLDER, Progress
+from pretrain.checkpoint.writer import Saver
 from pretrain.config import load
-from pretrain.data import Batch
+from pretrain.data.loader import Batch
 from pretrain.diffusion import Loss
-from pretrain.ema import Ema
-from pretrain.engine import Engine, World
-from pretrain.guard import Guard
+from pretrain.distributed import engine
+from pretrain.distributed import optimizer as optim
+from pretrain.distributed.ema import Ema
+from pretrain.distributed.engine import Engine, World
 from pretrain.models import DiT, Effort, PackedText, preset
-from pretrain.monitor import Monitor
-from pretrain.saver import Saver
-from pretrain.stopping import Stop
-from pretrain.watchdog import WAITING, Watchdog
+from pretrain.monitoring.monitor import Monitor
+from pretrain.resilience.signals import Stop
+from pretrain.resilience.spike_guard import Guard
+from pretrain.resilience.watchdog import WAITING, Watchdog
 
 CAPTION = 40  # tokens
 

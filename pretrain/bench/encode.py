@@ -20,16 +20,16 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from data_prep import shards
-from data_prep.claims import Claims
-from data_prep.decoders import DecoderPool
+from data_prep import schema as shards
 from data_prep.encoders import ASSETS, encode_tokens, tokenize
-from data_prep.images import Cut, cut
-from data_prep.progress import Progress
+from data_prep.inputs.sources import ONLY, Job, source
+from data_prep.inputs.tars import Sample, read_tar
+from data_prep.pictures.decoders import DecoderPool
+from data_prep.pictures.images import Cut, cut
 from data_prep.shapes import scenes, tar_of
-from data_prep.sources import ONLY, Job, source
-from data_prep.tars import Sample, read_tar
-from data_prep.worker import Encoder, Settings, Worker
+from data_prep.worker.claims import Claims
+from data_prep.worker.progress import Progress
+from data_prep.worker.worker import Encoder, Settings, Worker
 from pretrain.bench.timing import side_by_side
 
 SIZES = {

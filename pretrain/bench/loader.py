@@ -32,11 +32,11 @@ from streaming import MDSWriter, StreamingDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep import shards
+from data_prep import schema as shards
 from data_prep.encoders import DOWNSAMPLE
-from data_prep.report import size_text
+from data_prep.worker.report import size_text
 from pretrain.config import load
-from pretrain.data import Loader
+from pretrain.data.loader import Loader
 from pretrain.models import preset
 
 CAP, CHANNELS, SHORTEST, LONGEST = 300, 12, 40, 150

@@ -22,13 +22,13 @@ from data_prep.encoders import working_dtype
 from pretrain.bench.timing import side_by_side
 from pretrain.diffusion import Guidance, generate, start_noise
 from pretrain.models import DiT, DiTConfig, Effort, PackedText, preset
-from pretrain.models.attention import SelfAttention
 from pretrain.models.compare import METHODS
 from pretrain.models.cost import count_flops, reading_flops
-from pretrain.models.density import BINS
 from pretrain.models.embeddings import Rotary, rotary_positions
-from pretrain.models.mediators import MediatorAttention
-from pretrain.models.scales import Grid, square
+from pretrain.models.grids import Grid, square
+from pretrain.models.mixers.flexdit import BINS
+from pretrain.models.mixers.full import SelfAttention
+from pretrain.models.mixers.mediators import MediatorAttention
 from pretrain.schedulers import build_scheduler, set_timesteps
 
 MODELS = {

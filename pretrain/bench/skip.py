@@ -19,11 +19,11 @@ from pretrain.bench.timing import model_arguments, side_by_side
 from pretrain.diffusion import Generated, Guidance, generate, start_noise
 from pretrain.models import DiT, PackedText, Skip, TextMemory, preset
 from pretrain.models.cost import saved_flops
-from pretrain.models.ffn import Vocabulary
-from pretrain.models.mask import MaskLinear, QueryMask
-from pretrain.models.skip import UNITS
-from pretrain.plots import SkipPoint, plot_skip
-from pretrain.prompts import read_prompts
+from pretrain.models.focusdit.ffn import Vocabulary
+from pretrain.models.focusdit.mask import MaskLinear, QueryMask
+from pretrain.models.focusdit.skip import UNITS
+from pretrain.sampling.plots import SkipPoint, plot_skip
+from pretrain.sampling.prompts import read_prompts
 from pretrain.schedulers import build_scheduler, set_timesteps
 
 
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _trained(args: argparse.Namespace, device: torch.device) -> Subject:
-    from pretrain.trained import load_run  # imports DeepSpeed
+    from pretrain.sampling.trained_run import load_run  # imports DeepSpeed
 
     if args.prompts is None:
         raise ValueError("--run needs --prompts, a file of captions")

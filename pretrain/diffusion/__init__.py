@@ -6,9 +6,9 @@ Convention everywhere: t = 0 is data, t = 1 (timestep 1000) is noise.
 from pretrain.diffusion.ddpm import EpsilonPrediction
 from pretrain.diffusion.flow import RectifiedFlow
 from pretrain.diffusion.guidance import Guidance, Guided
-from pretrain.diffusion.mediators import ByLevel, Fixed, Rule, Switching, choose_rule
 from pretrain.diffusion.objective import Draw, Loss, NoisySample, Objective, draw, measure
 from pretrain.diffusion.sampler import FfnWork, Generated, generate, sample, start_noise
+from pretrain.diffusion.switching import ByLevel, Fixed, Rule, Switching, choose_rule
 
 __all__ = [
     "ByLevel",

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from pretrain.diffusion.guidance import Guidance, Guided
-from pretrain.diffusion.mediators import Course, Rule
+from pretrain.diffusion.switching import Course, Rule
 from pretrain.models.block import TimeMemory
+from pretrain.models.budget import Effort
 from pretrain.models.dit import Prediction
-from pretrain.models.effort import Effort
-from pretrain.models.skip import Skip
+from pretrain.models.focusdit.skip import Skip
 from pretrain.models.text import TextMemory
 
 # Of the noise that a stochastic scheduler draws: one for all pictures, or one for each; None is torch's global one.

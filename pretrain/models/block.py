@@ -24,14 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models import density, ffn, mask
-from pretrain.models.attention import CrossAttention, CrossScaleAttention, MeanAttention, SelfAttention
+from pretrain.models.budget import Effort
 from pretrain.models.config import DiTConfig
-from pretrain.models.effort import Effort
 from pretrain.models.embeddings import Rotary
-from pretrain.models.mediators import MediatorAttention
-from pretrain.models.scales import Grid, pool, spread
-from pretrain.models.skip import Skip, on_kept
+from pretrain.models.focusdit import ffn, mask
+from pretrain.models.focusdit.skip import Skip, on_kept
+from pretrain.models.grids import Grid, pool, spread
+from pretrain.models.mixers import flexdit as density
+from pretrain.models.mixers.full import CrossAttention, CrossScaleAttention, MeanAttention, SelfAttention
+from pretrain.models.mixers.mediators import MediatorAttention
 from pretrain.models.text import PackedText, Runs
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.models import attention, density, ffn, mask
-from pretrain.models.density import Split
 from pretrain.models.embeddings import ROTARY_PARTS, Scale
-from pretrain.models.scales import Grid, square
+from pretrain.models.focusdit import ffn, mask
+from pretrain.models.grids import Grid, square
+from pretrain.models.mixers import flexdit as density
+from pretrain.models.mixers import full as attention
+from pretrain.models.mixers.flexdit import Split
 
 
 @dataclass(frozen=True)

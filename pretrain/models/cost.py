@@ -17,13 +17,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pretrain.models.budget import Effort
 from pretrain.models.config import DiTConfig
-from pretrain.models.density import BINS, DENSE, GENERATE, POOLING, RECOVER, SPARSE, roles, sparse_grid
-from pretrain.models.effort import Effort
-from pretrain.models.ffn import local_size
-from pretrain.models.mask import TIMESTEPS
-from pretrain.models.mediators import LINE, MAP
-from pretrain.models.scales import Grid, square
+from pretrain.models.focusdit.ffn import local_size
+from pretrain.models.focusdit.mask import TIMESTEPS
+from pretrain.models.grids import Grid, square
+from pretrain.models.mixers.flexdit import BINS, DENSE, GENERATE, POOLING, RECOVER, SPARSE, roles, sparse_grid
+from pretrain.models.mixers.mediators import LINE, MAP
 
 CAPTION = 120  # tokens of a caption, where nobody says otherwise
 

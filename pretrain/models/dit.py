@@ -34,8 +34,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.models import ffn, mask
-from pretrain.models.attention import CrossAttention, MeanAttention, SelfAttention
 from pretrain.models.block import (
     Block,
     Context,
@@ -46,9 +44,8 @@ from pretrain.models.block import (
     make_blocks,
     modulate,
 )
+from pretrain.models.budget import Effort, depends_on_time
 from pretrain.models.config import DiTConfig
-from pretrain.models.density import sparse_grid
-from pretrain.models.effort import Effort, depends_on_time
 from pretrain.models.embeddings import (
     PatchEmbed,
     Rotary,
@@ -57,9 +54,12 @@ from pretrain.models.embeddings import (
     rotary_positions,
     sincos_positions,
 )
-from pretrain.models.mediators import MediatorAttention, PairBias
-from pretrain.models.scales import Grid, spread, square
-from pretrain.models.skip import Skip
+from pretrain.models.focusdit import ffn, mask
+from pretrain.models.focusdit.skip import Skip
+from pretrain.models.grids import Grid, spread, square
+from pretrain.models.mixers.flexdit import sparse_grid
+from pretrain.models.mixers.full import CrossAttention, MeanAttention, SelfAttention
+from pretrain.models.mixers.mediators import MediatorAttention, PairBias
 from pretrain.models.text import PackedText, Runs, TextMemory
 
 

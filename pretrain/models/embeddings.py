@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pretrain.models.scales import Grid, centres
+from pretrain.models.grids import Grid, centres
 
 
 class PatchEmbed(nn.Module):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pretrain.models.config import DiTConfig
-from pretrain.models.ffn import local_size
-from pretrain.models.mask import TIMESTEPS
+from pretrain.models.focusdit.ffn import local_size
+from pretrain.models.focusdit.mask import TIMESTEPS
 
 # Settings that decide the backbone's shape; each must be there.
 SHAPE = (

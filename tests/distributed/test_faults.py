@@ -17,8 +17,8 @@ import pytest
 from faults import at_step, bad_losses
 from support import SMALL, fork_training, same_state, scalars, start_training
 
-from pretrain.checkpoint import newest
-from pretrain.stopping import REQUEUE
+from pretrain.checkpoint.reader import newest
+from pretrain.resilience.signals import REQUEUE
 
 EVERY_TWO = ("checkpoint.every=2", "checkpoint.keep_every=0", "guard.seconds=5")
 QUICK = (*SMALL, *EVERY_TWO, "steps=8")

@@ -13,7 +13,7 @@ import pytest
 from faults import PLACES, at_step, die_in_publishing, record_keys, several
 from support import SMALL, fork_training, same_state, scalars
 
-from pretrain.stopping import REQUEUE
+from pretrain.resilience.signals import REQUEUE
 
 RETENTION = ("checkpoint.every=3", "checkpoint.keep_last=2", "checkpoint.keep_every=0")
 KILLS = 25

@@ -11,12 +11,12 @@ import torch
 from faults import at_step
 from support import SMALL, scalars, state_of
 
-from pretrain.checkpoint import newest
-from pretrain.efforts import step_effort
+from pretrain.checkpoint.reader import newest
+from pretrain.diffusion.step_budget import step_effort
 from pretrain.export import main as export
 from pretrain.models import DiTConfig
 from pretrain.pipeline import FocusDiTPipeline
-from pretrain.trained import load_run
+from pretrain.sampling.trained_run import load_run
 
 DENSE = (*SMALL, "model.preset=dit_tiny_deep", "checkpoint.every=3", "logging.every=1", "optimizer.lr=1e-3")
 ALL = (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import SMALL, scalars, start_training, state_of
 
-from pretrain.checkpoint import newest
+from pretrain.checkpoint.reader import newest
 
 RETENTION = ("checkpoint.every=4", "checkpoint.keep_last=2", "checkpoint.keep_every=0")
 WORDS = (*SMALL, *RETENTION, "steps=10", "model.mask_dropout=0.1")

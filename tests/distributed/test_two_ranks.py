@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import SMALL, scalars
 
-from pretrain.checkpoint import newest
+from pretrain.checkpoint.reader import newest
 
 BF16 = ("deepspeed.bf16.enabled=true", "deepspeed.data_types.grad_accum_dtype=fp32")
 

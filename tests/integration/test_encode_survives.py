@@ -17,7 +17,7 @@ import pytest
 from streaming import StreamingDataset
 from support import ROOT, contents, start_encoding
 
-from data_prep import shards
+from data_prep import schema as shards
 from data_prep.shapes import write_tars
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # as `start_encoding`

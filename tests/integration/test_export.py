@@ -14,7 +14,7 @@ from PIL import Image
 from support import ROOT, SMALL, start_training
 
 from pretrain import export, prune, sample
-from pretrain.checkpoint import newest
+from pretrain.checkpoint.reader import newest
 from pretrain.models.cost import count_parameters
 from pretrain.pipeline import FocusDiTPipeline
 

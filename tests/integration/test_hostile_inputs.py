@@ -27,11 +27,11 @@ from PIL import Image, ImageCms
 from streaming import StreamingDataset
 from support import contents
 
-from data_prep import shards
+from data_prep import schema as shards
 from data_prep.encode import main
-from data_prep.images import UNUSABLE_REASONS
+from data_prep.inputs.tars import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
+from data_prep.pictures.images import UNUSABLE_REASONS
 from data_prep.shapes import draw, scenes
-from data_prep.tars import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 

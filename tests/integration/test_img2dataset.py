@@ -29,7 +29,8 @@ from PIL import ExifTags, Image
 from streaming import StreamingDataset
 from support import ROOT, contents, free_port
 
-from data_prep import shards, storage
+from data_prep import schema as shards
+from data_prep.common import storage
 from data_prep.encode import main
 
 # It wants another webdataset than this project: so it has an environment of its own.

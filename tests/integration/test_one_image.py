@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from support import SMALL, scalars
 
-from data_prep import shards
+from data_prep import schema as shards
 from data_prep.encoders import pixels_to_floats
-from data_prep.images import cut, decode
+from data_prep.inputs.tars import Sample, read_tar
+from data_prep.pictures.images import cut, decode
 from data_prep.shapes import scenes
-from data_prep.tars import Sample, read_tar
 from pretrain.config import load
-from pretrain.data import Loader
+from pretrain.data.loader import Loader
 
 
 def test_one_image(shape_tars: Path, data_set: Path, train, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from pretrain import prune, sample
 from pretrain.analyze.__main__ import main as analyze
 from pretrain.diffusion import FfnWork
 from pretrain.models import DiT, preset
+from pretrain.models.budget import Effort
 from pretrain.models.cost import block_tokens, saved_flops
-from pretrain.models.effort import Effort
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput, FocusDiTTransformer2DModel
 from pretrain.schedulers import build_scheduler
 
@@ -173,7 +173,7 @@ def search(tiny_pipeline: FocusDiTPipeline, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
 
     def run(pipe: FocusDiTPipeline, *words: str) -> tuple[int, Path]:
-        monkeypatch.setattr("pretrain.trained.load_run", lambda *asked: SimpleNamespace(pipeline=pipe))
+        monkeypatch.setattr("pretrain.sampling.trained_run.load_run", lambda *asked: SimpleNamespace(pipeline=pipe))
         given = ["--run", str(tmp_path), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "5", "--pictures", "2"]
         return analyze(["mediators", *given, "--device", "cpu", *words]), tmp_path / "analyze"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, contents
 
-from data_prep import shards
+from data_prep import schema as shards
 from data_prep.shapes import write_tars
 
 pytestmark = pytest.mark.slurm

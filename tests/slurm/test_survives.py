@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, SMALL, scalars
 
-from pretrain.checkpoint import newest
+from pretrain.checkpoint.reader import newest
 
 pytestmark = pytest.mark.slurm
 

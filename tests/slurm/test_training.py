@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from support import ROOT, SMALL, scalars
 
-from data_prep.shards import Card
-from pretrain.checkpoint import newest
+from data_prep.schema import Card
+from pretrain.checkpoint.reader import newest
 
 pytestmark = pytest.mark.slurm
 

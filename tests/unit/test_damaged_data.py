@@ -22,10 +22,11 @@ import torch
 from data_sets import epoch_of, joined, loader_of, orders, write_set
 from streaming.base.format.mds.reader import MDSReader
 
-from data_prep import mds, shards
-from pretrain.data import Batch, Loader, Position
-from pretrain.reading import Damage, Shard
-from pretrain.shared_names import FIRST, remove_stale_names
+from data_prep import schema as shards
+from data_prep.common import mds
+from pretrain.data.loader import Batch, Loader, Position
+from pretrain.data.shard_reader import Damage, Shard
+from pretrain.data.shared_memory import FIRST, remove_stale_names
 
 SET = "a/256"
 

@@ -20,12 +20,13 @@ from data_sets import epoch_of, joined, loader_of, orders, write_set
 from streaming import StreamingDataset
 from support import SMALL, contents, scalars
 
-from data_prep import encode, shards
+from data_prep import encode
+from data_prep import schema as shards
 from data_prep.shapes import draw, scenes
 from pretrain.bench.__main__ import main as bench
 from pretrain.config import load
-from pretrain.data import Loader, Position, times_before
-from pretrain.streams import Place, check_shards, plan
+from pretrain.data.loader import Loader, Position, times_before
+from pretrain.data.location import Place, check_shards, plan
 
 # ---- what an epoch draws ----
 
@@ -254,7 +255,7 @@ def test_sizes_on_object_storage_are_listed_once(tmp_path: Path, monkeypatch: py
     """As for a folder, with fsspec's memory file system in the place of a bucket."""
     import fsspec
 
-    from pretrain import streams
+    from pretrain.data import location as streams
 
     root = write_set(tmp_path / "set", {"a": 30})
     memory = fsspec.filesystem("memory")

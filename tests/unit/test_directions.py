@@ -10,22 +10,22 @@ ROOT = Path(__file__).parents[2]
 
 # Each heavy library, and the only files that may meet it.
 ROOMS = {
-    "webdataset": {"data_prep/tars.py", "data_prep/shapes.py"},
+    "webdataset": {"data_prep/inputs/tars.py", "data_prep/shapes.py"},
     "streaming": {
-        "data_prep/shards.py",
-        "data_prep/mds.py",
-        "pretrain/data.py",
-        "pretrain/reading.py",
-        "pretrain/shared_names.py",
+        "data_prep/schema.py",
+        "data_prep/common/mds.py",
+        "pretrain/data/loader.py",
+        "pretrain/data/shard_reader.py",
+        "pretrain/data/shared_memory.py",
         "pretrain/bench/loader.py",
     },
-    "deepspeed": {"pretrain/engine.py", "pretrain/checkpoint.py", "pretrain/train.py"},
-    "tensorboard": {"pretrain/monitor.py", "pretrain/demo.py"},
-    "torch.utils.tensorboard": {"pretrain/monitor.py", "pretrain/demo.py", "data_prep/progress.py"},
-    "fsspec": {"data_prep/storage.py"},
+    "deepspeed": {"pretrain/distributed/engine.py", "pretrain/checkpoint/reader.py", "pretrain/train.py"},
+    "tensorboard": {"pretrain/monitoring/monitor.py", "pretrain/demo.py"},
+    "torch.utils.tensorboard": {"pretrain/monitoring/monitor.py", "pretrain/demo.py", "data_prep/worker/progress.py"},
+    "fsspec": {"data_prep/common/storage.py"},
     "transformers": {
         "data_prep/encoders.py",
-        "data_prep/make_tiny_encoders.py",
+        "data_prep/assets/make_tiny_encoders.py",
         "pretrain/pipeline.py",
         "pretrain/bench/timing.py",
         "pretrain/bench/step.py",

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pretrain.diffusion import EpsilonPrediction, RectifiedFlow
-from pretrain.efforts import StepEffort, step_effort
+from pretrain.diffusion.step_budget import StepEffort, step_effort
 from pretrain.models import Effort, preset
-from pretrain.models.density import BINS
+from pretrain.models.mixers.flexdit import BINS
 
 FLEX = preset("flexdit_b2")
 BOTH = replace(FLEX, attention="mediators")

@@ -13,8 +13,8 @@ import torch
 
 from pretrain.config import GuardSection
 from pretrain.diffusion import Loss
-from pretrain.engine import World
-from pretrain.guard import Guard, Health, Verdict, bound
+from pretrain.distributed.engine import World
+from pretrain.resilience.spike_guard import Guard, Health, Verdict, bound
 
 ALONE = World(0, 1, torch.device("cpu"))
 

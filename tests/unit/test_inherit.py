@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pretrain.inherit import plan
+from pretrain.checkpoint.restore import plan
 from pretrain.models import DiT, DiTConfig
 
 DENSE = DiTConfig(width=48, heads=2, depth=8, patch=2, latent_channels=3, text_width=20, mask_hidden=(8, 4))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pretrain.config import OptimizerSection
+from pretrain.distributed.optimizer import build, learning_rate
 from pretrain.models import DiT, DiTConfig
-from pretrain.optim import build, learning_rate
 
 TINY = DiTConfig(
     width=16, heads=2, depth=2, patch=2, latent_channels=3, text_width=5, mask="release", ffn="shared", mask_hidden=(4,)

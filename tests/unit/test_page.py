@@ -13,9 +13,9 @@ from matplotlib import colormaps
 from PIL import Image
 from support import Opened
 
-from data_prep.pictures import labelled_grid, to_image
-from pretrain.page import Entry, page
-from pretrain.pictures import mask_map
+from data_prep.pictures.grids import labelled_grid, to_image
+from pretrain.sampling.page import Entry, page
+from pretrain.sampling.pictures import mask_map
 
 HOSTILE = (
     "../../x",

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from support import ROOT, SMALL
 
-from data_prep.shards import Card
-from pretrain import preflight
+from data_prep.schema import Card
 from pretrain.config import Config, load
-from pretrain.preflight import Seen, clock_problems, gpu_problems, merged
+from pretrain.resilience import preflight
+from pretrain.resilience.preflight import Seen, clock_problems, gpu_problems, merged
 from pretrain.train import main
 
 PAPERS = Card({"width": 4096}, {"channels": 12, "downsample": 8}, 300, "mean", [256])

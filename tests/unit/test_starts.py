@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import SMALL
 
-from pretrain.starts import STARTS, note_start
+from pretrain.resilience.requeue import STARTS, note_start
 
 
 @pytest.fixture

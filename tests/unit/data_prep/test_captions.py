@@ -1,4 +1,4 @@
-"""data_prep/captions.py: what a spec means, what a sample has, and how the draws fall."""
+"""data_prep/inputs/captions.py: what a spec means, what a sample has, and how the draws fall."""
 
 import json
 import random
@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from data_prep.captions import CaptionChoice
+from data_prep.inputs.captions import CaptionChoice
 
 KEYS = [f"{index:09d}" for index in range(10_000)]
 NAN, INF = float("nan"), float("inf")
@@ -83,7 +83,7 @@ def test_a_draw_follows_from_the_key_alone() -> None:
     random.seed(3)
     assert draws(spec, backwards) == [drawn[key] for key in backwards]
     program = (
-        "from data_prep.captions import CaptionChoice; choice = CaptionChoice.parse('c=0.2,b=0.3,a=0.5');"
+        "from data_prep.inputs.captions import CaptionChoice; choice = CaptionChoice.parse('c=0.2,b=0.3,a=0.5');"
         "print(''.join(choice.pick(f'{i:09d}', None, dict(a='a', b='b', c='c')) for i in range(200)))"
     )
     other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

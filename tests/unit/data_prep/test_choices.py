@@ -15,11 +15,11 @@ from PIL import Image
 from streaming import StreamingDataset
 from support import contents
 
-from data_prep import shards
+from data_prep import schema as shards
 from data_prep.encode import main
-from data_prep.images import BUCKETS, bucket_of, shape_of
+from data_prep.inputs.sources import read_sources
+from data_prep.pictures.images import BUCKETS, bucket_of, shape_of
 from data_prep.shapes import draw, scenes, tar_of, write_tars
-from data_prep.sources import read_sources
 
 
 def jpeg(width: int, height: int, seed: int = 0, quality: int = 95) -> bytes:

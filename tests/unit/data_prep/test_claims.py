@@ -16,15 +16,16 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-from data_prep import claims, files
-from data_prep.claims import Claims
-from data_prep.files import write_whole
+from data_prep.common import files
+from data_prep.common.files import write_whole
+from data_prep.worker import claims
+from data_prep.worker.claims import Claims
 
 TIMEOUT = 2.0
 WORKER = """
 import sys, time
 from pathlib import Path
-from data_prep.claims import Claims
+from data_prep.worker.claims import Claims
 
 def won(names, until=lambda: False):  # those of the names that this worker gets, trying until then
     mine = []

@@ -1,4 +1,4 @@
-"""data_prep/decoders.py with real children: that hostile tasks cost nobody else, and that no process is left over."""
+"""data_prep/pictures/decoders.py with real children: that hostile tasks cost nobody else, and that no process is left over."""
 
 import io
 import os
@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.decoders import DecoderPool
-from data_prep.images import Unusable, cut
+from data_prep.pictures.decoders import DecoderPool
+from data_prep.pictures.images import Unusable, cut
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -318,7 +318,7 @@ def test_children_of_a_killed_parent_vanish(count: int, tmp_path: Path) -> None:
     (tmp_path / "data_prep.py").write_text("raise ImportError('another one')")
     program = (
         f"import sys, time; sys.path.insert(0, {str(Path(__file__).parents[3])!r})\n"
-        "from data_prep.decoders import DecoderPool\n"
+        "from data_prep.pictures.decoders import DecoderPool\n"
         "pool = DecoderPool(2, seconds=3)\n"
         f"futures = [pool.submit(sum, range({count})) for _ in range(2)]\n"
         "print('started', flush=True); time.sleep(60)\n"

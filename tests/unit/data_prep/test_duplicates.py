@@ -1,4 +1,4 @@
-"""data_prep/duplicates.py: hashes of one picture in many files and of different pictures, and `repeats` by brute force."""
+"""data_prep/pictures/hashes.py: hashes of one picture in many files and of different pictures, and `repeats` by brute force."""
 
 import io
 import subprocess
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageEnhance
 
-from data_prep import duplicates
-from data_prep.duplicates import MAX_DISTANCE, exact_hash, perceptual_hash, repeats
-from data_prep.images import Unusable
+from data_prep.pictures import hashes as duplicates
+from data_prep.pictures.hashes import MAX_DISTANCE, exact_hash, perceptual_hash, repeats
+from data_prep.pictures.images import Unusable
 from data_prep.shapes import Scene, Shape, draw
 
 pytestmark = pytest.mark.timeout(120)
@@ -120,7 +120,7 @@ def test_a_damaged_file_has_no_perceptual_hash():
 
 
 def test_a_child_process_loads_no_torch():
-    code = "import sys, data_prep.duplicates; assert 'torch' not in sys.modules"
+    code = "import sys, data_prep.pictures.hashes; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from streaming import StreamingDataset
 from support import ROOT, contents
 
-from data_prep import shards
+from data_prep import schema as shards
 from data_prep.encode import main, parse
 from data_prep.shapes import draw, scenes
 

@@ -20,7 +20,7 @@ from data_prep.encoders import (
     parse_encoders,
     pixels_to_floats,
 )
-from data_prep.pictures import to_image
+from data_prep.pictures.grids import to_image
 from data_prep.shapes import check, draw, scenes
 
 

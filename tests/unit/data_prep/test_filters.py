@@ -1,4 +1,4 @@
-"""data_prep/filters.py: the grammar, what it refuses, and what it decides, compared with Python's own `eval`."""
+"""data_prep/inputs/filters.py: the grammar, what it refuses, and what it decides, compared with Python's own `eval`."""
 
 import ast
 import itertools
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.filters import ALIASES, MAX_DEPTH, MAX_DETAIL, MAX_LENGTH, Filter, Refusal, with_sizes
+from data_prep.inputs.filters import ALIASES, MAX_DEPTH, MAX_DETAIL, MAX_LENGTH, Filter, Refusal, with_sizes
 
 NAN, INF = float("nan"), float("inf")
 

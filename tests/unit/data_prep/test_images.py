@@ -1,4 +1,4 @@
-"""data_prep/images.py against pictures whose right pixels are known, and against damaged, hostile and extreme files."""
+"""data_prep/pictures/images.py against pictures whose right pixels are known, and against damaged, hostile and extreme files."""
 
 import io
 import pickle
@@ -14,7 +14,7 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image, ImageCms, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
-from data_prep.images import (
+from data_prep.pictures.images import (
     BUCKETS,
     MAX_PIXELS,
     UNUSABLE_REASONS,

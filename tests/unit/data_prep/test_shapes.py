@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_prep.inputs.tars import Sample, read_tar
 from data_prep.shapes import COLOURS, RADII, SHAPES, check, draw, random_scene, scenes, write_tars
-from data_prep.tars import Sample, read_tar
 
 
 @pytest.mark.parametrize("side", [128, 256, 512])

@@ -1,4 +1,4 @@
-"""data_prep/tars.py against real tars: whole ones (webdataset's own writer, `tarfile`) and ones with real damage."""
+"""data_prep/inputs/tars.py against real tars: whole ones (webdataset's own writer, `tarfile`) and ones with real damage."""
 
 import gzip
 import io
@@ -13,9 +13,9 @@ import pytest
 from webdataset import TarWriter
 from webdataset.tariterators import base_plus_ext
 
-from data_prep import tars
-from data_prep.captions import CaptionChoice
-from data_prep.tars import REJECT_REASONS, Reject, Sample, expected_samples, read_tar, split_name
+from data_prep.inputs import tars
+from data_prep.inputs.captions import CaptionChoice
+from data_prep.inputs.tars import REJECT_REASONS, Reject, Sample, expected_samples, read_tar, split_name
 
 pytestmark = pytest.mark.timeout(120)  # a hang is a failure
 

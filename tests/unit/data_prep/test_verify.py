@@ -21,9 +21,12 @@ from safetensors.torch import save_file
 from streaming import MDSWriter
 from support import ROOT
 
-from data_prep import encode, mds, report, shards, storage
+from data_prep import encode
+from data_prep import schema as shards
+from data_prep.common import mds, storage
 from data_prep.shapes import check, scenes
 from data_prep.verify import main
+from data_prep.worker import report
 
 Rows = list[dict[str, Any]]
 NAN = float("nan")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pretrain.diffusion import Fixed, Generated, Guidance, Rule, Switching, choose_rule, generate, start_noise
-from pretrain.diffusion.mediators import ByLevel, change
+from pretrain.diffusion.switching import ByLevel, change
 from pretrain.models import DiT, DiTConfig, PackedText, Skip
 from pretrain.schedulers import build_scheduler, set_timesteps
 

@@ -24,11 +24,11 @@ from pretrain.diffusion import (
     Rule,
     choose_rule,
     generate,
-    mediators,
     sample,
     start_noise,
 )
-from pretrain.diffusion.mediators import change
+from pretrain.diffusion import switching as mediators
+from pretrain.diffusion.switching import change
 from pretrain.models import DiT, DiTConfig, PackedText, Prediction, Skip, TextMemory
 from pretrain.schedulers import build_scheduler, set_timesteps
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pretrain.models import PackedText
-from pretrain.models.attention import CrossAttention, SelfAttention
 from pretrain.models.embeddings import Rotary, rotary_positions
+from pretrain.models.mixers.full import CrossAttention, SelfAttention
 
 WIDTH, HEADS = 24, 2
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pretrain.models import DiT, DiTConfig, Effort, PackedText, Skip
-from pretrain.models.effort import depends_on_time
-from pretrain.models.mask import draw_keep
+from pretrain.models.budget import depends_on_time
+from pretrain.models.focusdit.mask import draw_keep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

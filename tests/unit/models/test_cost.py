@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.models import PRESETS, DiT, DiTConfig, Effort, PackedText
 from pretrain.models import __main__ as printed
+from pretrain.models.budget import depends_on_time
 from pretrain.models.compare import METHODS, PUBLISHED
 from pretrain.models.cost import (
     count_activations,
@@ -23,8 +24,7 @@ from pretrain.models.cost import (
     reading_flops,
     training_flops,
 )
-from pretrain.models.density import BINS, DENSE, roles
-from pretrain.models.effort import depends_on_time
+from pretrain.models.mixers.flexdit import BINS, DENSE, roles
 
 SMALL = DiTConfig(
     width=48, heads=2, depth=5, patch=2, latent_channels=3, text_width=20, shared_width=3, mask_hidden=(16, 8, 4)

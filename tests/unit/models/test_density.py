@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.models import PRESETS, DiT, DiTConfig, Effort, PackedText
-from pretrain.models.attention import MeanAttention
 from pretrain.models.block import GenerateBlock, PoolingBlock, RecoverBlock, SparseBlock, TokenState
-from pretrain.models.density import bin_of, blocks_of, removed, roles, sparse_grid, split_of
-from pretrain.models.scales import Grid
+from pretrain.models.grids import Grid
+from pretrain.models.mixers.flexdit import bin_of, blocks_of, removed, roles, sparse_grid, split_of
+from pretrain.models.mixers.full import MeanAttention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

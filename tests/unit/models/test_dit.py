@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pretrain.models import DiT, DiTConfig, PackedText
 from pretrain.models.block import TokenState
-from pretrain.models.mask import draw_keep
+from pretrain.models.focusdit.mask import draw_keep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

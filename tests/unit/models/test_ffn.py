@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pretrain.models import DiT, DiTConfig
-from pretrain.models.ffn import LAYOUTS, Vocabulary, local_size
+from pretrain.models.focusdit.ffn import LAYOUTS, Vocabulary, local_size
 
 CONFIG = DiTConfig(width=16, heads=2, depth=3, patch=2, latent_channels=3, text_width=5)
 

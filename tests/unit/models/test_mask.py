@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.models.mask import KINDS, QueryMask, draw_keep
+from pretrain.models.focusdit.mask import KINDS, QueryMask, draw_keep
 
 WIDTH, HIDDEN = 24, (16, 12, 8, 4)
 B, N = 3, 7

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.models import PRESETS, DiT, DiTConfig, Effort, PackedText
-from pretrain.models.attention import SelfAttention
 from pretrain.models.embeddings import Rotary, rotary_positions
-from pretrain.models.mediators import MediatorAttention, PairBias
-from pretrain.models.scales import Grid, square
+from pretrain.models.grids import Grid, square
+from pretrain.models.mixers.full import SelfAttention
+from pretrain.models.mixers.mediators import MediatorAttention, PairBias
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.models.scales import Grid, averages, centres, pool, spread, square
+from pretrain.models.grids import Grid, averages, centres, pool, spread, square
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.models import DiT, DiTConfig, PackedText, Skip
-from pretrain.models.ffn import Vocabulary
-from pretrain.models.mask import QueryMask
-from pretrain.models.skip import UNITS, on_kept
+from pretrain.models.focusdit.ffn import Vocabulary
+from pretrain.models.focusdit.mask import QueryMask
+from pretrain.models.focusdit.skip import UNITS, on_kept
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,0 +1,122 @@
+"""What is encoded: one source by the command line, or several named ones by a YAML file.
+
+    sources:
+      coyo:
+        tars: /data/coyo/*.tar                        # or a list of them; s3://…, gs://…, http(s)://… too
+        captions: {recaption: 0.8, .txt: 0.2}         # fields of key.json with weights, .txt is key.txt; default: one caption
+        filter: aesthetic >= 5.5 and watermark < 0.5
+      niji:
+        tars: s3://bucket/niji/{00000..01023}.tar
+
+Each source has a folder of its own in the data set, so that training can mix them by any proportions.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_prep.common.storage import find_tars
+from data_prep.inputs.captions import CaptionChoice
+from data_prep.inputs.filters import Filter
+
+ONLY = "images"  # the source's name where the command line gives one
+RESERVED = ("reports", "work")
+UNFIT = ("", ".", "..", "index.json")  # for a part: no folder of its own, or a name that its set needs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tar, and the part that it becomes."""
+
+    source: Source
+    part: str
+    url: str
+    bytes: int
+
+    @property
+    def name(self) -> str:
+        """`source/part`, unique in the data set."""
+        return f"{self.source.name}/{self.part}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named collection of tars, and how their samples are read."""
+
+    name: str
+    tars: tuple[str, ...]
+    captions: CaptionChoice
+    filter: Filter
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What all parts of this source must share."""
+        return {"captions": self.captions.setting, "filter": str(self.filter)}
+
+    def jobs(self) -> list[Job]:
+        """One for each tar. Raises FileNotFoundError, or ValueError where two tars have one name."""
+        found: dict[str, Job] = {}
+        for pattern in self.tars:
+            for url, size in find_tars(pattern).items():
+                part = PurePosixPath(url).stem
+                if part in UNFIT or part.encode(errors="ignore").decode() != part:
+                    raise ValueError(
+                        f"{url!r} would become the part {part!r}, which no folder can be called; rename it"
+                    )
+                if part in found and found[part].url != url:
+                    raise ValueError(
+                        f"{found[part].url} and {url} would both become the part {part} of {self.name}; rename one, or "
+                        "make two sources of them"
+                    )
+                found[part] = Job(self, part, url, size)
+        return list(found.values())
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    tars: str | list[str]
+    captions: str | dict[str, float] | list[str] | None = None
+    filter: str = ""
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    sources: dict[str, _Entry]
+
+
+def source(name: str, tars: list[str], captions: Any, filter_: str) -> Source:
+    """A source from its settings. Raises ValueError with one clear line."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in RESERVED:
+        raise ValueError(
+            f"source {name!r}: a name has letters, digits, - and _ only, and is not {' or '.join(RESERVED)}"
+        )
+    return Source(name, tuple(tars), CaptionChoice.parse(captions), Filter.parse(filter_) if filter_ else Filter(()))
+
+
+def read_sources(path: Path) -> list[Source]:
+    """The sources of a YAML file. Raises FileNotFoundError, or ValueError with every problem of the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--sources {path}: no such file; data_prep/inputs/sources.py shows what it holds")
+    try:
+        content = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        lines = [f"  {'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
+        raise ValueError(f"{path}:\n" + "\n".join(lines)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    found, problems = [], []
+    for name, entry in content.sources.items():
+        try:
+            tars = [entry.tars] if isinstance(entry.tars, str) else entry.tars
+            found.append(source(name, tars, entry.captions, entry.filter))
+        except ValueError as error:
+            problems.append(f"  sources.{name}: {error}")
+    if problems or not found:
+        raise ValueError(f"{path}:\n" + ("\n".join(problems) or "  sources: there are none"))
+    return found

@@ -1,0 +1,199 @@
+"""Picture functions in child processes, under a limit of time and of memory: a hostile file costs itself and no other.
+
+Each child has a thread that writes a task to its stdin and waits for the answer on its stdout. A child that overruns the
+time is ended by its own alarm, even inside of libjpeg and when nobody waits for it any more; one that wants too much
+memory gets a MemoryError; one that dies twice of the same task is crashed by it. Each of these is an `Unusable` of that
+one task, and the thread goes on with a new child. A child whose parent is gone, however that came, reads the end of its
+stdin and exits.
+
+The child is this file as a program: it imports no torch, nor the parent's main module as multiprocessing would. A
+message is a pickle and the arrays that it refers to: their number, their lengths, their bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pickle
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_prep.pictures.images import Unusable
+
+Result = TypeVar("Result")
+PIPE_BYTES = 1 << 20  # the most that an unprivileged process may ask for
+
+
+class DecoderPool:
+    """`processes` children; `seconds` and `memory_bytes` (of address space) are the limits of each task."""
+
+    def __init__(self, processes: int, seconds: float = 30.0, memory_bytes: int = 4 << 30):
+        self._seconds, self._memory_bytes = seconds, memory_bytes
+        self._threads = ThreadPoolExecutor(processes, "decoder")
+        self._own = threading.local()  # .child: a thread's child
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._closed = False
+        self._lock = threading.Lock()  # of both: no child is started once the pool is closed
+
+    def submit(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
+        """The future of function(*args), where the function is one that a child can import.
+
+        It raises what the function raises; `Unusable`: too_slow, too_much_memory, decoder_crashed; RuntimeError where
+        no child can be started; CancelledError where the pool was closed.
+        """
+        assert function.__module__ != "__main__", f"{function.__name__}: a child has another main module"
+        return self._threads.submit(self._run, function, args)
+
+    def close(self) -> None:
+        """Ends all children at once; what was not done is cancelled."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._closed = True
+            for child in self._children:
+                child.kill()
+        self._threads.shutdown()
+        for child in self._children:
+            child.communicate()  # no zombie, no open pipe
+
+    def __enter__(self) -> DecoderPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
+        for again in (True, False):
+            child = getattr(self._own, "child", None)
+            if child is None or child.poll() is not None:
+                child = self._own.child = self._start()
+            try:
+                _write(child.stdin, _pack((function, args)))
+                done, answer = _unpack(_read(child.stdout))
+                break
+            except (EOFError, BrokenPipeError):
+                self._bury(child)
+                if (code := child.returncode) == -signal.SIGPROF:
+                    raise Unusable("too_slow", f"more than {self._seconds:g} s of computing") from None
+                if not again:  # the first time somebody else may have killed it: the kernel, short of memory
+                    raise Unusable("decoder_crashed", f"signal {-code}" if code < 0 else f"exit code {code}") from None
+        if not done:
+            raise answer
+        return answer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """A child that has imported all it needs, which is on no task's time."""
+        with self._lock:
+            if self._closed:
+                raise CancelledError
+            stderr = os.dup(2)  # the child's once it is ready; what it says before that is read here
+            child = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "data_prep.pictures.decoders",
+                    *map(str, (self._seconds, self._memory_bytes, stderr)),
+                ],
+                cwd=Path(__file__).resolve().parents[2],
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # threads reserve address space
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=[stderr],
+            )
+            os.close(stderr)
+            self._children.add(child)
+        assert child.stdin and child.stdout and child.stderr
+        for pipe in (child.stdin, child.stdout):
+            with contextlib.suppress(OSError):  # above what this user may have in all: slower, no more
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        try:
+            _read(child.stdout)
+        except EOFError:
+            words = self._bury(child).decode(errors="replace").split("\n")
+            why = next((line for line in reversed(words) if line.strip()), f"exit code {child.returncode}")
+            raise RuntimeError(f"a decoding process does not start: {why}") from None
+        child.stderr.close()
+        return child
+
+    def _bury(self, child: subprocess.Popen[bytes]) -> bytes:
+        """Leaves neither a zombie nor an open pipe of a child that has died; returns its last words."""
+        _, words = child.communicate()
+        with self._lock:
+            if self._closed:
+                raise CancelledError
+            self._children.discard(child)
+        return words
+
+
+def _pack(value: object) -> list[Any]:
+    arrays: list[pickle.PickleBuffer] = []
+    body = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
+    return [body, *(array.raw() for array in arrays)]
+
+
+def _unpack(parts: list[bytearray]) -> Any:
+    return pickle.loads(parts[0], buffers=parts[1:])
+
+
+def _write(pipe: Any, parts: list[Any]) -> None:
+    pipe.write(struct.pack(f"<{len(parts) + 1}Q", len(parts), *map(len, parts)))
+    pipe.writelines(parts)
+    pipe.flush()
+
+
+def _read(pipe: Any) -> list[bytearray]:
+    """Raises EOFError where the other side is gone."""
+
+    def exactly(size: int) -> bytearray:
+        found = bytearray(size)
+        if pipe.readinto(found) < size:
+            raise EOFError
+        return found
+
+    (count,) = struct.unpack("<Q", exactly(8))
+    return [exactly(size) for size in struct.unpack(f"<{count}Q", exactly(8 * count))]
+
+
+def main(seconds: float, memory_bytes: int, stderr: int) -> None:
+    """The child."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a job: the parent decides
+        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGPROF, signal.SIGPIPE):  # the time is over; the parent is gone
+        signal.signal(number, signal.SIG_DFL)
+    os.nice(5)
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes if most < 0 else min(memory_bytes, most), most))
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(stderr, 1)  # stray prints break no message
+    _write(answers, _pack("ready"))
+    os.dup2(stderr, 2)
+    with contextlib.suppress(EOFError):
+        while True:
+            task = _read(sys.stdin.buffer)
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # not the clock's: a machine may stand still
+            answer = _answer(task, memory_bytes)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            _write(answers, answer)
+
+
+def _answer(task: list[bytearray], memory_bytes: int) -> list[Any]:
+    try:
+        function, args = _unpack(task)
+        return _pack((True, function(*args)))
+    except MemoryError:
+        return _pack((False, Unusable("too_much_memory", f"more than {memory_bytes / 2**30:g} GiB")))
+    except Exception as error:  # whatever it is, the parent raises it
+        return _pack((False, error))
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,216 @@
+"""What became of every sample: read = written + dropped by reason, for each tar and in all.
+
+    Tally         counts one tar's samples while they pass, and becomes its part's report
+    summary       the sum over all parts' reports: `report.json`
+    table         the same for people: `report.txt`
+    histograms    token lengths and picture sizes as PNG
+    estimate      the whole set's size from the parts that are made
+
+Nothing here depends on time, order or the number of workers: the same tars give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep import schema as shards
+from data_prep.common.files import temporary_name
+from data_prep.common.storage import Remote
+from data_prep.inputs.sources import Job
+
+JSON, TEXT, TOKENS, SIZES = "report.json", "report.txt", "report_tokens.png", "report_sizes.png"
+SIZE_STEP = 64  # pixels of a bin of the shorter side
+_TARS_IN_TABLE = 1000
+
+
+@dataclass
+class Tally:
+    """What became of a tar's samples so far."""
+
+    job: Job
+    read: int = 0
+    captions_cut: int = 0
+    expected: int | None = None
+    tokens: Counter[int] = field(default_factory=Counter)
+    sizes: Counter[int] = field(default_factory=Counter)
+    _dropped: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+
+    def drop(self, number: int, key: str, reason: str, detail: str) -> None:
+        """The sample `number` of the tar will not be written."""
+        self._dropped.append((number, {"tar": self.job.url, "key": key, "reason": reason, "detail": detail}))
+
+    def write(self, tokens: int, width: int, height: int) -> None:
+        """A sample is written."""
+        self.tokens[tokens] += 1
+        self.sizes[min(width, height) // SIZE_STEP * SIZE_STEP] += 1
+
+    @property
+    def dropped(self) -> int:
+        """How many were dropped so far."""
+        return len(self._dropped)
+
+    def rejects(self) -> list[dict[str, str]]:
+        """The dropped samples in the tar's order."""
+        return [reject for _, reject in sorted(self._dropped, key=lambda d: d[0])]
+
+    def report(self, writer: shards.PartWriter, stored: int) -> dict[str, Any]:
+        """The part's report; `stored` are the bytes of its shards."""
+        assert self.read == sum(writer.written.values()) + self.dropped
+        lost, there = writer.text_error
+        return {
+            "tar": self.job.url,
+            "tar_bytes": self.job.bytes,
+            "expected": self.expected,
+            "read": self.read,
+            "written": dict(sorted(writer.written.items())),
+            "sets": dict(sorted(writer.sets.items())),
+            "dropped": dict(sorted(Counter(reject["reason"] for _, reject in self._dropped).items())),
+            "captions_cut": self.captions_cut,
+            "stored_bytes": stored,
+            "column_bytes": dict(sorted(writer.bytes.items())),
+            "text_error": round((lost / there) ** 0.5, 6) if there else None,
+            "tokens": {str(k): v for k, v in sorted(self.tokens.items())},
+            "sizes": {str(k): v for k, v in sorted(self.sizes.items())},
+        }
+
+
+def summary(parts: Iterable[tuple[str, Mapping[str, Any]]], card: shards.Card) -> dict[str, Any]:
+    """The sums over all parts, by source and in all, and a line for each tar."""
+    sources: dict[str, dict[str, Any]] = {}
+    tars, everything = [], _nothing()
+    for name, report in parts:
+        for into in (everything, sources.setdefault(name.split("/")[0], _nothing())):
+            into["tars"] += 1
+            for key in ("read", "captions_cut", "stored_bytes", "tar_bytes"):
+                into[key] += report[key]
+            into["written"] += sum(report["written"].values())
+            for key in ("dropped", "column_bytes", "tokens", "sizes"):
+                for k, count in report[key].items():
+                    into[key][k] = into[key].get(k, 0) + count
+        everything["text_error"] = max(everything["text_error"] or 0, report["text_error"] or 0) or None
+        line = {k: report[k] for k in ("tar", "expected", "read", "written", "dropped")}
+        tars.append({"part": name, **line})
+    for into in (everything, *sources.values()):
+        assert into["read"] == into["written"] + sum(into["dropped"].values())
+        into["dropped"] = dict(sorted(into["dropped"].items(), key=lambda item: (-item[1], item[0])))
+        into["bytes_per_sample"] = _per_sample(into, card)
+        for key in ("tokens", "sizes"):
+            into[key] = dict(sorted(into[key].items(), key=lambda item: int(item[0])))
+    return {**everything, "sources": sources, "parts": tars}
+
+
+def _nothing() -> dict[str, Any]:
+    counts: dict[str, Any] = dict.fromkeys(("tars", "read", "written", "captions_cut", "stored_bytes", "tar_bytes"), 0)
+    return counts | {"text_error": None, "dropped": {}, "column_bytes": {}, "tokens": {}, "sizes": {}}
+
+
+def _per_sample(counts: Mapping[str, Any], card: shards.Card) -> dict[str, float]:
+    """Bytes a sample on disk, and what captions padded to the cap in 16 bits, latents as here, would take."""
+    if not counts["written"]:
+        return {}
+    text = sum(n for column, n in counts["column_bytes"].items() if column.startswith("text"))
+    others = sum(counts["column_bytes"].values()) - text
+    padded = card.token_cap * card.text_encoder["width"] * 2
+    return {
+        "stored": round(counts["stored_bytes"] / counts["written"], 1),
+        "padded_fp16": round(others / counts["written"] + padded, 1),
+    }
+
+
+def table(report: Mapping[str, Any], card: shards.Card) -> str:
+    """The report for people. Beyond a thousand tars, only those that dropped the largest shares are listed."""
+    dropped = sum(report["dropped"].values())
+    lines = [f"read {report['read']} = written {report['written']} + dropped {dropped}, from {report['tars']} tars", ""]
+    if len(report["sources"]) > 1:
+        lines += [
+            f"  {name:<20} read {s['read']:>11} = written {s['written']:>11} + dropped {sum(s['dropped'].values()):>10}"
+            for name, s in report["sources"].items()
+        ]
+        lines.append("")
+    lines += [
+        f"  {reason:<40} {count:>11} {count / report['read']:>8.2%}" for reason, count in report["dropped"].items()
+    ]
+    if report["captions_cut"]:
+        lines.append(f"  {report['captions_cut']} captions were cut to {card.token_cap} tokens")
+    if report["written"]:
+        per = report["bytes_per_sample"]
+        lines.append(
+            f"\n{size_text(report['stored_bytes'])} on disk: {per['stored']:,.0f} bytes per sample; captions padded to "
+            f"{card.token_cap} tokens in 16 bits would make it {per['padded_fp16']:,.0f}"
+        )
+        total = sum(report["column_bytes"].values())
+        lines += [f"  {c:<20} {size_text(n):>12} {n / total:>8.2%}" for c, n in report["column_bytes"].items()]
+        if report["text_error"]:
+            lines.append(f"  8-bit text differs from 16 bits by {report['text_error']:.2%} (root mean square)")
+    parts = report["parts"]
+    if len(parts) > _TARS_IN_TABLE:
+        parts = sorted(parts, key=lambda p: -sum(p["dropped"].values()) / max(1, p["read"]))[:_TARS_IN_TABLE]
+    lines += ["", f"{'part':<32} {'read':>9} {'written':>9} {'dropped':>9}"]
+    for part in parts:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in part["dropped"].items())
+        wanted = part["expected"]
+        if wanted is not None and wanted != part["read"]:
+            reasons += f"  (img2dataset wrote {wanted})"
+        counts = part["read"], sum(part["written"].values()), sum(part["dropped"].values())
+        lines.append(f"{part['part']:<32} " + " ".join(f"{n:>9}" for n in counts) + f"  {reasons}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def size_text(count: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def estimate(made: Iterable[Mapping[str, Any]], all_bytes: int) -> float:
+    """The data set's bytes once all tars, `all_bytes` in sum, are encoded: in proportion to those that are."""
+    stored = read = 0
+    for report in made:
+        stored, read = stored + report["stored_bytes"], read + report["tar_bytes"]
+    return stored / max(1, read) * all_bytes
+
+
+def histograms(report: Mapping[str, Any], root: Path) -> list[Path]:
+    """Writes the pictures of token lengths and of picture sizes; returns their paths."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    drawn = []
+    for name, key, label, width in (
+        (TOKENS, "tokens", "tokens of a caption", 1),
+        (SIZES, "sizes", "shorter side of a picture, in pixels", SIZE_STEP),
+    ):
+        figure = Figure(figsize=(7, 3.5), layout="constrained")
+        axes = figure.subplots()
+        places = [int(k) for k in report[key]]
+        axes.bar(places, list(report[key].values()), width=width, align="edge" if width > 1 else "center")
+        axes.set(xlabel=label, ylabel="samples", title=f"{report['written']} samples")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        temporary = root / shards.WORK / temporary_name(name)
+        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+        temporary.replace(root / name)
+        drawn.append(root / name)
+    return drawn
+
+
+def publish(root: Path, card: shards.Card, remote: Remote | None = None) -> dict[str, Any]:
+    """Writes all of the data set's report from its parts' reports; returns it."""
+    report = summary(shards.reports(root), card)
+    paths = [
+        shards.write(root, JSON, json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
+        shards.write(root, TEXT, table(report, card)),
+        *histograms(report, root),
+    ]
+    for path in paths:
+        if remote is not None:
+            remote.upload(path, path.name)
+    return report

@@ -1,0 +1,102 @@
+"""While training: pictures of fixed prompts with the averaged weights, and where the query masks look.
+
+The prompts are encoded once, by the data set's own text encoder, and kept in the run directory, so that a restart needs no
+text encoder. Each process draws its share; process 0 decodes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from data_prep.common.files import temporary_name
+from data_prep.encoders import DOWNSAMPLE, Vae
+from data_prep.pictures.grids import labelled_grid, to_image
+from data_prep.schema import Card, load_null_text
+from pretrain.config import Config
+from pretrain.diffusion import Generated, Guidance, generate, start_noise
+from pretrain.distributed.ema import Ema
+from pretrain.distributed.engine import World
+from pretrain.models import DiT, PackedText
+from pretrain.monitoring.monitor import Monitor
+from pretrain.sampling.pictures import mask_map
+from pretrain.sampling.prompts import read_prompts
+from pretrain.sampling.trained_run import load_text_encoder, load_vae
+from pretrain.schedulers import build_scheduler, set_timesteps
+
+
+class Preview:
+    """Draws the preview prompts; nothing where `preview.every` is 0."""
+
+    def __init__(self, config: Config, card: Card, data: Path, world: World):
+        p = config.preview
+        self.config, self.card, self.world = config, card, world
+        self.vae: Vae | None = None
+        if p.every:
+            self.prompts = read_prompts(p.file())
+            self.texts = self._encoded()
+            self.null = PackedText.pack([load_null_text(data)])
+
+    def _encoded(self) -> list[torch.Tensor]:
+        """The prompts' embeddings, from the run directory, or encoded now by process 0."""
+        words = "\n".join([self.card.fingerprint, *self.prompts])
+        path = self.config.run_dir / f"preview_text_{hashlib.sha256(words.encode()).hexdigest()[:12]}.safetensors"
+        if self.world.rank == 0 and not path.exists():
+            encoder = load_text_encoder(self.card, self.world.device)
+            texts = encoder.encode(self.prompts, self.card.token_cap)[0]
+            new = path.with_name(temporary_name(path.name))
+            save_file({f"{i:04d}": t for i, t in enumerate(texts)}, new)
+            new.replace(path)
+        if self.world.size > 1:
+            dist.barrier()
+        return [t for _, t in sorted(load_file(path).items())]
+
+    def due(self, step: int) -> bool:
+        every = self.config.preview.every
+        return bool(every) and (step % every == 0 or step == self.config.steps)
+
+    def draw(self, model: DiT, ema: Ema, monitor: Monitor, step: int) -> None:
+        """Writes the sample grid and the first prompt's mask map. All processes call it."""
+        mine = list(range(len(self.prompts)))[self.world.rank :: self.world.size]
+        drawn = {}
+        with ema.applied():
+            if mine:
+                out = self._generate(model, mine)
+                masks = None if out.masks_BSKN is None else out.masks_BSKN[0]
+                drawn = {i: out.latent_BCHW[k].cpu() for k, i in enumerate(mine)}
+        everyone = [drawn]
+        if self.world.size > 1:
+            everyone = [{} for _ in range(self.world.size)]
+            dist.all_gather_object(everyone, drawn)
+        if self.world.rank != 0:
+            return
+        self.vae = self.vae or load_vae(self.card, self.world.device)
+        latents = {i: latent for some in everyone for i, latent in some.items()}
+        pictures = self.vae.decode(torch.stack([latents[i] for i in range(len(self.prompts))]))
+        monitor.image("samples/ema", labelled_grid([to_image(p) for p in pictures], self.prompts, columns=4), step)
+        if masks is not None:
+            tokens = self.config.data.resolution // DOWNSAMPLE // model.config.patch
+            monitor.image("masks/first_prompt", mask_map(masks, (tokens, tokens), out.timesteps), step)
+
+    @torch.no_grad()
+    def _generate(self, model: DiT, mine: list[int]) -> Generated:
+        """The latents of the prompts with these numbers."""
+        p, weight = self.config.preview, model.final.proj.weight
+        side = self.config.data.resolution // DOWNSAMPLE
+        noise = start_noise([p.seed + i for i in mine], (model.config.latent_channels, side, side)).to(weight.device)
+        scheduler = build_scheduler(self.config.objective.name, p.shift)
+        set_timesteps(scheduler, p.steps, weight.device)
+        text = PackedText.pack([self.texts[i] for i in mine])
+        was_training = model.training
+        model.eval()
+        try:
+            seen, null = (model.read(t.to(weight.device, weight.dtype)) for t in (text, self.null))
+            guidance = Guidance(p.guidance)
+            times = model.read_times(scheduler.timesteps)
+            return generate(model, seen, null, times, noise, scheduler, guidance, weight.dtype, keep_masks=True)
+        finally:
+            model.train(was_training)

@@ -1,0 +1,55 @@
+"""What a run was started with, kept in its directory: config, DeepSpeed's, environment, and the data set's card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from data_prep.common.files import write_whole
+from data_prep.schema import CARD, NULL_TEXT
+from pretrain.config import Config
+from pretrain.data.loader import Loader
+from pretrain.distributed.engine import World, together
+
+
+def keep_what_is_used(config: Config, deepspeed: dict[str, Any], loader: Loader, world: World) -> None:
+    """Writes the resolved config, DeepSpeed's, the environment and the data set's card into the run directory."""
+    if world.rank == 0:
+        run = config.run_dir
+        write_whole(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+        write_whole(run / "ds_config.json", json.dumps(deepspeed, indent=2) + "\n")
+        write_whole(run / "environment.json", json.dumps(environment(world), indent=2) + "\n")
+        for name in (CARD, NULL_TEXT):
+            shutil.copyfile(loader.root / name, run / name)
+    together(world)
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Where and with what a run was started."""
+    packages = ("torch", "deepspeed", "mosaicml-streaming", "transformers", "diffusers")
+    return {
+        "argv": sys.argv,
+        "git_revision": _git("rev-parse", "HEAD"),
+        "git_dirty_diff": _git("diff", "HEAD"),
+        "versions": {p: version(p) for p in packages} | {"python": sys.version.split()[0]},
+        "processes": world.size,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        "slurm": {k: v for k, v in os.environ.items() if k.startswith("SLURM_JOB")},
+    }
+
+
+def _git(*words: str) -> str | None:
+    """What git says of this code; None outside a checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

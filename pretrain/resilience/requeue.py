@@ -1,0 +1,47 @@
+"""The starts of a Slurm job, so that one that comes back without getting on is not requeued for ever.
+
+RUN/starts.jsonl   one line a start: the job, how often it was requeued, the step it begins at, when and where
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from data_prep.common.files import write_whole
+
+STARTS = "starts.jsonl"
+
+
+def note_start(run_dir: Path, step: int, stalls: int = 2) -> None:
+    """Notes that process 0 of a run begins at `step`; outside of Slurm it does nothing.
+
+    Raises:
+        RuntimeError: this Slurm job has begun at the same step after each of its last `stalls` requeues, too.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    path = run_dir / STARTS
+    before = path.read_text() if path.is_file() else ""
+    start = {
+        "job": job,
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        "step": step,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "host": socket.gethostname(),
+    }
+    text = before + json.dumps(start) + "\n"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+    mine = [s for s in map(json.loads, text.splitlines()) if s["job"] == job]
+    last = mine[-1 - stalls :]
+    if len(last) > stalls and {s["step"] for s in last} == {step}:
+        times = ", ".join(f"{s['time']} on {s['host']}" for s in last)
+        raise RuntimeError(
+            f"no progress: job {job} has started {len(last)} times at step {step} ({times}); see its log for why it "
+            "stopped; submit it anew to try again"
+        )

@@ -1,0 +1,87 @@
+"""A run's newest checkpoint as a pipeline: what sampling, export and pruning start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from data_prep.encoders import TextEncoder, Vae, working_dtype
+from data_prep.schema import Card
+from pretrain.checkpoint import reader as checkpoint
+from pretrain.config import Config
+from pretrain.models import DiT
+from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
+from pretrain.schedulers import build_scheduler
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, and where it comes from."""
+
+    pipeline: FocusDiTPipeline
+    config: Config
+    card: Card
+    step: int
+    images: int
+    weights: str
+    text: TextEncoder
+    vae: Vae
+
+
+def load_run(run: Path, weights: str = "ema", device: torch.device | str = "cpu") -> Trained:
+    """Reads a run directory's newest checkpoint. `weights`: ema | master.
+
+    Raises:
+        ValueError, FileNotFoundError: no complete checkpoint, damaged files, or encoders other than the data set's.
+    """
+    device = torch.device(device)
+    run = checkpoint.find_run(str(run))
+    found = checkpoint.newest(run)
+    if found is None:
+        raise ValueError(f"{run} has no complete checkpoint yet; train it first")
+    found.verify()
+    config = Config.model_validate(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    card = Card.load(run)
+    model = DiT(config.model.backbone())
+    model.load_state_dict(found.parameters(weights))
+    model.to(device, working_dtype(device)).eval()
+    text, vae = load_text_encoder(card, device), load_vae(card, device)
+    p = config.preview
+    pipeline = FocusDiTPipeline(
+        text.tokenizer,
+        text.model,
+        vae.model,
+        FocusDiTTransformer2DModel.of(model),
+        build_scheduler(config.objective.name, p.shift),
+        token_cap=card.token_cap,
+        resolution=config.data.resolution,
+        steps=p.steps,
+        guidance=p.guidance,
+        data_fingerprint=card.fingerprint,
+    )
+    return Trained(pipeline, config, card, found.progress.step, found.progress.images, weights, text, vae)
+
+
+def load_text_encoder(card: Card, device: torch.device) -> TextEncoder:
+    """The data set's text encoder. Raises ValueError where it is not the one that encoded the data set."""
+    encoder = TextEncoder(card.text_encoder["name"], device)
+    _same("text encoder", card.text_encoder, encoder.fingerprint)
+    return encoder
+
+
+def load_vae(card: Card, device: torch.device) -> Vae:
+    """The data set's VAE. Raises ValueError where it is not the one that encoded the data set."""
+    vae = Vae(card.vae["name"], device)
+    _same("VAE", card.vae, vae.fingerprint)
+    return vae
+
+
+def _same(what: str, about: dict, fingerprint: str) -> None:
+    if about["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"the {what} {about['name']} is not the one that encoded the data set: its fingerprint is "
+            f"{fingerprint[:12]}, the card's is {about['fingerprint'][:12]}; put the same weights where the card says"
+        )
