@@ -317,7 +317,7 @@ def test_children_of_a_killed_parent_vanish(count: int, tmp_path: Path) -> None:
     # In a folder with another data_prep, which must not be taken for ours.
     (tmp_path / "data_prep.py").write_text("raise ImportError('another one')")
     program = (
-        f"import sys, time; sys.path.insert(0, {str(Path(__file__).parents[3])!r})\n"
+        f"import sys, time; sys.path.insert(0, {str(Path(__file__).parents[4])!r})\n"
         "from data_prep.pictures.decoders import DecoderPool\n"
         "pool = DecoderPool(2, seconds=3)\n"
         f"futures = [pool.submit(sum, range({count})) for _ in range(2)]\n"
