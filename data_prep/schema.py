@@ -42,7 +42,7 @@ from streaming import MDSWriter
 from torch import Tensor
 
 from data_prep.common import mds
-from data_prep.common.files import temporary_name, write_whole
+from data_prep.common.files import atomic_write, temporary_name
 from data_prep.common.storage import Remote
 
 CARD, NULL_TEXT, REPORTS, INDEX, WORK = "dataset.json", "null_text.safetensors", "reports", "index.json", "work"
@@ -215,7 +215,7 @@ def write(root: Path, name: str, content: str | bytes) -> Path:
     path, work = root / name, root / WORK
     for folder in (path.parent, work):
         folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, content, by=work)
+    atomic_write(path, content, by=work)
     return path
 
 

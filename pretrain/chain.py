@@ -20,7 +20,7 @@ import torch
 from pretrain.checkpoint.restore import plan
 from pretrain.config import Config, ConfigError, load
 from pretrain.data.loader import check_fits
-from pretrain.data.location import Place, open_card
+from pretrain.data.location import DataLocation, open_card
 from pretrain.models import DiT
 
 
@@ -79,7 +79,7 @@ def _data_problems(config: Config, batch: int, encoding: Encoding | None) -> lis
             f"data.resolution: {data.resolution} is not among RESOLUTIONS ({made}), in which {data.path} is encoded"
         ]
     try:
-        place = Place.of(data)
+        place = DataLocation.of(data)
         with tempfile.TemporaryDirectory() as folder:  # the cache is for the nodes' own disks
             card = open_card(replace(place, root=Path(folder)) if place.cached else place, world=1)
         check_fits(card, config, config.model.backbone(), batch)

@@ -24,13 +24,13 @@ import yaml
 from pretrain.console import quiet
 from pretrain.models.cost import count_parameters
 from pretrain.sampling.export_folder import new_folder
-from pretrain.sampling.trained_run import Trained, load_run
+from pretrain.sampling.trained_run import TrainedRun, load_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
-def write_export(trained: Trained, out: Path, name: str, copy_encoders: bool, notes: str = "") -> None:
+def write_export(trained: TrainedRun, out: Path, name: str, copy_encoders: bool, notes: str = "") -> None:
     """Writes an export into the folder `out`, which will be called `name`. `notes` go into the model card."""
     pipeline = trained.pipeline
     pipeline.transformer.save_pretrained(out / "transformer")
@@ -57,7 +57,7 @@ def _copy(source: Path, target: Path, *patterns: str) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _origin(trained: Trained) -> dict:
+def _origin(trained: TrainedRun) -> dict:
     return {
         "run": trained.config.name,
         "weights": trained.weights,
@@ -68,7 +68,7 @@ def _origin(trained: Trained) -> dict:
     }
 
 
-def model_card(trained: Trained, name: str, notes: str = "") -> str:
+def model_card(trained: TrainedRun, name: str, notes: str = "") -> str:
     """README.md of an export."""
     pipeline, card = trained.pipeline, trained.card
     backbone, config = pipeline.transformer.dit.config, pipeline.config

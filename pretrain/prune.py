@@ -32,7 +32,7 @@ from pretrain.sampling.export_folder import new_folder
 from pretrain.sampling.pictures import side_by_side
 from pretrain.sampling.plots import plot_mask_means
 from pretrain.sampling.prompts import read_prompts
-from pretrain.sampling.trained_run import Trained, load_run
+from pretrain.sampling.trained_run import TrainedRun, load_run
 
 SHOWN = 8  # pictures of before_after.png
 
@@ -90,7 +90,7 @@ def without_ffns(dit: DiT, blocks: Sequence[int]) -> DiT:
     return smaller.eval()
 
 
-def prune(trained: Trained, prompts: Sequence[str], args: argparse.Namespace, out: Path) -> str:
+def prune(trained: TrainedRun, prompts: Sequence[str], args: argparse.Namespace, out: Path) -> str:
     """Measures, removes, and writes all files into `out`. Returns a closing line."""
     pipeline = trained.pipeline
     dit = pipeline.transformer.dit

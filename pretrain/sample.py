@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data_prep.common.files import write_whole
+from data_prep.common.files import atomic_write
 from data_prep.encoders import fingerprint, working_dtype
 from data_prep.pictures.grids import labelled_grid
 from pretrain.console import Progress, quiet
@@ -275,20 +275,20 @@ def write_png(image: Image.Image, path: Path, about: dict[str, Any] | None = Non
         info.add_itxt(ABOUT, json.dumps(about))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=info)
-    write_whole(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())
 
 
 def sum_up(jobs: Sequence[Job], origin: dict[str, Any], args: argparse.Namespace) -> str:
     """Writes the list, the contact sheet and the page of all pictures. Returns a closing line."""
     out, shown = args.out, jobs[:SHOWN]
     lines = [{"file": job.picture(out).name, **job.about, **origin} for job in jobs]
-    write_whole(out / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    atomic_write(out / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     images = [Image.open(job.picture(out)).convert("RGB") for job in shown]
     write_png(labelled_grid(images, [job.prompt for job in shown]), out / "grid.png")
     masks = [job.masks(out) if args.save_masks else None for job in shown]
     entries = [Entry(job.prompt, job.seed, job.picture(out), m) for job, m in zip(shown, masks, strict=True)]
     settings = {**origin, **{k: v for k, v in jobs[0].settings.items() if v is not None}}
-    write_whole(
+    atomic_write(
         out / "index.html",
         page(f"{len(jobs)} pictures from {args.run or args.model}", settings, entries, len(jobs) - len(shown)),
     )

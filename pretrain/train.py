@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint import reader as checkpoint
-from pretrain.checkpoint.reader import Progress
+from pretrain.checkpoint.reader import RunState
 from pretrain.checkpoint.restore import inherit, resume
 from pretrain.checkpoint.writer import Saver
 from pretrain.config import Config, geometry, load
@@ -33,7 +33,7 @@ from pretrain.diffusion.step_budget import StepEffort, step_effort
 from pretrain.distributed import engine
 from pretrain.distributed import optimizer as optim
 from pretrain.distributed.ema import Ema
-from pretrain.distributed.engine import Engine, World, gather, together
+from pretrain.distributed.engine import Engine, World, barrier, gather
 from pretrain.models import DiT
 from pretrain.models.focusdit.mask import draw_keep
 from pretrain.monitoring.monitor import Monitor
@@ -42,7 +42,7 @@ from pretrain.monitoring.provenance import keep_what_is_used
 from pretrain.resilience import preflight
 from pretrain.resilience.requeue import note_start
 from pretrain.resilience.signals import REQUEUE, Stop
-from pretrain.resilience.spike_guard import SKIPPED, Guard
+from pretrain.resilience.spike_guard import SKIPPED, SpikeGuard
 from pretrain.resilience.watchdog import STARTING, WAITING, Watchdog
 
 
@@ -57,7 +57,7 @@ class Trainer:
     engine: Engine
     ema: Ema
     objective: Objective
-    guard: Guard
+    guard: SpikeGuard
     watchdog: Watchdog
     monitor: Monitor
     preview: Preview
@@ -126,7 +126,7 @@ def build(config: Config, deepspeed: dict[str, Any], world: World, stop: Stop, w
             block.compile()
     zero = Engine(model, optim.build(model, config.optimizer), deepspeed, world)
     ema = Ema(zero, config.optimizer.ema_decay)
-    guard = Guard(config.guard, world, stop)
+    guard = SpikeGuard(config.guard, world, stop)
     monitor = Monitor(config, backbone, zero)
     about = {"data": loader.fingerprint, "config": config.model_dump(mode="json")}
     saver = Saver(config, zero, ema, about)
@@ -173,7 +173,7 @@ def train(t: Trainer) -> str | None:
     return None
 
 
-def train_step(t: Trainer, batches: list[Batch], progress: Progress) -> Progress:
+def train_step(t: Trainer, batches: list[Batch], progress: RunState) -> RunState:
     """One optimizer step over this process's micro-batches; `t.guard.verdict` tells whether it was applied."""
     zero, window = t.engine, t.config.guard.window
     lr = optim.learning_rate(progress.step, t.config.steps, t.config.optimizer)
@@ -216,7 +216,7 @@ def forward(t: Trainer, batch: Batch, spent: StepEffort) -> Loss:
     return loss
 
 
-def begin(t: Trainer) -> Progress:
+def begin(t: Trainer) -> RunState:
     """From the run's own newest whole checkpoint, else from another run's weights, else from nothing."""
     config, world = t.config, t.engine.world
     if own := checkpoint.newest_whole(config.run_dir, world, lambda line: log(t, line)):
@@ -227,7 +227,7 @@ def begin(t: Trainer) -> Progress:
     t.monitor.begin(0, [])
     if config.init_from is None:
         log(t, f"starting {config.name} from nothing")
-        return Progress()
+        return RunState()
     other = checkpoint.newest_whole(checkpoint.find_run(config.init_from), world, lambda line: log(t, line))
     if other is None:
         raise ValueError(f"init_from: {config.init_from} has no complete checkpoint yet; train it first")
@@ -239,7 +239,7 @@ def begin(t: Trainer) -> Progress:
     log(t, f"starting {config.name} from {other.path}: its weights and average, {moments}, data from the start")
     for line in [*checkpoint.changes(other.state, t.saver.about), *origins]:
         log(t, f"  {line}")
-    return Progress(updates=other.progress.updates if config.carry_moments else 0)
+    return RunState(updates=other.progress.updates if config.carry_moments else 0)
 
 
 def note(t: Trainer, step: int) -> None:
@@ -254,7 +254,7 @@ def note(t: Trainer, step: int) -> None:
         raise RuntimeError(problem)
 
 
-def take_up(t: Trainer, own: checkpoint.Checkpoint) -> Progress:
+def take_up(t: Trainer, own: checkpoint.Checkpoint) -> RunState:
     """Puts one of the run's own checkpoints back everywhere; those of later steps are set aside."""
     checkpoint.set_aside_later(t.config.run_dir, own.progress.step, t.engine.world)
     progress = resume(own, t.engine, t.ema, t.loader.fingerprint)
@@ -262,7 +262,7 @@ def take_up(t: Trainer, own: checkpoint.Checkpoint) -> Progress:
     return progress
 
 
-def tell_of_fault(t: Trainer, progress: Progress) -> None:
+def tell_of_fault(t: Trainer, progress: RunState) -> None:
     """A skipped step in the log, and with its samples in the run's list."""
     t.guard.record(t.config.run_dir, progress.step)
     health, file = progress.health, t.config.run_dir / SKIPPED
@@ -286,7 +286,7 @@ def count_damaged(t: Trainer, batches: list[Batch]) -> None:
         )
 
 
-def roll_back(t: Trainer, progress: Progress) -> Progress:
+def roll_back(t: Trainer, progress: RunState) -> RunState:
     """After too many skipped steps in a row: the last good checkpoint, with other noise and another order of the data.
 
     Raises:
@@ -315,7 +315,7 @@ def roll_back(t: Trainer, progress: Progress) -> Progress:
     return replace(back, health=health)
 
 
-def save(t: Trainer, progress: Progress, wait: bool) -> None:
+def save(t: Trainer, progress: RunState, wait: bool) -> None:
     """Starts a checkpoint, and finishes it if `wait`: then one that fails is an error, else a warning."""
     t.watchdog.at("writing a checkpoint")
     with t.monitor.paused():
@@ -327,12 +327,12 @@ def save(t: Trainer, progress: Progress, wait: bool) -> None:
         t.monitor.stood_still(progress.step, time.perf_counter() - start)
         if wait:
             t.saver.wait()
-            together(t.engine.world)
+            barrier(t.engine.world)
     if wait and t.saver.error:
         raise RuntimeError(t.saver.error)
 
 
-def timed(t: Trainer, progress: Progress) -> Iterator[list[Batch]]:
+def timed(t: Trainer, progress: RunState) -> Iterator[list[Batch]]:
     """The batches from a position on; the monitor learns how long each was waited for."""
     t.loader.resume(progress.position, progress.health.rollbacks)
     batches = iter(t.loader)

@@ -75,7 +75,7 @@ def die_in_publishing(place: str, count: int) -> None:
     elif place == "before the rename":
         saver.publish = dying(saver.publish, before=True)
     elif place == "after the rename":  # `latest` still names the one before
-        saver.write_whole = dying(saver.write_whole, before=True, when=lambda path, _: path.name == "latest")
+        saver.atomic_write = dying(saver.atomic_write, before=True, when=lambda path, _: path.name == "latest")
     elif place == "before retention":
         saver.retain = dying(saver.retain, before=True)
     elif place == "while one is removed":

@@ -12,7 +12,7 @@ def temporary_name(name: str) -> str:
     return f".tmp-{name}-{secrets.token_hex(4)}"
 
 
-def write_whole(path: Path, content: str | bytes, by: Path | None = None) -> None:
+def atomic_write(path: Path, content: str | bytes, by: Path | None = None) -> None:
     """Writes a small file so that it is either absent, old, or whole; text in UTF-8. What fails leaves nothing behind.
 
     A writer that is killed may leave its temporary file, in the folder `by` (on the same file system) if one is given.

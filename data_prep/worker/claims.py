@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.common.files import temporary_name, write_whole
+from data_prep.common.files import atomic_write, temporary_name
 
 SUFFIX = ".claim"
 BEATS = 6  # in a timeout
@@ -180,7 +180,7 @@ class Claims:
                 # A full disk or a hiccup of NFS: the claim stays held, and the next beat tries again.
                 with self._writing, suppress(OSError):
                     if name in self._held and self.still_mine(name):
-                        write_whole(self._path(name), self._content())
+                        atomic_write(self._path(name), self._content())
 
     def _look(self, name: str) -> Sighting | None:
         content, known = read(self._path(name)), self._seen.get(name)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.common.files import write_whole
+from data_prep.common.files import atomic_write
 from data_prep.inputs.filters import with_sizes
 from data_prep.inputs.sources import Job
 from data_prep.inputs.tars import Sample, read_tar
@@ -77,7 +77,7 @@ def find(
 
     for _ in claims.take(["all"], compared, "repeats of ", wait=True):
         dropped = _compare(jobs, hashes, found, search)
-        write_whole(done, stamp)
+        atomic_write(done, stamp)
         say(f"{dropped} pictures repeat an earlier one ({search.method})")
     return lambda job: json.loads((found / f"{job.name}.json").read_text(encoding="utf-8"))
 
@@ -146,5 +146,5 @@ def _compare(jobs: list[Job], hashes: Path, found: Path, search: Search) -> int:
         total += len(originals)
         path = found / f"{job.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({k: f"{j.name}/{original}" for k, (j, original) in originals.items()}))
+        atomic_write(path, json.dumps({k: f"{j.name}/{original}" for k, (j, original) in originals.items()}))
     return total

@@ -18,7 +18,7 @@ import torch
 
 from pretrain import train
 from pretrain.bench.timing import model_arguments, side_by_side
-from pretrain.checkpoint.reader import FOLDER, Progress
+from pretrain.checkpoint.reader import FOLDER, RunState
 from pretrain.checkpoint.writer import Saver
 from pretrain.config import load
 from pretrain.data.loader import Batch
@@ -30,7 +30,7 @@ from pretrain.distributed.engine import Engine, World
 from pretrain.models import DiT, Effort, PackedText, preset
 from pretrain.monitoring.monitor import Monitor
 from pretrain.resilience.signals import Stop
-from pretrain.resilience.spike_guard import Guard
+from pretrain.resilience.spike_guard import SpikeGuard
 from pretrain.resilience.watchdog import WAITING, Watchdog
 
 CAPTION = 40  # tokens
@@ -70,7 +70,7 @@ def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: Stop) -
         "zero_optimization": {"stage": 2, "overlap_comm": False, "contiguous_gradients": True},
     }
     zero = Engine(model, optim.build(model, config.optimizer), deepspeed, world)
-    ema, guard = Ema(zero, 0.9999), Guard(config.guard, world, stop)
+    ema, guard = Ema(zero, 0.9999), SpikeGuard(config.guard, world, stop)
     monitor = Monitor(config, backbone, zero)
     monitor.begin(0, [])
     side = args.tokens_per_side * backbone.patch
@@ -86,7 +86,7 @@ def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: Stop) -
 
 def _checkpoints(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
     """Training stands still for the copy or the whole writing; steps beside the writing may be slower, too."""
-    progress, alone, beside = Progress(), [], []
+    progress, alone, beside = RunState(), [], []
     still: dict[bool, list[float]] = {True: [], False: []}
     for i in range(rounds + 1):  # the first round does not count: buffers are made in it
         for background in (False, True):
@@ -128,7 +128,7 @@ def _share(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
     loss = Loss(zeros.mean() + 1, zeros + 1, zeros + 500)
     masks = torch.zeros(t.model.config.depth, len(zeros), 256, device=zeros.device)
     squares = torch.ones((), dtype=torch.float64, device=zeros.device)
-    progress = [Progress(step=1)]
+    progress = [RunState(step=1)]
 
     def safety() -> None:
         """All that guard, watchdog and monitor do in 20 steps."""
@@ -146,7 +146,7 @@ def _share(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
             progress[0] = replace(before, step=before.step + 1, health=health)
 
     def step() -> None:
-        train.train_step(t, [batch], Progress(step=1))
+        train.train_step(t, [batch], RunState(step=1))
 
     runs: dict[str, Callable[[], object]] = {"safety": safety, "step": step}
     with closing(t.monitor):

@@ -25,9 +25,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from data_prep.common.files import write_whole
+from data_prep.common.files import atomic_write
 from pretrain.data.loader import Position
-from pretrain.distributed.engine import Slot, World, gather, together
+from pretrain.distributed.engine import Slot, World, barrier, gather
 from pretrain.resilience.spike_guard import Health
 
 FOLDER, LATEST, STATE = "checkpoints", "latest", "state.json"
@@ -36,7 +36,7 @@ MEND = "remove {} to use the one before"
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunState:
     """What a run has done: `step` optimizer steps tried, of which AdamW applied `updates`."""
 
     step: int = 0
@@ -72,9 +72,9 @@ class Checkpoint:
         self._open: dict[str, Any] = {}
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> RunState:
         p = self.state["progress"]
-        return Progress(p["step"], p["updates"], p["images"], Position(**p["position"]), Health.of(p["health"]))
+        return RunState(p["step"], p["updates"], p["images"], Position(**p["position"]), Health.of(p["health"]))
 
     def totals(self, world: World) -> list[float]:
         """The monitor's sums that this process goes on with: all processes' together, however many there were."""
@@ -213,9 +213,9 @@ def set_aside_later(run_dir: Path, step: int, world: World) -> None:
             if path.name > (name := f"step_{step:08d}"):
                 aside = folder / path.name.replace("step_", "aside_")
                 shutil.rmtree(aside, ignore_errors=True)
-                write_whole(folder / LATEST, name + "\n")
+                atomic_write(folder / LATEST, name + "\n")
                 path.rename(aside)
-    together(world)
+    barrier(world)
 
 
 def changes(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

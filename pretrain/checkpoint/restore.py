@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.checkpoint.reader import Checkpoint, Progress
+from pretrain.checkpoint.reader import Checkpoint, RunState
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine
 
@@ -130,7 +130,7 @@ def inherit(checkpoint: Checkpoint, engine: Engine, ema: Ema, moments: bool) -> 
     return [] if found.same else found.report()
 
 
-def resume(checkpoint: Checkpoint, engine: Engine, ema: Ema, data: dict[str, Any]) -> Progress:
+def resume(checkpoint: Checkpoint, engine: Engine, ema: Ema, data: dict[str, Any]) -> RunState:
     """Puts a run's own checkpoint back, from any number of processes into any other.
 
     Args:

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_prep.common.files import write_whole
-from pretrain.checkpoint.reader import FOLDER, FORMAT, LATEST, STATE, Progress, file_name, sealed, sha256
+from data_prep.common.files import atomic_write
+from pretrain.checkpoint.reader import FOLDER, FORMAT, LATEST, STATE, RunState, file_name, sealed, sha256
 from pretrain.config import Config
 from pretrain.distributed.ema import Ema
-from pretrain.distributed.engine import Engine, together
-from pretrain.distributed.store import Board, DistError
+from pretrain.distributed.engine import Engine, barrier
+from pretrain.distributed.store import DistError, KeyValueStore
 
 # Seconds that process 0 waits for the others' files, which are written at the same time as its own.
 PATIENCE = 1800.0
@@ -41,12 +41,12 @@ class Saver:
         self.folder, self.keep = config.run_dir / FOLDER, config.checkpoint
         self.engine, self.ema, self.about = engine, ema, about
         self.error: str | None = None
-        self._board = Board(PATIENCE)
+        self._board = KeyValueStore(PATIENCE)
         self._thread: threading.Thread | None = None
         self._copies: dict[str, Tensor] = {}
         self._count, self._name = 0, cast(str | None, None)
 
-    def save(self, progress: Progress, totals: list[float]) -> None:
+    def save(self, progress: RunState, totals: list[float]) -> None:
         """Starts to write a checkpoint, once the one before is finished; `totals` are the monitor's sums of this process.
 
         Without `checkpoint.background` it is finished, or has failed, when this returns.
@@ -62,7 +62,7 @@ class Saver:
                 self._writing(progress).mkdir()
             except OSError as error:
                 self.error = str(error)
-        together(self.engine.world)
+        barrier(self.engine.world)
         tensors = self._tensors(copied=self.keep.background)
         self._thread = threading.Thread(target=self._write, args=(progress, totals, tensors), daemon=True)
         self._thread.start()
@@ -84,7 +84,7 @@ class Saver:
             return f"WARNING: {self.error}; training goes on, the checkpoints before are whole"
         return f"checkpoint {self.folder / name}"
 
-    def _writing(self, progress: Progress) -> Path:
+    def _writing(self, progress: RunState) -> Path:
         return self.folder / f".writing-{step_name(progress.step)}"
 
     def _tensors(self, copied: bool) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ class Saver:
 
     # ---- in the thread ----
 
-    def _write(self, progress: Progress, totals: list[float], tensors: dict[str, Tensor]) -> None:
+    def _write(self, progress: RunState, totals: list[float], tensors: dict[str, Tensor]) -> None:
         world, writing = self.engine.world, self._writing(progress)
         mine: dict[str, Any] = {"name": file_name(world.rank, world.size), "totals": totals}
         try:
@@ -122,7 +122,7 @@ class Saver:
         except Exception as error:
             self.error = f"{writing}: {error!r}"
 
-    def _finish(self, progress: Progress, writing: Path) -> str | None:
+    def _finish(self, progress: RunState, writing: Path) -> str | None:
         """Process 0: publishes what all wrote, or removes it and returns why."""
         ranks = range(self.engine.world.size)
         files = self._board.read([f"saved/{self._count}/{rank}" for rank in ranks])
@@ -140,7 +140,7 @@ class Saver:
                 "files": {f["name"]: {"bytes": f["bytes"], "sha256": f["sha256"]} for f in files},
             }
             try:
-                write_whole(writing / STATE, sealed(state))
+                atomic_write(writing / STATE, sealed(state))
                 publish(writing, self.folder / step_name(progress.step))
             except OSError as error:
                 problems = [f"process 0: {error}"]
@@ -172,7 +172,7 @@ def publish(writing: Path, path: Path) -> None:
         shutil.rmtree(path)
     writing.rename(path)
     _sync_folder(path.parent)
-    write_whole(path.parent / LATEST, path.name + "\n")
+    atomic_write(path.parent / LATEST, path.name + "\n")
 
 
 def retain(folder: Path, last: int, every: int) -> None:

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from data_prep import schema as shards
 from pretrain.config import Config
-from pretrain.data.location import Place, once_per_node, open_card, plan, prepare
+from pretrain.data.location import DataLocation, once_per_node, open_card, plan, prepare
 from pretrain.data.shard_reader import Damage, SetStream, Shard
 from pretrain.data.shared_memory import own_names, remove_stale_names
 from pretrain.models import DiTConfig, PackedText
@@ -227,7 +227,7 @@ class Loader:
 
     def __init__(self, config: Config, backbone: DiTConfig, global_batch: int, micro: int, rank: int, world: int):
         self.config, self.global_batch = config, global_batch
-        place = Place.of(config.data)
+        place = DataLocation.of(config.data)
         self.root = place.root
         self.card = open_card(place, world)
         check_fits(self.card, config, backbone, global_batch)

@@ -1,7 +1,7 @@
 """What an epoch draws from which sets of a data set, and where their files are read.
 
 plan        samples of each set in an epoch: all of them once, or a mixture of sources
-Place       a folder, or a URL or folder with a cache on this node's own disk
+DataLocation       a folder, or a URL or folder with a cache on this node's own disk
 prepare     once per node: the indexes fetched, the cache rid of what is stale, missing and cut shards named
 """
 
@@ -134,7 +134,7 @@ def _mixture(sets: dict[str, dict[str, Any]], data: DataSection, draws: dict[str
 
 
 @dataclass(frozen=True)
-class Place:
+class DataLocation:
     """Where a data set is read.
 
     Attributes:
@@ -148,7 +148,7 @@ class Place:
     cached: bool
 
     @classmethod
-    def of(cls, data: DataSection) -> Place:
+    def of(cls, data: DataSection) -> DataLocation:
         """As the config says. Each data set has its own folder in the cache, named after where it comes from."""
         remote = is_remote(data.path)
         origin = data.path.rstrip("/") if remote else str(Path(data.path).resolve())
@@ -184,7 +184,7 @@ class Place:
         return new
 
 
-def open_card(place: Place, world: int) -> shards.Card:
+def open_card(place: DataLocation, world: int) -> shards.Card:
     """The data set's card; with a cache it and the null text are fetched first, once per node."""
 
     def fetch() -> None:
@@ -201,7 +201,7 @@ def open_card(place: Place, world: int) -> shards.Card:
     return card
 
 
-def prepare(place: Place, sets: Iterable[str], budget: int, world: int) -> list[str]:
+def prepare(place: DataLocation, sets: Iterable[str], budget: int, world: int) -> list[str]:
     """Makes the sets ready to be read: once per node, the other processes wait.
 
     Returns: in the first process of a node what is missing, one line each; `budget` is how many shards that may be.
@@ -219,7 +219,7 @@ def prepare(place: Place, sets: Iterable[str], budget: int, world: int) -> list[
     return once_per_node(action, world) or []
 
 
-def _refresh(place: Place, name: str) -> None:
+def _refresh(place: DataLocation, name: str) -> None:
     """Fetches a set's index. Shards in the cache that are of an earlier one, or were cut off, are removed before."""
     path = place.root / name / shards.INDEX
     new = place.fetch(f"{name}/{shards.INDEX}")
@@ -250,7 +250,7 @@ def _shards(index: Path) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
     return found
 
 
-def check_shards(place: Place, sets: Iterable[str], budget: int) -> list[str]:
+def check_shards(place: DataLocation, sets: Iterable[str], budget: int) -> list[str]:
     """A line for each shard that is missing or cut. Raises ValueError where those are more than the budget."""
     bad = []
     for name in sets:

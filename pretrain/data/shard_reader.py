@@ -17,7 +17,7 @@ from streaming.base.format import Reader
 from streaming.base.format.mds.reader import MDSReader
 
 from data_prep.common import mds
-from pretrain.data.location import Place
+from pretrain.data.location import DataLocation
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Shard(MDSReader):
 class SetStream(Stream):
     """The shards of one set, read at its place. What cannot be fetched is `lost`; this process does not try it again."""
 
-    def __init__(self, place: Place, name: str, choose: int):
+    def __init__(self, place: DataLocation, name: str, choose: int):
         remote = f"{place.origin}/{name}" if place.cached else None
         super().__init__(local=f"{place.root}/{name}", remote=remote, choose=choose)
         self.name = name

@@ -95,14 +95,14 @@ def gather(item: Any, world: World) -> list[Any]:
     return items
 
 
-def together(world: World) -> None:
+def barrier(world: World) -> None:
     """Waits until all processes are here."""
     if world.size > 1:
         dist.barrier()
 
 
 @dataclass(frozen=True)
-class Look:
+class GradientCheck:
     """What was found of a step's gradient: its norm over all processes, and whether it may be applied."""
 
     norm: Tensor
@@ -173,7 +173,7 @@ class Engine:
         """Adds the gradients of one micro-batch; the mean over micro-batches is taken here."""
         self._engine.backward(loss)
 
-    def step(self, lr: float, judge: Callable[[Tensor], Look]) -> None:
+    def step(self, lr: float, judge: Callable[[Tensor], GradientCheck]) -> None:
         """Ends a micro-batch. At an accumulation boundary: reduces, clips, and updates with this learning rate.
 
         Args:

@@ -12,10 +12,10 @@ from typing import Any
 from torch.distributed import DistError, DistNetworkError
 from torch.distributed.distributed_c10d import _get_default_store
 
-__all__ = ["Board", "DistError", "DistNetworkError"]
+__all__ = ["DistError", "DistNetworkError", "KeyValueStore"]
 
 
-class Board:
+class KeyValueStore:
     """Notes by name. Each thread wants a board of its own: a connection serves one request at a time.
 
     Reading raises DistError where a note is not there within `patience` seconds, or process 0 is gone (DistNetworkError).

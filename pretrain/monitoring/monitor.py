@@ -25,7 +25,7 @@ from pretrain.diffusion import Loss
 from pretrain.distributed.engine import Engine
 from pretrain.models import DiTConfig, Effort
 from pretrain.models.cost import grid_of, training_flops
-from pretrain.resilience.spike_guard import Verdict
+from pretrain.resilience.spike_guard import StepVerdict
 
 # Dense bf16 peaks of the data sheets, in TFLOP/s, by a part of the device's name.
 PEAK_TFLOPS = {
@@ -143,7 +143,7 @@ class Monitor:
         t.images += len(batch.keys)
         t.flops += training_flops(self.backbone, len(batch.keys), self.grid, sum(batch.text.lengths), effort)
 
-    def step(self, step: int, verdict: Verdict, lr: float) -> None:
+    def step(self, step: int, verdict: StepVerdict, lr: float) -> None:
         """After optimizer step number `step` (from 1); writes at logging steps. All processes call it."""
         self.totals.steps += 1
         self.totals.skipped += verdict.fault is not None
@@ -151,7 +151,7 @@ class Monitor:
             self._write(step, verdict, lr)
             self.totals, self.since = self._zeros(), time.perf_counter()
 
-    def _write(self, step: int, verdict: Verdict, lr: float) -> None:
+    def _write(self, step: int, verdict: StepVerdict, lr: float) -> None:
         t = self.totals
         host = torch.tensor([t.micro_batches, t.images, t.flops / 1e12, t.wait_s], device=self.world.device)
         sums = torch.cat([*t.on_device, host])

@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from data_prep.common.files import write_whole
+from data_prep.common.files import atomic_write
 from data_prep.schema import CARD, NULL_TEXT
 from pretrain.config import Config
 from pretrain.data.loader import Loader
-from pretrain.distributed.engine import World, together
+from pretrain.distributed.engine import World, barrier
 
 
 def keep_what_is_used(config: Config, deepspeed: dict[str, Any], loader: Loader, world: World) -> None:
     """Writes the resolved config, DeepSpeed's, the environment and the data set's card into the run directory."""
     if world.rank == 0:
         run = config.run_dir
-        write_whole(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
-        write_whole(run / "ds_config.json", json.dumps(deepspeed, indent=2) + "\n")
-        write_whole(run / "environment.json", json.dumps(environment(world), indent=2) + "\n")
+        atomic_write(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+        atomic_write(run / "ds_config.json", json.dumps(deepspeed, indent=2) + "\n")
+        atomic_write(run / "environment.json", json.dumps(environment(world), indent=2) + "\n")
         for name in (CARD, NULL_TEXT):
             shutil.copyfile(loader.root / name, run / name)
-    together(world)
+    barrier(world)
 
 
 def environment(world: World) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from data_prep import schema as shards
 from pretrain.checkpoint.reader import FOLDER
 from pretrain.config import Config, ConfigError, geometry, load
 from pretrain.data.loader import check_fits
-from pretrain.data.location import Place, open_card, plan, prepare
+from pretrain.data.location import DataLocation, open_card, plan, prepare
 from pretrain.data.shared_memory import remove_stale_names
 from pretrain.distributed.engine import World, start
 from pretrain.models.cost import CAPTION, count_activations, count_parameters, grid_of
@@ -86,7 +86,7 @@ def preflight(config: Config, deepspeed: dict[str, Any], world: World, every_sha
     mine = Report()
     _batch(mine, deepspeed, world.size)
     if int(os.environ["LOCAL_RANK"]) == 0:
-        card = _data(mine, config, deepspeed, Place.of(config.data), every_shard)
+        card = _data(mine, config, deepspeed, DataLocation.of(config.data), every_shard)
         _disks(mine, config)
         if card is not None:
             samples = int(os.environ["LOCAL_WORLD_SIZE"]) * (deepspeed["train_batch_size"] // world.size)
@@ -105,7 +105,7 @@ def alone(config: Config, deepspeed: dict[str, Any], processes: int | None) -> R
     report = Report()
     if processes is not None:
         _batch(report, deepspeed, processes)
-    place = Place.of(config.data)
+    place = DataLocation.of(config.data)
     with tempfile.TemporaryDirectory() as folder:  # the cache is for the nodes' own disks
         _data(report, config, deepspeed, replace(place, root=Path(folder)) if place.cached else place, every_shard=True)
     _disks(report, config)
@@ -131,7 +131,7 @@ def _batch(report: Report, deepspeed: dict[str, Any], processes: int) -> None:
 
 
 def _data(
-    report: Report, config: Config, deepspeed: dict[str, Any], place: Place, every_shard: bool
+    report: Report, config: Config, deepspeed: dict[str, Any], place: DataLocation, every_shard: bool
 ) -> shards.Card | None:
     """The card, None where the data set cannot be trained on. As in one process: what follows is for all to hear."""
     batch = deepspeed["train_batch_size"]
@@ -179,7 +179,7 @@ def cache_problems(config: Config, card: shards.Card) -> list[str]:
     most = sum(about["bytes"] for about in card.sets_with(config.data.resolution).values())
     if limit is not None:
         most = min(most, int(float(limit[:-2]) * UNITS[limit[-2:]]))
-    needed = most - _bytes_in(Place.of(config.data).root)
+    needed = most - _bytes_in(DataLocation.of(config.data).root)
     return disk_problems("data.cache", cache, needed, "for the data set's shards; free some, or lower data.cache_limit")
 
 

@@ -11,7 +11,7 @@ import socket
 import time
 from pathlib import Path
 
-from data_prep.common.files import write_whole
+from data_prep.common.files import atomic_write
 
 STARTS = "starts.jsonl"
 
@@ -36,7 +36,7 @@ def note_start(run_dir: Path, step: int, stalls: int = 2) -> None:
     }
     text = before + json.dumps(start) + "\n"
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
+    atomic_write(path, text)
     mine = [s for s in map(json.loads, text.splitlines()) if s["job"] == job]
     last = mine[-1 - stalls :]
     if len(last) > stalls and {s["step"] for s in last} == {step}:

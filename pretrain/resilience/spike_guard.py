@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pretrain.config import GuardSection
 from pretrain.diffusion import Loss
-from pretrain.distributed.engine import Look, World, gather
+from pretrain.distributed.engine import GradientCheck, World, gather
 from pretrain.resilience.signals import Stop, reason
 
 SKIPPED = "skipped_steps.jsonl"
@@ -53,7 +53,7 @@ class Health:
         """From a checkpoint's JSON."""
         return cls(**kept | {name: tuple(kept[name]) for name in ("losses", "norms", "bins")})
 
-    def after(self, verdict: Verdict, window: int) -> Health:
+    def after(self, verdict: StepVerdict, window: int) -> Health:
         """With one step more; of each bin the last `window` are kept."""
         if verdict.fault:
             return replace(self, skipped=self.skipped + 1, in_a_row=self.in_a_row + 1)
@@ -70,7 +70,7 @@ class Health:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepVerdict:
     """What all processes know of a step: its mean loss, its gradient's norm before clipping, and why it was skipped, if it was.
 
     `stop` and `damaged` are the numbers of processes that were asked to stop, and that read damaged data; `bin` is that of the
@@ -95,12 +95,12 @@ class _Micro:
     damaged: int = 0
 
 
-class Guard:
+class SpikeGuard:
     """Judges each step. `begin`, `add` for each micro-batch, then the engine calls it; `verdict` is the last step's."""
 
     def __init__(self, config: GuardSection, world: World, stop: Stop):
         self.config, self.world, self.stop = config, world, stop
-        self.verdict = Verdict(math.nan, math.nan)
+        self.verdict = StepVerdict(math.nan, math.nan)
         self._health, self._micro, self._bin = Health(), _Micro(), 0
 
     def begin(self, health: Health, bin_: int = 0) -> None:
@@ -115,7 +115,7 @@ class Guard:
         m.mean = loss.mean.detach() if m.mean is None else m.mean + loss.mean.detach()
         m.damaged += damaged
 
-    def __call__(self, squared_norm: Tensor) -> Look:
+    def __call__(self, squared_norm: Tensor) -> GradientCheck:
         """Whether the step may be applied, from this process's share of the gradient's squared norm (fp64)."""
         m = self._micro
         assert m.mean is not None
@@ -125,11 +125,11 @@ class Guard:
             dist.all_reduce(sums)
         loss_sum, squares, micros, stop, damaged = sums.tolist()
         norm = math.sqrt(squares) if squares >= 0 else math.nan
-        verdict = Verdict(loss_sum / micros, norm, None, int(stop), int(damaged), self._bin)
+        verdict = StepVerdict(loss_sum / micros, norm, None, int(stop), int(damaged), self._bin)
         self.verdict = replace(verdict, fault=self._fault(verdict))
-        return Look(sums[1].sqrt().float(), self.verdict.fault is None)
+        return GradientCheck(sums[1].sqrt().float(), self.verdict.fault is None)
 
-    def _fault(self, verdict: Verdict) -> str | None:
+    def _fault(self, verdict: StepVerdict) -> str | None:
         h = self._health
         for name, value, last in (("loss", verdict.loss, h.losses), ("gradient's norm", verdict.norm, h.norms)):
             before = h.of_bin(last, verdict.bin)

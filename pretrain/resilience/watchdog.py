@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.distributed.engine import World
-from pretrain.distributed.store import Board, DistError, DistNetworkError
+from pretrain.distributed.store import DistError, DistNetworkError, KeyValueStore
 from pretrain.resilience.signals import REQUEUE
 
 
@@ -41,7 +41,7 @@ class Watchdog:
     def __init__(self, world: World, seconds: float):
         self.world, self.seconds = world, seconds
         self._beat = min(seconds / 5, 5.0)
-        self._board = Board(patience=min(seconds / 2, 30.0))
+        self._board = KeyValueStore(patience=min(seconds / 2, 30.0))
         self.step, self._doing = 0, "starting"
         self._begun: float | None = None  # when the first step was done
         self._failed: dict[str, str | int] = {}
@@ -78,7 +78,7 @@ class Watchdog:
             code = REQUEUE if _says(error, OF_LOADERS) else 1
             self._failed = {"failed": str(error), "code": code}
             with contextlib.suppress(DistError):
-                self._post(Board(self._beat))
+                self._post(KeyValueStore(self._beat))
             if self.world.size > 1 and self.world.rank == 0:
                 time.sleep(2 * self._beat)  # who keeps the board leaves last, so that the others can read this
             return str(error), code
@@ -121,7 +121,7 @@ class Watchdog:
                 self._look()
             except DistNetworkError:  # the connection broke, or process 0 is gone
                 with contextlib.suppress(DistError):
-                    self._board = Board(self._board.patience)
+                    self._board = KeyValueStore(self._board.patience)
             except DistError:
                 continue
 
@@ -154,7 +154,7 @@ class Watchdog:
         note = {"step": self.step, "doing": self._doing, "idle": now - self._since, "limit": limit, "at": now}
         return note | {"host": socket.gethostname()} | self._failed
 
-    def _post(self, board: Board) -> None:
+    def _post(self, board: KeyValueStore) -> None:
         board.post(f"alive/{self.world.rank}", self._mine())
 
     def _look(self) -> None:

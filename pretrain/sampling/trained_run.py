@@ -18,7 +18,7 @@ from pretrain.schedulers import build_scheduler
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """A trained model, and where it comes from."""
 
     pipeline: FocusDiTPipeline
@@ -31,7 +31,7 @@ class Trained:
     vae: Vae
 
 
-def load_run(run: Path, weights: str = "ema", device: torch.device | str = "cpu") -> Trained:
+def load_run(run: Path, weights: str = "ema", device: torch.device | str = "cpu") -> TrainedRun:
     """Reads a run directory's newest checkpoint. `weights`: ema | master.
 
     Raises:
@@ -62,7 +62,7 @@ def load_run(run: Path, weights: str = "ema", device: torch.device | str = "cpu"
         guidance=p.guidance,
         data_fingerprint=card.fingerprint,
     )
-    return Trained(pipeline, config, card, found.progress.step, found.progress.images, weights, text, vae)
+    return TrainedRun(pipeline, config, card, found.progress.step, found.progress.images, weights, text, vae)
 
 
 def load_text_encoder(card: Card, device: torch.device) -> TextEncoder:

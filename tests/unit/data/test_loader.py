@@ -26,7 +26,7 @@ from data_prep.shapes import draw, scenes
 from pretrain.bench.__main__ import main as bench
 from pretrain.config import load
 from pretrain.data.loader import Loader, Position, times_before
-from pretrain.data.location import Place, check_shards, plan
+from pretrain.data.location import DataLocation, check_shards, plan
 
 # ---- what an epoch draws ----
 
@@ -243,11 +243,11 @@ def test_a_cache_for_plain_shards_and_its_limit(tmp_path: Path) -> None:
 def test_a_place_on_object_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://here")
-    place = Place.of(load("demo_256", ["data.path=s3://bucket/sets/one/", "data.cache=/cache"])[0].data)
+    place = DataLocation.of(load("demo_256", ["data.path=s3://bucket/sets/one/", "data.cache=/cache"])[0].data)
     assert place.origin == "s3://bucket/sets/one" and place.cached
     assert place.root.parent == Path("/cache") and place.root.name.startswith("one-")
     assert os.environ["AWS_ENDPOINT_URL"] == "http://here"
-    other = Place.of(load("demo_256", ["data.path=s3://bucket/more/one", "data.cache=/cache"])[0].data)
+    other = DataLocation.of(load("demo_256", ["data.path=s3://bucket/more/one", "data.cache=/cache"])[0].data)
     assert other.root != place.root
 
 
@@ -261,7 +261,7 @@ def test_sizes_on_object_storage_are_listed_once(tmp_path: Path, monkeypatch: py
     memory = fsspec.filesystem("memory")
     memory.put(str(root), "/bucket/set", recursive=True)
     monkeypatch.setattr(streams, "is_remote", lambda url: url.startswith("memory://"))
-    place = Place("memory://bucket/set", root, cached=True)
+    place = DataLocation("memory://bucket/set", root, cached=True)
     assert check_shards(place, ["a/256"], 0) == []
     shard = sorted((root / "a/256/00000").glob("*.mds"))[0]
     memory.rm(f"/bucket/set/a/256/00000/{shard.name}")

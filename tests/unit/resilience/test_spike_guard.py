@@ -14,7 +14,7 @@ import torch
 from pretrain.config import GuardSection
 from pretrain.diffusion import Loss
 from pretrain.distributed.engine import World
-from pretrain.resilience.spike_guard import Guard, Health, Verdict, bound
+from pretrain.resilience.spike_guard import Health, SpikeGuard, StepVerdict, bound
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -25,7 +25,7 @@ class Unasked:
     code = 0.0
 
 
-def judge(guard: Guard, health: Health, loss: float, norm: float) -> Verdict:
+def judge(guard: SpikeGuard, health: Health, loss: float, norm: float) -> StepVerdict:
     guard.begin(health)
     for part in (0.5, 1.5):  # two micro-batches
         value = torch.tensor(loss * part)
@@ -35,8 +35,8 @@ def judge(guard: Guard, health: Health, loss: float, norm: float) -> Verdict:
     return guard.verdict
 
 
-def made(**config) -> Guard:
-    return Guard(GuardSection(**config), ALONE, Unasked())  # type: ignore[arg-type]
+def made(**config) -> SpikeGuard:
+    return SpikeGuard(GuardSection(**config), ALONE, Unasked())  # type: ignore[arg-type]
 
 
 def test_the_bound_is_the_median_and_so_many_robust_deviations_of_the_logarithm() -> None:
@@ -94,16 +94,16 @@ def test_a_step_is_judged_by_those_of_its_own_bin() -> None:
 def test_of_each_bin_the_last_steps_are_kept() -> None:
     health = Health()
     for i in range(12):
-        health = health.after(Verdict(float(i), float(i), bin=i % 3 if i < 9 else 0), window=2)
+        health = health.after(StepVerdict(float(i), float(i), bin=i % 3 if i < 9 else 0), window=2)
     assert health.bins == (1, 2, 1, 2, 0, 0) and health.losses == (4.0, 5.0, 7.0, 8.0, 10.0, 11.0)
     assert health.of_bin(health.losses, 1) == (4.0, 7.0)
 
 
 def test_skipped_steps_do_not_count_into_the_bound() -> None:
     health = Health((1.0, 2.0), (3.0, 4.0), (0, 0), skipped=1)
-    health = health.after(Verdict(99.0, 99.0, "a spike"), window=2)
+    health = health.after(StepVerdict(99.0, 99.0, "a spike"), window=2)
     assert (health.losses, health.skipped, health.in_a_row) == ((1.0, 2.0), 2, 1)
-    health = health.after(Verdict(5.0, 6.0), window=2)
+    health = health.after(StepVerdict(5.0, 6.0), window=2)
     assert (health.losses, health.norms, health.skipped, health.in_a_row) == ((2.0, 5.0), (4.0, 6.0), 2, 0)
 
 

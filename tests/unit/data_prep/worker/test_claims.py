@@ -17,7 +17,7 @@ import pytest
 from support import ROOT
 
 from data_prep.common import files
-from data_prep.common.files import write_whole
+from data_prep.common.files import atomic_write
 from data_prep.worker import claims
 from data_prep.worker.claims import Claims
 
@@ -300,10 +300,10 @@ def test_the_heartbeat_outlives_a_full_disk(tmp_path, here, monkeypatch):
 
 
 def test_a_failed_write_leaves_the_old_file_only(tmp_path, monkeypatch):
-    write_whole(tmp_path / "file", "old")
+    atomic_write(tmp_path / "file", "old")
     monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):
-        write_whole(tmp_path / "file", "new")
+        atomic_write(tmp_path / "file", "new")
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_text() == "old"
 
