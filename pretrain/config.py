@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from pretrain.diffusion import EpsilonPrediction, Objective, RectifiedFlow
 from pretrain.models import DiTConfig, preset
@@ -48,31 +48,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
 
 
-class ModelSection(Section):
+class _ModelBase(Section):
     preset: str = "focusdit_1b_shared2d"
-    """A name of `python -m pretrain.models`; the fields below change single points of it."""
-    mask: str | None = None
-    """Query mask: none | release | adaln_single."""
-    ffn: str | None = None
-    """Vocabulary layout: uniform | shared | tapered."""
-    shared_width: int | None = None
-    """Entries of the shared expert, in widths D."""
-    attention: str | None = None
-    """Attention among the image's tokens: full | mediators (their cost is linear in the tokens)."""
-    mediators: tuple[int, ...] | None = None
-    """Numbers of mediators, each a square number, the fewest first; each training step draws one."""
-    density: str | None = None
-    """Tokens that the blocks compute on: dense (all) | flexdit (fewer in the middle of the network)."""
-    split: tuple[int, int, int, int] | None = None
-    """flexdit: pooling blocks, modules, sparse blocks in each, dense blocks on top; by default the depth's own."""
-    sparsity: tuple[float, float] | None = None
-    """flexdit: share of tokens removed at data, and at noise."""
-    absolute: str | None = None
-    """Positions added to the tokens: none (the authors' release) | sincos (PixArt-alpha)."""
-    position_scale: float | None = None
-    """Positions are divided by it: 2 lets 512 px start from what 256 px learned."""
-    mask_dropout: float | None = None
-    """Dropout of the query mask while training."""
+    """A name of `python -m pretrain.models`; the other fields of `DiTConfig` change single points of it."""
     recompute: bool = False
     """Activation checkpointing: recompute each block in the backward pass; saves memory, costs about a third more time."""
     compile: bool = False
@@ -81,8 +59,35 @@ class ModelSection(Section):
     def backbone(self) -> DiTConfig:
         """The backbone's shape. Raises ValueError for an unknown preset."""
         names = {f.name for f in fields(DiTConfig)}
-        changed = {k: v for k, v in self.model_dump().items() if k in names and v is not None}
-        return replace(preset(self.preset), **changed)
+        changed = {name: value for name, value in self.model_dump(exclude_none=True).items() if name in names}
+        return _replaced(preset(self.preset), changed)
+
+
+def _replaced(config: Any, changed: dict[str, Any]) -> Any:
+    """A dataclass with some fields changed, those of its sections one by one."""
+    whole = {
+        name: _replaced(getattr(config, name), value) if is_dataclass(getattr(config, name)) else value
+        for name, value in changed.items()
+    }
+    return replace(config, **whole)
+
+
+def _optional_fields(shape: type) -> dict[str, Any]:
+    """The fields of a dataclass, each of which may be left out; those of its sections likewise."""
+    hints = get_type_hints(shape)
+    optional = {}
+    for name in (f.name for f in fields(shape)):
+        hint = hints[name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            hint = create_model(hint.__name__, __base__=Section, **_optional_fields(hint))
+        optional[name] = (hint | None, None)
+    return optional
+
+
+if TYPE_CHECKING:
+    ModelSection = _ModelBase
+else:
+    ModelSection = create_model("ModelSection", __base__=_ModelBase, **_optional_fields(DiTConfig))
 
 
 class ObjectiveSection(Section):
@@ -368,7 +373,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         section: type[BaseModel] = Config
         for part in error["loc"][:-1]:
-            section = section.model_fields[part].annotation  # type: ignore[assignment]
+            annotation = section.model_fields[part].annotation
+            section = next(a for a in (*get_args(annotation), annotation) if a is not type(None))
         near = difflib.get_close_matches(error["loc"][-1], section.model_fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(section.model_fields)}"
         return f"{where}: unknown field; {hint}"

@@ -12,7 +12,7 @@ N tokens. Weights are read from safetensors files only; nothing is unpickled.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,9 +39,18 @@ from data_prep.encoders import (
     read_vae,
 )
 from pretrain.diffusion import FfnWork, Guidance, choose_rule, generate
-from pretrain.models import DiT, Effort, PackedText, Skip, TextMemory
-from pretrain.models.block import BLOCKS, TimeMemory
-from pretrain.models.dit import Prediction
+from pretrain.models import (
+    ComputeBudget,
+    Conditioning,
+    DiT,
+    PackedText,
+    Prediction,
+    Skip,
+    TextCache,
+    TimeCache,
+)
+from pretrain.models.block import Block
+from pretrain.models.mixers.mediators import Mediators
 from pretrain.sampling.export_folder import check_export, check_transformer, only_safetensors, read_backbone
 from pretrain.schedulers import set_timesteps
 
@@ -66,7 +75,7 @@ class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
         backbone: the fields of `pretrain.models.DiTConfig`.
     """
 
-    _repeated_blocks: ClassVar[list[str]] = [kind.__name__ for kind in BLOCKS]
+    _repeated_blocks: ClassVar[list[str]] = [Block.__name__]
     _no_split_modules: ClassVar[list[str]] = _repeated_blocks
 
     @register_to_config
@@ -77,50 +86,49 @@ class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | TextMemory,
-        timestep: Tensor | float | TimeMemory,
+        encoder_hidden_states: Tensor | None = None,
+        timestep: Tensor | float | None = None,
         encoder_attention_mask: Tensor | None = None,
         skip: Skip | None = None,
         return_dict: bool = True,
-        effort: Effort | None = None,
+        budget: ComputeBudget | None = None,
+        conditioning: Conditioning | None = None,
     ) -> FocusDiTTransformer2DModelOutput | tuple[Tensor, tuple, tuple[int, int]]:
         """Predicts for latents [B, C, H, W] at timesteps [B] (or one for all) in 0..1000.
 
         Args:
-            timestep: or what `read_times` made of one for all.
-            encoder_hidden_states: text embeddings [B, L, E], or what `read` made of them.
+            encoder_hidden_states: text embeddings [B, L, E].
             encoder_attention_mask: [B, L], not 0 where there is a token; None where all are.
             skip: leaves FFNs out where the query mask weighs them little.
             return_dict: False for the fields of `Prediction` as a tuple.
-            effort: mediators and density; by default those of the noise level.
+            budget: the compute budget; by default that of the noise level.
+            conditioning: in place of text and timestep, from `encode_text` and `embed_times`.
         """
-        text: PackedText | TextMemory
-        if isinstance(encoder_hidden_states, TextMemory):
-            text = encoder_hidden_states
-        else:
-            text = unpadded(encoder_hidden_states, encoder_attention_mask)
-        if not isinstance(timestep, TimeMemory):
-            timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
-        prediction = self.dit(hidden_states, timestep, text, skip, effort=effort)
+        if conditioning is None:
+            if encoder_hidden_states is None or timestep is None:
+                raise ValueError("give encoder_hidden_states and timestep, or conditioning")
+            timestep_B = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
+            conditioning = self.dit.condition(timestep_B, unpadded(encoder_hidden_states, encoder_attention_mask))
+        prediction = self.dit(hidden_states, conditioning, skip, budget=budget)
         if not return_dict:
             return prediction.sample_BCHW, prediction.masks, prediction.grid
         return FocusDiTTransformer2DModelOutput(prediction.sample_BCHW, prediction.masks_KBN)
 
     @apply_forward_hook
-    def read(self, text: PackedText) -> TextMemory:
-        """Captions to what the blocks' cross-attentions see of them: once per prompt, for all sampling steps."""
-        return self.dit.read(text)
+    def encode_text(self, text: PackedText) -> TextCache:
+        """Captions to all blocks' keys and values: once per prompt, for all sampling steps."""
+        return self.dit.encode_text(text)
 
     @apply_forward_hook
-    def read_times(self, timestep_S: Tensor) -> tuple[TimeMemory, ...]:
+    def embed_times(self, timestep_S: Tensor) -> tuple[TimeCache, ...]:
         """Timesteps to all that the backbone makes of them: once for all pictures."""
-        return self.dit.read_times(timestep_S)
+        return self.dit.embed_times(timestep_S)
 
     @classmethod
     def of(cls, dit: DiT) -> FocusDiTTransformer2DModel:
         """The shell around a backbone that is there already."""
         with torch.device("meta"):
-            shell = cls(backbone=vars(dit.config).copy())
+            shell = cls(backbone=asdict(dit.config))
         shell.dit = dit
         return shell
 
@@ -144,6 +152,12 @@ def unpadded(embeds_BLE: Tensor, keep_BL: Tensor | None) -> PackedText:
     return PackedText.pack([row[keep.bool()] for row, keep in zip(embeds_BLE, keep_BL, strict=True)])
 
 
+def mediators_of(budgets_SB: Sequence[Sequence[ComputeBudget]]) -> Tensor | None:
+    """The number of mediators of each picture at each step [B, S]; None for a model without mediators."""
+    numbers_SB = [[budget.get(Mediators.name) for budget in budgets] for budgets in budgets_SB]
+    return None if not numbers_SB or None in numbers_SB[0] else torch.tensor(numbers_SB).T
+
+
 # ---- the pipeline ----
 
 
@@ -151,7 +165,7 @@ def unpadded(embeds_BLE: Tensor, keep_BL: Tensor | None) -> PackedText:
 class FocusDiTPipelineOutput(BaseOutput):
     """The pictures (or latents); the query masks [B, S, K, N] if asked for; what skipping left of the FFNs' work.
 
-    `mediators_BS`: how many each picture had at each step; None for a model without mediators.
+    `mediators_BS`: the number of mediators of each picture at each step; None for a model without mediators.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
@@ -293,12 +307,12 @@ class FocusDiTPipeline(DiffusionPipeline):
                     latent = changed.get("latents", latent)
                 return None if self._interrupt else latent
 
-            seen = self.transformer.read(text.to(device, dtype))
+            encoded = self.transformer.encode_text(text.to(device, dtype))
             drawn = generate(
                 self._predict,
-                seen,
-                seen if null is text else self.transformer.read(null.to(device, dtype)),
-                self.transformer.read_times(self.scheduler.timesteps),
+                encoded,
+                encoded if null is text else self.transformer.encode_text(null.to(device, dtype)),
+                self.transformer.embed_times(self.scheduler.timesteps),
                 noise,
                 self.scheduler,
                 guidance,
@@ -314,7 +328,7 @@ class FocusDiTPipeline(DiffusionPipeline):
             pictures = decode_latents(self.vae, drawn.latent_BCHW, device)
             images = self.image_processor.postprocess(pictures, output_type)
         self.maybe_free_model_hooks()
-        output = FocusDiTPipelineOutput(images, drawn.masks_BSKN, drawn.work, drawn.mediators_BS)
+        output = FocusDiTPipelineOutput(images, drawn.masks_BSKN, drawn.work, mediators_of(drawn.budgets_SB))
         return output if return_dict else output.to_tuple()
 
     @property
@@ -354,9 +368,11 @@ class FocusDiTPipeline(DiffusionPipeline):
         return texts
 
     def _predict(
-        self, latent: Tensor, timestep: TimeMemory, text: TextMemory, skip: Skip | None, *, effort: Effort | None
+        self, latent: Tensor, conditioning: Conditioning, skip: Skip | None, *, budget: ComputeBudget | None
     ) -> Prediction:
-        return Prediction(*self.transformer(latent, text, timestep, skip=skip, return_dict=False, effort=effort))
+        return Prediction(
+            *self.transformer(latent, skip=skip, return_dict=False, budget=budget, conditioning=conditioning)
+        )
 
     def _text(self, prompt: Any, embeds: Tensor | None, keep: Tensor | None, times: int) -> PackedText:
         """The captions, each repeated `times` times."""

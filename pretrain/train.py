@@ -28,8 +28,7 @@ from pretrain.checkpoint.writer import Saver
 from pretrain.config import Config, geometry, load
 from pretrain.console import quiet
 from pretrain.data.loader import Batch, Loader
-from pretrain.diffusion import Loss, Objective, draw, measure
-from pretrain.diffusion.step_budget import StepEffort, step_effort
+from pretrain.diffusion import Loss, Objective, StepBudget, draw, measure, step_budget
 from pretrain.distributed import engine
 from pretrain.distributed import optimizer as optim
 from pretrain.distributed.ema import Ema
@@ -178,11 +177,11 @@ def train_step(t: Trainer, batches: list[Batch], progress: RunState) -> RunState
     zero, window = t.engine, t.config.guard.window
     lr = optim.learning_rate(progress.step, t.config.steps, t.config.optimizer)
     t.watchdog.at(WAITING)
-    spent = step_effort(t.model.config, t.objective, t.config.seed, progress.step)
-    t.guard.begin(progress.health, spent.effort.bin or 0)
+    budget = step_budget(t.model.config, t.objective, t.config.seed, progress.step)
+    t.guard.begin(progress.health, budget.group)
     for host_batch in batches:
         batch = host_batch.to(zero.world.device, zero.dtype)
-        loss = forward(t, batch, spent)
+        loss = forward(t, batch, budget)
         t.guard.add(batch.keys, loss, len(batch.damaged))
         zero.backward(loss.mean)
         zero.step(lr, t.guard)
@@ -198,21 +197,22 @@ def train_step(t: Trainer, batches: list[Batch], progress: RunState) -> RunState
     )
 
 
-def forward(t: Trainer, batch: Batch, spent: StepEffort) -> Loss:
+def forward(t: Trainer, batch: Batch, step: StepBudget) -> Loss:
     """A micro-batch's loss. All random numbers of a sample come from its own seed, what is computed from the step."""
     device, backbone = t.engine.world.device, t.model.config
     numbers = draw(batch.seeds, batch.mean_BCHW.shape, device)
     noisy = t.objective.corrupt(
-        batch.latent(numbers.posterior_BCHW), numbers.noise_BCHW, spent.narrow(numbers.uniform_B)
+        batch.latent(numbers.posterior_BCHW), numbers.noise_BCHW, step.narrow(numbers.uniform_B)
     )
     keep_KBN = None
     if backbone.mask != "none" and backbone.mask_dropout:
         tokens = noisy.noisy_BCHW[0, 0].numel() // backbone.patch**2
         keep_KBN = draw_keep(batch.seeds, backbone.depth, tokens, backbone.mask_dropout, device)
     latent_BCHW = noisy.noisy_BCHW.to(t.engine.dtype)
-    prediction = t.engine.forward(latent_BCHW, noisy.timestep_B, batch.text, None, keep_KBN, spent.effort)
+    conditioning = t.model.condition(noisy.timestep_B, batch.text)
+    prediction = t.engine.forward(latent_BCHW, conditioning, None, keep_KBN, step.budget)
     loss = measure(prediction.sample_BCHW, noisy)
-    t.monitor.record(batch, loss, prediction.masks_KBN, spent.effort)
+    t.monitor.record(batch, loss, prediction.masks_KBN, step.budget)
     return loss
 
 

@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pretrain.console import Progress
 from pretrain.diffusion import Guidance, start_noise
 from pretrain.diffusion.switching import FIRST, change
-from pretrain.models import Effort
+from pretrain.models.budget import default_budget
 from pretrain.models.cost import count_flops
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
 from pretrain.sample import chosen_scheduler, device_of
@@ -64,7 +64,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Drawn:
-    """All pictures by one schedule: latents [B, C, H, W], how many mediators at each step, and each step's change δ."""
+    """All pictures by one schedule: latents [B, C, H, W], how mediators at each step, and each step's change δ."""
 
     latents: Tensor
     numbers_BS: Tensor
@@ -145,9 +145,9 @@ class Subject:
         total = 0.0
         for s, t in enumerate((pipeline.scheduler.timesteps / 1000).tolist()):
             for n in numbers_BS[:, s].tolist():
-                effort = Effort.at(config, t, n)
+                budget = default_budget(config, t, {"mediators": n})
                 halves = [text, len(self.null)] if guidance.at(t) else [text]
-                total += sum(count_flops(config, (rows, columns), tokens, effort).total for tokens in halves)
+                total += sum(count_flops(config, (rows, columns), tokens, budget).total for tokens in halves)
         return total
 
 
@@ -163,20 +163,20 @@ def run(args: argparse.Namespace) -> str:
     subject = read_subject(args)
     config = subject.pipeline.transformer.dit.config
     with Progress(len(subject.captions), "picture") as progress:
-        reference = subject.draw(progress, mediators=config.mediators[-1])
+        reference = subject.draw(progress, mediators=config.mediators.numbers[-1])
     grid = default_grid(reference) if args.grid is None else sorted(set(args.grid), reverse=True)
     schedules: dict[str, dict[str, Any]] = {"by noise level": {}}
-    schedules |= {f"{n} at all steps": {"mediators": n} for n in config.mediators[:-1]}
-    for rho in combinations_with_replacement(grid, len(config.mediators) - 1):
+    schedules |= {f"{n} at all steps": {"mediators": n} for n in config.mediators.numbers[:-1]}
+    for rho in combinations_with_replacement(grid, len(config.mediators.numbers) - 1):
         schedules["ρ " + " ".join(f"{value:g}" for value in rho)] = {"mediator_rho": rho}
     whole, rows = subject.flops(reference.numbers_BS), []
-    rows.append(Row(f"{config.mediators[-1]} at all steps", None, reference, 1.0, 0.0))
+    rows.append(Row(f"{config.mediators.numbers[-1]} at all steps", None, reference, 1.0, 0.0))
     with Progress(len(subject.captions) * len(schedules), "picture") as progress:
         for name, schedule in schedules.items():
             drawn = subject.draw(progress, **schedule)
             share = subject.flops(drawn.numbers_BS) / whole
             rows.append(Row(name, schedule.get("mediator_rho"), drawn, share, distance(drawn, reference)))
-    fewest = next(row for row in rows if row.name == f"{config.mediators[0]} at all steps")
+    fewest = next(row for row in rows if row.name == f"{config.mediators.numbers[0]} at all steps")
     tolerance = fewest.distance / 2 if args.tolerance is None else args.tolerance
     proposed = propose(rows, tolerance)
     out = args.run / "analyze"
@@ -191,8 +191,8 @@ def run(args: argparse.Namespace) -> str:
         "tolerance": tolerance,
     }
     (out / "mediators.json").write_text(json.dumps(report(rows, proposed, settings), indent=1) + "\n")
-    plot(rows, proposed, config.mediators, tolerance).save(out / "mediators.png")
-    return f"{table(rows, config.mediators)}\n{verdict}\nsee {out / 'mediators.png'} and mediators.json"
+    plot(rows, proposed, config.mediators.numbers, tolerance).save(out / "mediators.png")
+    return f"{table(rows, config.mediators.numbers)}\n{verdict}\nsee {out / 'mediators.png'} and mediators.json"
 
 
 def check(args: argparse.Namespace) -> None:
@@ -218,9 +218,9 @@ def read_subject(args: argparse.Namespace) -> Subject:
     config = pipeline.transformer.dit.config
     if config.attention != "mediators":
         raise ValueError(f"{args.run} was trained with full attention: there are no mediators to switch between")
-    if len(config.mediators) < 2:
+    if len(config.mediators.numbers) < 2:
         raise ValueError(
-            f"{args.run} was trained with {config.mediators[0]} mediators alone: nothing to switch between"
+            f"{args.run} was trained with {config.mediators.numbers[0]} mediators alone: nothing to switch between"
         )
     pipeline.scheduler = chosen_scheduler(args, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)

@@ -27,7 +27,7 @@ from pretrain.distributed import engine
 from pretrain.distributed import optimizer as optim
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine, World
-from pretrain.models import DiT, Effort, PackedText, preset
+from pretrain.models import ComputeBudget, DiT, PackedText, preset
 from pretrain.monitoring.monitor import Monitor
 from pretrain.resilience.signals import Stop
 from pretrain.resilience.spike_guard import SpikeGuard
@@ -137,7 +137,7 @@ def _share(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
             t.watchdog.at("reading data")
             t.watchdog.at(WAITING)
             t.guard.begin(before.health)
-            t.monitor.record(batch, loss, masks, Effort())
+            t.monitor.record(batch, loss, masks, ComputeBudget())
             t.guard.add(batch.keys, loss)
             t.guard(squares)
             t.watchdog.done(before.step + 1)

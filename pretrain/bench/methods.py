@@ -1,7 +1,7 @@
 """The backbone's methods side by side: their times beside their FLOPs, each as a share of the plain DiT's.
 
-    forward    one forward pass with each effort: FlexDiT's four densities, each number of mediators
-    sampling   whole sampling runs with guidance, where each step's effort follows from its noise level
+    forward    one forward pass with each budget: FlexDiT's four densities, each number of mediators
+    sampling   whole sampling runs with guidance, where each step's budget follows from its noise level
     xl         DiT-XL at 512 px with all its blocks, against FlexDiT with the published sparsity of .90 to .96
     attention  mediators' attention alone against full attention, as the tokens grow fourfold
 
@@ -21,9 +21,10 @@ import torch
 from data_prep.encoders import working_dtype
 from pretrain.bench.timing import side_by_side
 from pretrain.diffusion import Guidance, generate, start_noise
-from pretrain.models import DiT, DiTConfig, Effort, PackedText, preset
+from pretrain.models import ComputeBudget, DiT, DiTConfig, PackedText, preset
+from pretrain.models.budget import default_budget
 from pretrain.models.compare import METHODS
-from pretrain.models.cost import count_flops, reading_flops
+from pretrain.models.cost import count_flops, text_flops
 from pretrain.models.embeddings import Rotary, rotary_positions
 from pretrain.models.grids import Grid, square
 from pretrain.models.mixers.flexdit import BINS
@@ -47,7 +48,7 @@ class Row:
     """One line: what is timed, and its FLOPs. The first line of a part is what the others are shares of."""
 
     model: str
-    effort: str
+    budget: str
     run: Callable[[], object]
     flops: float
 
@@ -114,11 +115,11 @@ def _build(c: DiTConfig, args: argparse.Namespace) -> DiT:
 
 
 def _table(title: str, rows: list[Row], args: argparse.Namespace) -> list[str]:
-    """The rows, and for each model with several efforts their mean: noise levels fall on each of them equally often."""
+    """The rows, and for each model with several budgets their mean: noise levels fall on each of them equally often."""
     took = side_by_side(
-        {f"{r.model} {r.effort}": r.run for r in rows}, args.rounds, torch.device(args.device), args.clock
+        {f"{r.model} {r.budget}": r.run for r in rows}, args.rounds, torch.device(args.device), args.clock
     )
-    times = [(row, took[f"{row.model} {row.effort}"]) for row in rows]
+    times = [(row, took[f"{row.model} {row.budget}"]) for row in rows]
     first, its_time = times[0]
 
     def line(name: str, seconds: float, flops: float) -> str:
@@ -129,20 +130,20 @@ def _table(title: str, rows: list[Row], args: argparse.Namespace) -> list[str]:
     lines = ["", title, f"  {'':<40}{'time':>13}{'of its time':>13}{'of its FLOPs':>14}{'speed':>9}"]
     for model, group in groupby(times, key=lambda pair: pair[0].model):
         each = list(group)
-        lines += [line(f"{model} {row.effort}", seconds, row.flops) for row, seconds in each]
+        lines += [line(f"{model} {row.budget}", seconds, row.flops) for row, seconds in each]
         if len(each) > 1:
             seconds, flops = mean(seconds for _, seconds in each), mean(row.flops for row, _ in each)
             lines.append(line(f"{model}, mean over the noise levels", seconds, flops))
     return lines
 
 
-def _efforts(c: DiTConfig) -> dict[str, Effort]:
-    """Every effort that a model has a choice of, named."""
+def _budgets(c: DiTConfig) -> dict[str, ComputeBudget]:
+    """Every budget that a model has a choice of, named."""
     if c.density == "flexdit":
-        return {f"at noise {i / BINS} to {(i + 1) / BINS}": Effort(bin=i) for i in range(BINS)}
+        return {f"at noise {i / BINS} to {(i + 1) / BINS}": ComputeBudget.of(flexdit=i) for i in range(BINS)}
     if c.attention == "mediators":
-        return {f"n = {n}": Effort(n) for n in c.mediators}
-    return {"": Effort()}
+        return {f"n = {n}": ComputeBudget.of(mediators=n) for n in c.mediators.numbers}
+    return {"": ComputeBudget()}
 
 
 def _forwards(name: str, model: DiT, grid: Grid, given: Inputs) -> list[Row]:
@@ -151,19 +152,21 @@ def _forwards(name: str, model: DiT, grid: Grid, given: Inputs) -> list[Row]:
         Row(
             name,
             about,
-            lambda effort=effort: model(given.latent, given.timestep, given.text, effort=effort),  # type: ignore[misc]
-            count_flops(model.config, grid, text_tokens, effort).total,
+            lambda budget=budget: model(  # type: ignore[misc]
+                given.latent, model.condition(given.timestep, given.text), budget=budget
+            ),
+            count_flops(model.config, grid, text_tokens, budget).total,
         )
-        for about, effort in _efforts(model.config).items()
+        for about, budget in _budgets(model.config).items()
     ]
 
 
 def _sampling(name: str, model: DiT, grid: Grid, given: Inputs, args: argparse.Namespace) -> Row:
-    """All steps; the captions are read before."""
+    """All steps; the captions are encoded before."""
     scheduler = build_scheduler("flow", 3.0)
     set_timesteps(scheduler, args.steps, given.latent.device)
-    text, null = model.read(given.text), model.read(given.null)
-    times = model.read_times(scheduler.timesteps)
+    text, null = model.encode_text(given.text), model.encode_text(given.null)
+    times = model.embed_times(scheduler.timesteps)
     noise = start_noise(range(args.batch), tuple(given.latent.shape[1:])).to(given.latent.device)  # type: ignore[arg-type]
 
     def draw() -> object:
@@ -171,8 +174,8 @@ def _sampling(name: str, model: DiT, grid: Grid, given: Inputs, args: argparse.N
         return generate(model, text, null, times, noise, scheduler, Guidance(5.5), given.latent.dtype)
 
     c, text_tokens = model.config, (args.caption_tokens + 1) / 2
-    efforts = [Effort.at(c, t / 1000) for t in scheduler.timesteps.tolist()]
-    flops = sum(count_flops(c, grid, text_tokens, e).total - reading_flops(c, text_tokens) for e in efforts)
+    budgets = [default_budget(c, t / 1000) for t in scheduler.timesteps.tolist()]
+    flops = sum(count_flops(c, grid, text_tokens, b).total - text_flops(c, text_tokens) for b in budgets)
     return Row(name, "", draw, flops)
 
 
@@ -186,7 +189,7 @@ def _xl(args: argparse.Namespace) -> list[str]:
     shape = f"width {dense.width}, depth {dense.depth}, {XL_GRID[0] * XL_GRID[1]} tokens, batch 1, no text"
     models = {"DiT-XL": _build(dense, args), "FlexDiT": _build(flexdit, args)}
     rows = [row for name, model in models.items() for row in _forwards(name, model, XL_GRID, given)]
-    return _table(f"FlexDiT with a sparsity of {flexdit.sparsity} at 512 px: {shape}", rows, args)
+    return _table(f"FlexDiT with a sparsity of {flexdit.flexdit.sparsity} at 512 px: {shape}", rows, args)
 
 
 def _attention(c: DiTConfig, args: argparse.Namespace) -> list[str]:
@@ -194,10 +197,10 @@ def _attention(c: DiTConfig, args: argparse.Namespace) -> list[str]:
     device = torch.device(args.device)
     dtype = working_dtype(device)
     full = SelfAttention(c.width, c.heads).to(device, dtype)
-    through = MediatorAttention(c.width, c.heads, c.mediators).to(device, dtype)
+    through = MediatorAttention(c.width, c.heads, c.mediators.numbers).to(device, dtype)
     for parameter in through.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    kinds = {"full": None, **{f"n = {n}": n for n in c.mediators}}
+    kinds = {"full": None, **{f"n = {n}": n for n in c.mediators.numbers}}
     grids: tuple[Grid, Grid] = ((32, 32), (64, 64))
 
     def layer(n: int | None, grid: Grid) -> Callable[[], object]:
@@ -212,9 +215,9 @@ def _attention(c: DiTConfig, args: argparse.Namespace) -> list[str]:
         return lambda: through(x, grid, rotary, its, n)
 
     def flops(n: int | None, grid: Grid) -> int:
-        return count_flops(
-            replace(c, depth=1, text_width=0, attention="mediators" if n else "full"), grid, 0, Effort(n)
-        ).attention
+        budget = ComputeBudget.of(mediators=n) if n else ComputeBudget()
+        layer = replace(c, depth=1, text_width=0, attention="mediators" if n else "full")
+        return count_flops(layer, grid, 0, budget).attention
 
     took = side_by_side(
         {f"{kind} {g}": layer(n, g) for g in grids for kind, n in kinds.items()}, args.rounds, device, args.clock

@@ -19,7 +19,7 @@ from torch import Tensor
 from data_prep.encoders import working_dtype
 from pretrain.bench import methods
 from pretrain.bench.timing import CLOCKS, model_arguments, padded, pixart, side_by_side
-from pretrain.models import DiT, DiTConfig, PackedText, preset
+from pretrain.models import CachedConditioning, DiT, DiTConfig, PackedText, preset
 
 CAP = 300
 
@@ -103,9 +103,11 @@ def run(args: argparse.Namespace) -> str:
 def _ours(name: str, model: DiT, latent: Tensor, steps: int, captions: list[Tensor]) -> Timed:
     packed = PackedText.pack(captions)
     timesteps = torch.linspace(1000, 0, steps, device=latent.device)
-    memory, times = model.read(packed), model.read_times(timesteps)
+    caches = model.embed_times(timesteps)[0], model.encode_text(packed)
     return Timed(
-        name, lambda: model(latent, times[0], memory), lambda: (model.read(packed), model.read_times(timesteps))
+        name,
+        lambda: model(latent, CachedConditioning(*caches)),
+        lambda: (model.encode_text(packed), model.embed_times(timesteps)),
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from data_prep.encoders import working_dtype
 from pretrain.bench.timing import model_arguments, side_by_side
 from pretrain.diffusion import Generated, Guidance, generate, start_noise
-from pretrain.models import DiT, PackedText, Skip, TextMemory, preset
+from pretrain.models import CachedConditioning, DiT, PackedText, Skip, TextCache, preset
 from pretrain.models.cost import saved_flops
 from pretrain.models.focusdit.ffn import Vocabulary
 from pretrain.models.focusdit.mask import MaskLinear, QueryMask
@@ -33,8 +33,8 @@ class Subject:
 
     name: str
     model: DiT
-    text: TextMemory
-    null: TextMemory
+    text: TextCache
+    null: TextCache
     noise: Tensor
     objective: str
     shift: float
@@ -90,7 +90,7 @@ def _trained(args: argparse.Namespace, device: torch.device) -> Subject:
     pipe, prompts = trained.pipeline, read_prompts(args.prompts)[: args.batch]
     model = pipe.transformer.dit
     dtype = model.final.proj.weight.dtype
-    text, null = (model.read(PackedText.pack(pipe.encode_prompt(p)).to(device, dtype)) for p in (prompts, [""]))
+    text, null = (model.encode_text(PackedText.pack(pipe.encode_prompt(p)).to(device, dtype)) for p in (prompts, [""]))
     noise = start_noise(range(len(prompts)), (model.config.latent_channels, *pipe.latent_size())).to(device)
     p = trained.config.preview
     name = f"{args.run}, step {trained.step}, {len(prompts)} pictures of {pipe.config.resolution} px"
@@ -104,7 +104,7 @@ def _random(args: argparse.Namespace, device: torch.device) -> Subject:
     model = DiT(config).to(device, dtype).eval()
     side = args.tokens_per_side * config.patch
     captions = [torch.randn(80, config.text_width, device=device, dtype=dtype) for _ in range(args.batch)]
-    text, null = model.read(PackedText.pack(captions)), model.read(PackedText.pack([captions[0][:1]]))
+    text, null = model.encode_text(PackedText.pack(captions)), model.encode_text(PackedText.pack([captions[0][:1]]))
     noise = start_noise(range(args.batch), (config.latent_channels, side, side)).to(device)
     spread_masks(model, noise.to(dtype), text)
     name = (
@@ -114,7 +114,7 @@ def _random(args: argparse.Namespace, device: torch.device) -> Subject:
     return Subject(name, model, text, null, noise, "flow", 3.0, 5.5)
 
 
-def spread_masks(model: DiT, latent: Tensor, text: TextMemory) -> None:
+def spread_masks(model: DiT, latent: Tensor, text: TextCache) -> None:
     """Gives a fresh backbone FFNs that change the tokens, and query masks all over 0..1, lower in the first blocks.
 
     Each mask's logits are brought to a standard deviation of 1.5, around −1.5 in the first block up to 1.5 in the last.
@@ -134,7 +134,8 @@ def spread_masks(model: DiT, latent: Tensor, text: TextMemory) -> None:
             torch.nn.init.xavier_uniform_(module.value.weight)
         if isinstance(module, QueryMask):
             hooks.append(module.last.register_forward_hook(adjust))
-    model(latent, torch.full((len(latent),), 500.0, device=latent.device), text)
+    (time,) = model.embed_times(torch.tensor([500.0], device=latent.device))
+    model(latent, CachedConditioning(time, text))
     for hook in hooks:
         hook.remove()
 
@@ -153,7 +154,7 @@ def _sample(subject: Subject, steps: int, skip: Skip | None, keep_masks: bool = 
     scheduler = build_scheduler(subject.objective, subject.shift)
     set_timesteps(scheduler, steps, subject.noise.device)
     s, dtype = subject, subject.model.final.proj.weight.dtype
-    times = s.model.read_times(scheduler.timesteps)
+    times = s.model.embed_times(scheduler.timesteps)
     return generate(s.model, s.text, s.null, times, s.noise, scheduler, Guidance(s.guidance), dtype, skip, keep_masks)
 
 

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> str:
 def _ours(model: DiT, latent: Tensor, timestep: Tensor, captions: list[Tensor]) -> Callable[[], None]:
     def run() -> None:
         model.zero_grad(set_to_none=True)
-        model(latent, timestep, PackedText.pack(captions)).sample_BCHW.square().mean().backward()
+        conditioning = model.condition(timestep, PackedText.pack(captions))
+        model(latent, conditioning).sample_BCHW.square().mean().backward()
 
     return run
 

@@ -8,10 +8,11 @@ from pretrain.diffusion.flow import RectifiedFlow
 from pretrain.diffusion.guidance import Guidance, Guided
 from pretrain.diffusion.objective import Draw, Loss, NoisySample, Objective, draw, measure
 from pretrain.diffusion.sampler import FfnWork, Generated, generate, sample, start_noise
-from pretrain.diffusion.switching import ByLevel, Fixed, Rule, Switching, choose_rule
+from pretrain.diffusion.step_budget import StepBudget, step_budget
+from pretrain.diffusion.switching import BudgetRule, Fixed, Switching, choose_rule
 
 __all__ = [
-    "ByLevel",
+    "BudgetRule",
     "Draw",
     "EpsilonPrediction",
     "FfnWork",
@@ -23,7 +24,7 @@ __all__ = [
     "NoisySample",
     "Objective",
     "RectifiedFlow",
-    "Rule",
+    "StepBudget",
     "Switching",
     "choose_rule",
     "draw",
@@ -31,4 +32,5 @@ __all__ = [
     "measure",
     "sample",
     "start_noise",
+    "step_budget",
 ]

@@ -8,14 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from pretrain.models.text import PackedText, TextMemory
-
-Captions = TypeVar("Captions", PackedText, TextMemory)
+from pretrain.models.conditioning import TextCache
 
 
 @dataclass(frozen=True)
@@ -40,27 +37,27 @@ class Guidance:
         return self.scale != 1 and low - 1e-6 <= t <= high + 1e-6  # t comes from timesteps in fp32
 
 
-class Guided(Generic[Captions]):
+class Guided:
     """Predicts `null + scale · (text − null)`, both halves in one batch; where there is no guidance, the text half alone."""
 
     def __init__(
         self,
-        backbone: Callable[[Tensor, Tensor, Captions], Tensor],
-        text: Captions,
-        null: Captions,
+        backbone: Callable[[Tensor, float, TextCache], Tensor],
+        text: TextCache,
+        null: TextCache,
         guidance: Guidance,
     ):
         """`null`: one caption for all, or one for each of `text`."""
-        self.backbone: Callable[[Tensor, Tensor, Captions], Tensor] = backbone
-        self.text: Captions = text
+        self.backbone = backbone
+        self.text = text
         self.guidance = guidance
         if guidance.scale != 1:
-            self.both: Captions = text + (null if len(null) == len(text) else null * len(text))
+            self.both = text + (null if len(null) == len(text) else null * len(text))
 
-    def __call__(self, latent_BCHW: Tensor, timestep: Tensor, t: float) -> Tensor:
-        """Latents [B, C, H, W] at one timestep (a scalar in 0..1000; t is the same in 0..1, on the host) to the prediction."""
+    def __call__(self, latent_BCHW: Tensor, t: float) -> Tensor:
+        """Latents [B, C, H, W] at one noise level t in 0..1 to the prediction."""
         if not self.guidance.at(t):
-            return self.backbone(latent_BCHW, timestep.expand(len(latent_BCHW)), self.text)
+            return self.backbone(latent_BCHW, t, self.text)
         latent = latent_BCHW.repeat(2, 1, 1, 1)
-        with_text, without = self.backbone(latent, timestep.expand(len(latent)), self.both).chunk(2)
+        with_text, without = self.backbone(latent, t, self.both).chunk(2)
         return torch.lerp(without, with_text, self.guidance.scale)

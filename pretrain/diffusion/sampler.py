@@ -5,8 +5,8 @@ Flow matching: Euler or Euler–Maruyama steps over sigmas 1 … 1/n, shifted. �
 Letters: B images, C latent channels, S sampling steps, K blocks, N tokens.
 
 The captions' keys and values are made once; both halves of guidance go through the backbone in one batch, and nothing in
-the loop waits for the device, except for `skip`, for mediators that switch (mediators.py), which may also divide the
-batch, and for a stochastic scheduler's noise that comes from another device.
+the loop waits for the device, except for `skip`, for a budget rule that watches the pictures (switching.py), which may also
+divide the batch, and for a stochastic scheduler's noise that comes from another device.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from pretrain.diffusion.guidance import Guidance, Guided
-from pretrain.diffusion.switching import Course, Rule
-from pretrain.models.block import TimeMemory
-from pretrain.models.budget import Effort
+from pretrain.diffusion.switching import BudgetRule, BudgetSchedule
+from pretrain.models.budget import ComputeBudget
+from pretrain.models.conditioning import CachedConditioning, Conditioning, TextCache, TimeCache
 from pretrain.models.dit import Prediction
 from pretrain.models.focusdit.skip import Skip
-from pretrain.models.text import TextMemory
 
 # Of the noise that a stochastic scheduler draws: one for all pictures, or one for each; None is torch's global one.
 Generators = torch.Generator | list[torch.Generator] | None
@@ -35,10 +34,10 @@ OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
 class Backbone(Protocol):
-    """What the loop asks of a backbone; `DiT` is one."""
+    """A backbone as the loop needs it; `DiT` is one."""
 
     def __call__(
-        self, latent: Tensor, timestep: TimeMemory, text: TextMemory, skip: Skip | None, *, effort: Effort | None
+        self, latent: Tensor, conditioning: Conditioning, skip: Skip | None, *, budget: ComputeBudget | None
     ) -> Prediction: ...
 
 
@@ -57,14 +56,14 @@ class FfnWork:
 class Generated:
     """Latents in fp32; the query masks of the pictures with text, if kept; what `skip` left of the FFNs' work.
 
-    `mediators_BS`: how many each picture had at each step, where there was a rule for them.
+    `budgets_SB`: each picture's compute budget at each step.
     """
 
     latent_BCHW: Tensor
     timesteps: tuple[float, ...]
     masks_BSKN: Tensor | None = None
     work: FfnWork | None = None
-    mediators_BS: Tensor | None = None
+    budgets_SB: tuple[tuple[ComputeBudget, ...], ...] = ()
 
 
 def start_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
@@ -74,7 +73,7 @@ def start_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    predict: Callable[[Tensor, Tensor, float], Tensor],
+    predict: Callable[[Tensor, float], Tensor],
     noise_BCHW: Tensor,
     scheduler: Any,
     on_step: OnStep | None = None,
@@ -82,7 +81,7 @@ def sample(
 ) -> Tensor:
     """Follows the scheduler's timesteps from noise [B, C, H, W] to latents of the same shape, in fp32.
 
-    `predict(latent, timestep, t)` is the (guided) backbone; the scheduler has had its timesteps set.
+    `predict(latent, t)` is the (guided) backbone at noise level t in 0..1; the scheduler has had its timesteps set.
     """
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     noise = {"generator": generator} if takes_generator else {}
@@ -91,7 +90,7 @@ def sample(
         scheduler.set_begin_index(0)  # else the first step asks the device for it
     times = [t / 1000 for t in scheduler.timesteps.tolist()]
     for i, timestep in enumerate(scheduler.timesteps):
-        prediction = predict(latent, timestep, times[i]).float()
+        prediction = predict(latent, times[i]).float()
         latent = scheduler.step(prediction, timestep, latent, **noise, return_dict=False)[0]
         if on_step is not None:
             changed = on_step(i, timestep, latent)
@@ -101,32 +100,31 @@ def sample(
     return latent
 
 
-class Asked:
-    """The backbone as the loop asks it, one step after the other, and what is kept of its answers."""
+class StepwiseBackbone:
+    """A backbone as the loop calls it, one sampling step after the other; records what the result shall hold."""
 
     def __init__(
         self,
         backbone: Backbone,
-        times: Sequence[TimeMemory],
+        times: Sequence[TimeCache],
         pictures: int,
         dtype: torch.dtype,
         skip: Skip | None,
         keep_masks: bool,
-        mediators: Rule | None,
-        levels: Sequence[float],
+        rule: BudgetRule | None,
     ):
         self.backbone, self.times, self.pictures, self.dtype = backbone, times, pictures, dtype
         self.skip, self.keep_masks = skip, keep_masks
-        self.course = None if mediators is None else Course(mediators, pictures)
-        self.levels = levels
+        self.schedule = None if rule is None else BudgetSchedule(rule, pictures)
         self.steps = 0
+        self.budgets_SB: list[list[ComputeBudget]] = []
         self._masks: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._tokens: list[list[int]] = []
 
-    def __call__(self, latent: Tensor, timestep: Tensor, captions: TextMemory) -> Tensor:
+    def __call__(self, latent: Tensor, t: float, captions: TextCache) -> Tensor:
         """The next step's prediction, for the pictures with text, and after them, with guidance, for those without."""
-        prediction = self._predict(latent, captions)
+        prediction = self._predict(latent, t, captions)
         self.steps += 1
         if self.keep_masks and (masks_KBN := prediction.masks_KBN) is not None:
             self._masks.append(masks_KBN[:, : self.pictures].transpose(0, 1).clone())
@@ -135,22 +133,25 @@ class Asked:
             self._tokens.append([m_BN.numel() for m_BN, _ in prediction.masks])
         return prediction.sample_BCHW
 
-    def _predict(self, latent: Tensor, captions: TextMemory) -> Prediction:
-        """One forward pass, or one for each effort among the pictures."""
-        inputs, times = latent.to(self.dtype), self.times[self.steps]
-        if self.course is None:
-            return self.backbone(inputs, times, captions, self.skip, effort=None)
-        efforts = self.course.next(self.levels[self.steps], latent[: self.pictures])
-        efforts *= len(latent) // self.pictures
-        different = list(dict.fromkeys(efforts))
+    def _predict(self, latent: Tensor, t: float, captions: TextCache) -> Prediction:
+        """One forward pass, or one for each budget among the pictures."""
+        inputs, time = latent.to(self.dtype), self.times[self.steps]
+        budgets = [time.budget] * self.pictures
+        if self.schedule is not None:
+            budgets = self.schedule.next(t, latent[: self.pictures])
+        self.budgets_SB.append(budgets)
+        budgets = budgets * (len(latent) // self.pictures)
+        different = list(dict.fromkeys(budgets))
         if len(different) == 1:
-            return self.backbone(inputs, times, captions, self.skip, effort=different[0])
-        rows = [[i for i, effort in enumerate(efforts) if effort == one] for one in different]
+            return self.backbone(inputs, CachedConditioning(time, captions), self.skip, budget=different[0])
+        rows = [[i for i, budget in enumerate(budgets) if budget == one] for one in different]
         parts = [
-            copied(self.backbone(inputs[some], times, captions.take(some), self.skip, effort=effort))
-            for some, effort in zip(rows, different, strict=True)
+            copy_of(
+                self.backbone(inputs[some], CachedConditioning(time, captions.take(some)), self.skip, budget=budget)
+            )
+            for some, budget in zip(rows, different, strict=True)
         ]
-        return together(parts, rows)
+        return merge_predictions(parts, rows)
 
     def masks_BSKN(self) -> Tensor | None:
         return torch.stack(self._masks, dim=1).float().cpu() if self._masks else None
@@ -158,18 +159,15 @@ class Asked:
     def work(self) -> FfnWork | None:
         return FfnWork(torch.stack(self._kept).cpu(), torch.tensor(self._tokens)) if self._kept else None
 
-    def mediators_BS(self) -> Tensor | None:
-        return None if self.course is None else torch.tensor(self.course.numbers_SB).T
 
-
-def copied(prediction: Prediction) -> Prediction:
-    """In memory of its own: compiled as CUDA graphs, the backbone's next call overwrites what this one gave."""
+def copy_of(prediction: Prediction) -> Prediction:
+    """A prediction in memory of its own: compiled as CUDA graphs, the backbone's next call overwrites what this one gave."""
     masks = tuple((m_BN.clone(), grid) for m_BN, grid in prediction.masks)
     return Prediction(prediction.sample_BCHW.clone(), masks, prediction.grid)
 
 
-def together(parts: Sequence[Prediction], rows: Sequence[Sequence[int]]) -> Prediction:
-    """Predictions for parts of a batch, at one density, as one for all: `rows` are each part's places in the batch."""
+def merge_predictions(parts: Sequence[Prediction], rows: Sequence[Sequence[int]]) -> Prediction:
+    """Predictions for parts of a batch, on the same grids, as one for all: `rows` are each part's places in the batch."""
     place = torch.tensor([row for some in rows for row in some]).argsort().to(parts[0].sample_BCHW.device)
     masks = tuple(
         (torch.cat([m_BN for m_BN, _ in block])[place], block[0][1])
@@ -180,9 +178,9 @@ def together(parts: Sequence[Prediction], rows: Sequence[Sequence[int]]) -> Pred
 
 def generate(
     backbone: Backbone,
-    text: TextMemory,
-    null: TextMemory,
-    times: Sequence[TimeMemory],
+    text: TextCache,
+    null: TextCache,
+    times: Sequence[TimeCache],
     noise_BCHW: Tensor,
     scheduler: Any,
     guidance: Guidance,
@@ -191,21 +189,20 @@ def generate(
     keep_masks: bool = False,
     on_step: OnStep | None = None,
     generator: Generators = None,
-    mediators: Rule | None = None,
+    rule: BudgetRule | None = None,
 ) -> Generated:
     """Draws one latent per caption.
 
     Args:
-        text: B captions, read by the backbone; `null`: one for all, or one for each.
-        times: the scheduler's timesteps, read by the backbone.
-        noise_BCHW: where they start, in fp32; `dtype` is what the backbone computes in.
+        text, null: B captions, and one null text for all or one for each, from the backbone's `encode_text`.
+        times: the scheduler's timesteps, from the backbone's `embed_times`.
+        noise_BCHW: starting noise in fp32; `dtype` is what the backbone computes in.
         skip: leaves out FFNs where the query mask weighs them little.
         keep_masks: give the query masks of each step.
         generator: of a stochastic scheduler's noise.
-        mediators: how many each picture has at each step; None leaves it to the backbone.
+        rule: each picture's compute budget at each step; by default that of the noise level.
     """
-    levels = [] if mediators is None else (scheduler.timesteps / 1000).tolist()
-    asked = Asked(backbone, times, len(text), dtype, skip, keep_masks, mediators, levels)
-    latent = sample(Guided(asked, text, null, guidance), noise_BCHW, scheduler, on_step, generator)
-    timesteps = tuple(scheduler.timesteps.tolist()[: asked.steps])
-    return Generated(latent, timesteps, asked.masks_BSKN(), asked.work(), asked.mediators_BS())
+    stepwise = StepwiseBackbone(backbone, times, len(text), dtype, skip, keep_masks, rule)
+    latent = sample(Guided(stepwise, text, null, guidance), noise_BCHW, scheduler, on_step, generator)
+    timesteps = tuple(scheduler.timesteps.tolist()[: stepwise.steps])
+    return Generated(latent, timesteps, stepwise.masks_BSKN(), stepwise.work(), tuple(map(tuple, stepwise.budgets_SB)))

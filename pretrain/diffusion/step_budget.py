@@ -1,56 +1,48 @@
-"""What each training step spends, where the backbone leaves a choice: the number of mediators, and the density's bin.
+"""The compute budget of each training step, where the backbone's methods leave a choice.
 
-Both follow from the run's seed and the step's number: all processes agree, whatever their number, and a resumed run goes on
-as it would have.
-
-FlexDiT's sparse grid follows from the noise level's bin, so a step's global batch lies in one bin. Step s takes the bin of
-the quantile (o + s·φ) mod 1 of the objective's times (φ the golden ratio's fraction, o from the seed): bins come as often as
-the times lie in them, more evenly spaced than by chance, and within a bin the times are drawn as the objective has them. So
-the mean over steps is the unbinned expectation, and no loss needs a weight.
+It follows from the run's seed and the step's number: all processes agree, whatever their number, and a resumed run goes on as
+it would have. A method may restrict a step's images to a part of the noise levels (`mixers/`); the step is then judged by
+earlier steps of the same part alone.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from pretrain.diffusion import Objective
-from pretrain.models import DiTConfig, Effort
-from pretrain.models.mixers.flexdit import BINS
+from pretrain.diffusion.objective import Objective
+from pretrain.models import ComputeBudget, DiTConfig
 
-GOLDEN = (math.sqrt(5) - 1) / 2
+ALL_TIMES = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
-class StepEffort:
-    """A step's effort, and the quantiles of the objective's times from which its times are drawn."""
+class StepBudget:
+    """A training step's compute budget.
 
-    effort: Effort
-    quantiles: tuple[float, float] = (0.0, 1.0)
+    Attributes:
+        times: the quantiles (low, high) of the objective's times from which the step's are drawn.
+        group: a key that steps with the same part of the noise levels share; their losses can be compared.
+    """
+
+    budget: ComputeBudget
+    times: tuple[float, float] = ALL_TIMES
+    group: int = 0
 
     def narrow(self, uniform_B: Tensor) -> Tensor:
-        """Uniform numbers in 0..1 to uniform ones between the quantiles."""
-        low, high = self.quantiles
-        return uniform_B if self.quantiles == (0.0, 1.0) else low + (high - low) * uniform_B
+        """Maps uniform numbers in 0..1 to uniform ones between the quantiles."""
+        low, high = self.times
+        return uniform_B if self.times == ALL_TIMES else low + (high - low) * uniform_B
 
 
-def step_effort(backbone: DiTConfig, objective: Objective, seed: int, step: int) -> StepEffort:
-    """What step number `step` (from 0) of a run spends."""
-    mediators = bin_ = None
-    quantiles = (0.0, 1.0)
-    if backbone.attention == "mediators":
-        mediators = backbone.mediators[_number(f"mediators/{seed}/{step}") % len(backbone.mediators)]
-    if backbone.density == "flexdit":
-        edges = [objective.cdf(i / BINS) for i in range(BINS + 1)]
-        quantile = (_number(f"density/{seed}") / 2**64 + step * GOLDEN) % 1
-        bin_ = max(i for i in range(BINS) if edges[i] <= quantile)
-        quantiles = (edges[bin_], edges[bin_ + 1])
-    return StepEffort(Effort(mediators, bin_), quantiles)
-
-
-def _number(words: str) -> int:
-    """64 bits from a hash."""
-    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big")
+def step_budget(backbone: DiTConfig, objective: Objective, seed: int, step: int) -> StepBudget:
+    """The budget of step number `step` (from 0) of the run with this seed."""
+    choices, times, group = [], ALL_TIMES, 0
+    for method in backbone.open_methods:
+        chosen = method.training_choice(objective.cdf, seed, step)
+        choices.append((method.name, chosen.choice))
+        if chosen.times != ALL_TIMES:
+            assert times == ALL_TIMES, "two methods restrict the noise levels of one step"
+            times, group = chosen.times, chosen.choice
+    return StepBudget(ComputeBudget(tuple(choices)), times, group)

@@ -1,10 +1,10 @@
-"""How many attention mediators a picture has at each sampling step (arXiv 2408.05710).
+"""The compute budget of each picture at each sampling step, where the default by noise level is not wanted.
 
 Letters: B images, C latent channels, S sampling steps.
 
-Three rules, each made for one model, so that what the model cannot do is refused before anything is drawn:
+Two rules for attention mediators (arXiv 2408.05710), each made for one model, so that what the model cannot do is refused
+before anything is drawn:
 
-    ByLevel     few near noise, many near data, in equal parts of t: the backbone's own default
     Fixed       one number for all steps
     Switching   more, once a picture changes less from step to step; while sampling only
 
@@ -20,25 +20,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from pretrain.models.budget import Effort
+from pretrain.models.budget import ComputeBudget, default_budget
 from pretrain.models.config import DiTConfig
+from pretrain.models.mixers.mediators import Mediators
 
 FIRST = 3  # changes that make up the reference
 
 
-@dataclass(frozen=True)
-class ByLevel:
-    """The number that follows from the noise level."""
+class BudgetRule(Protocol):
+    """A picture's compute budget, step by step."""
 
-    config: DiTConfig
-    watches: ClassVar[bool] = False
+    watches: ClassVar[bool]
+    """The rule needs the changes."""
 
-    def effort(self, t: float, changes: Sequence[float]) -> Effort:
-        return Effort.at(self.config, t)
+    def budget(self, t: float, changes: Sequence[float]) -> ComputeBudget:
+        """The budget at noise level t, after the changes δ of the picture's steps so far."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Fixed:
     watches: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        Effort.at(self.config, 0.0, self.mediators)
+        self.budget(0.0, ())
 
-    def effort(self, t: float, changes: Sequence[float]) -> Effort:
-        return Effort.at(self.config, t, self.mediators)
+    def budget(self, t: float, changes: Sequence[float]) -> ComputeBudget:
+        return default_budget(self.config, t, {Mediators.name: self.mediators})
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,20 @@ class Switching:
     watches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.config.attention != "mediators":
+        if self.config.attention != Mediators.name:
             raise ValueError(f"mediator ρ {self._given}: this model has full attention; leave them out")
-        numbers = ", ".join(map(str, self.config.mediators))
-        if len(self.rho) != len(self.config.mediators) - 1:
+        numbers = ", ".join(map(str, self._numbers))
+        if len(self.rho) != len(self._numbers) - 1:
             raise ValueError(
-                f"mediator ρ {self._given}: expected {len(self.config.mediators) - 1}, one fewer than the model's "
+                f"mediator ρ {self._given}: expected {len(self._numbers) - 1}, one fewer than the model's "
                 f"numbers of mediators ({numbers})"
             )
         if not all(math.isfinite(rho) and rho > 0 for rho in self.rho):
             raise ValueError(f"mediator ρ {self._given}: expected finite numbers above 0")
+
+    @property
+    def _numbers(self) -> tuple[int, ...]:
+        return self.config.mediators.numbers
 
     @property
     def _given(self) -> str:
@@ -91,17 +96,14 @@ class Switching:
         reference, least = sum(changes[:FIRST]) / FIRST, min(changes[FIRST - 1 :])
         return len(list(takewhile(lambda rho: least < rho * reference, self.rho)))
 
-    def effort(self, t: float, changes: Sequence[float]) -> Effort:
-        return Effort.at(self.config, t, self.config.mediators[self.stage(changes)])
+    def budget(self, t: float, changes: Sequence[float]) -> ComputeBudget:
+        return default_budget(self.config, t, {Mediators.name: self._numbers[self.stage(changes)]})
 
 
-# `watches`: whether the rule has to know the changes. `effort(t, changes)`: one picture's, at noise level t, after the
-# changes δ of the steps made.
-Rule = ByLevel | Fixed | Switching
-
-
-def choose_rule(config: DiTConfig, mediators: int | None = None, rho: Sequence[float] | None = None) -> Rule | None:
-    """The rule asked for, by a fixed number or by ρ; else the model's default, None without mediators.
+def choose_rule(
+    config: DiTConfig, mediators: int | None = None, rho: Sequence[float] | None = None
+) -> BudgetRule | None:
+    """The rule for a fixed number of mediators or for ρ; None for the model's default by noise level.
 
     Raises:
         ValueError: both are given, or the model cannot do it.
@@ -110,9 +112,7 @@ def choose_rule(config: DiTConfig, mediators: int | None = None, rho: Sequence[f
         raise ValueError("a fixed number of mediators and mediator ρ, which change it, exclude each other; give one")
     if mediators is not None:
         return Fixed(config, mediators)
-    if rho is not None:
-        return Switching(config, tuple(rho))
-    return ByLevel(config) if config.attention == "mediators" else None
+    return None if rho is None else Switching(config, tuple(rho))
 
 
 def change(after_BCHW: Tensor, before_BCHW: Tensor) -> Tensor:
@@ -120,17 +120,16 @@ def change(after_BCHW: Tensor, before_BCHW: Tensor) -> Tensor:
     return (after_BCHW - before_BCHW).abs().flatten(1).mean(1)
 
 
-class Course:
+class BudgetSchedule:
     """Follows a rule step by step, for B pictures."""
 
-    def __init__(self, rule: Rule, pictures: int):
+    def __init__(self, rule: BudgetRule, pictures: int):
         self.rule = rule
-        self.numbers_SB: list[list[int]] = []
         self._changes_BS: list[list[float]] = [[] for _ in range(pictures)]
         self._before: Tensor | None = None
 
-    def next(self, t: float, latent_BCHW: Tensor) -> list[Effort]:
-        """Each picture's effort at the next step, which starts at noise level t from these latents.
+    def next(self, t: float, latent_BCHW: Tensor) -> list[ComputeBudget]:
+        """Each picture's budget at the next step, which starts at noise level t from these latents.
 
         A rule that watches waits for the device here.
         """
@@ -139,6 +138,4 @@ class Course:
                 for changes, delta in zip(self._changes_BS, change(latent_BCHW, self._before).tolist(), strict=True):
                     changes.append(delta)
             self._before = latent_BCHW
-        efforts = [self.rule.effort(t, changes) for changes in self._changes_BS]
-        self.numbers_SB.append([effort.mediators for effort in efforts if effort.mediators is not None])
-        return efforts
+        return [self.rule.budget(t, changes) for changes in self._changes_BS]

@@ -11,6 +11,8 @@ from typing import Any
 
 from pretrain.models.config import DiTConfig
 from pretrain.models.cost import CAPTION, count_activations, count_flops, count_parameters, grid_of
+from pretrain.models.mixers.flexdit import FlexDiTSection
+from pretrain.models.mixers.mediators import MediatorsSection
 from pretrain.models.presets import preset
 
 _FOCUSDIT: dict[str, Any] = {"mask": "release", "ffn": "shared", "shared_width": 2}
@@ -59,16 +61,22 @@ def _classes(name: str, **changes: Any) -> DiTConfig:
 
 PUBLISHED = (
     Published("DiT-XL/2", _classes("dit_xl2"), 512, 0, 525.0),
-    Published("  FlexDiT, sparsity .61 to .86", _classes("flexdit_xl2_512", sparsity=(0.61, 0.86)), 512, 0, 286.0),
+    Published(
+        "  FlexDiT, sparsity .61 to .86",
+        _classes("flexdit_xl2_512", flexdit=FlexDiTSection()),
+        512,
+        0,
+        286.0,
+    ),
     Published("  FlexDiT, sparsity .90 to .96", _classes("flexdit_xl2_512"), 512, 0, 235.0),
     Published("DiT-XL/2", _classes("dit_xl2"), 256, 0, 118.6),
     Published("  FlexDiT", _classes("flexdit_xl2_256"), 256, 0, 68.05),
     Published("DiT-B/2", _classes("dit_b2"), 256, 0, 23.0),
     Published("  FlexDiT", _classes("flexdit_b2"), 256, 0, 14.3),
     Published("SiT-S/2", _classes("dit_s2"), 256, 0, 6.06),
-    Published("  4 mediators", _classes("mediators_s2", mediators=(4,)), 256, 0, 5.48),
-    Published("  16 mediators", _classes("mediators_s2", mediators=(16,)), 256, 0, 5.54),
-    Published("  64 mediators", _classes("mediators_s2", mediators=(64,)), 256, 0, 5.76),
+    Published("  4 mediators", _classes("mediators_s2", mediators=MediatorsSection((4,))), 256, 0, 5.48),
+    Published("  16 mediators", _classes("mediators_s2", mediators=MediatorsSection((16,))), 256, 0, 5.54),
+    Published("  64 mediators", _classes("mediators_s2", mediators=MediatorsSection((64,))), 256, 0, 5.76),
     Published("PixArt-alpha", preset("dit_xl2"), 256, 120, 148.7),
     Published("  FlexDiT", preset("flexdit_xl2_256"), 256, 120, 91.6),
 )
@@ -99,7 +107,10 @@ def _at(resolution: int, text_tokens: int) -> str:
         flops = count_flops(c, grid, text_tokens).total
         each = f"{'':>27}"
         if c.attention == "mediators":
-            given = [count_flops(replace(c, mediators=(n,)), grid, text_tokens).total for n in c.mediators]
+            given = [
+                count_flops(replace(c, mediators=MediatorsSection((n,))), grid, text_tokens).total
+                for n in c.mediators.numbers
+            ]
             first, *rest = (f"{f / baseline:.3f}" for f in given)
             each = f"{first:>11}" + "".join(f"{share:>8}" for share in rest)
         kept = count_activations(c, grid, text_tokens) / 2**30

@@ -1,20 +1,19 @@
 """The backbone: a PixArt-alpha-like diffusion transformer, and FocusDiT as two of its settings.
 
-Letters: B images, C latent channels, N tokens, D width, M text tokens, E the text encoder's width, K blocks.
+Letters: B images, C latent channels, N tokens, D width, S timesteps, K blocks.
 
-Initialisation, all in `DiT.initialise`:
+Initialisation. `DiT.initialise` sets weights and biases, then each module with an `initialise` of its own sets the rest:
 
 | parameter                                              | value                                                     |
 |--------------------------------------------------------|-----------------------------------------------------------|
 | linear weights                                         | Xavier uniform                                            |
+| convolutions                                           | uniform(±1/√fan-in), as torch's own                       |
 | biases, the previous mask's columns                    | 0                                                         |
 | outputs of attention and FFN                           | 0: a fresh block changes nothing                          |
 | scale-shift tables                                     | gates 1, the rest normal(1/√D)                            |
 | query mask's time table, or its shift                  | normal(0.02), or 0                                        |
-| mediators' bias tables                                 | truncated normal(0.02)                                    |
-| mediators' convolution                                 | uniform(±1/3), as torch's own                             |
-| FlexDiT's W1, W2                                       | 0, the identity                                           |
 | query mask's last bias                                 | 2: masks start near 0.88, where their gradient still flows |
+| a token mixer's own                                    | its file in `mixers/`                                     |
 
 PixArt-alpha starts its gates at random, these outputs at Xavier's and its last layer at 0. With the first two, the tiny
 FocusDiT's masks shut the FFNs of the first blocks (means under 0.01 within 100 steps), since what a fresh FFN adds is noise.
@@ -23,9 +22,7 @@ With the last, the tiny DiT's loss stood still for its first 150 steps; with Xav
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import repeat
 from typing import cast
 
 import torch
@@ -34,17 +31,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.models.block import (
-    Block,
-    Context,
-    Positions,
-    RecoverBlock,
-    TimeMemory,
-    TokenState,
-    make_blocks,
-    modulate,
+from pretrain.models.block import Block, Shared
+from pretrain.models.budget import ComputeBudget, default_budget
+from pretrain.models.conditioning import (
+    Conditioning,
+    StepConditioning,
+    TextCache,
+    TimeCache,
 )
-from pretrain.models.budget import Effort, depends_on_time
 from pretrain.models.config import DiTConfig
 from pretrain.models.embeddings import (
     PatchEmbed,
@@ -54,18 +48,17 @@ from pretrain.models.embeddings import (
     rotary_positions,
     sincos_positions,
 )
-from pretrain.models.focusdit import ffn, mask
+from pretrain.models.focusdit import ffn
 from pretrain.models.focusdit.skip import Skip
-from pretrain.models.grids import Grid, spread, square
-from pretrain.models.mixers.flexdit import sparse_grid
-from pretrain.models.mixers.full import CrossAttention, MeanAttention, SelfAttention
-from pretrain.models.mixers.mediators import MediatorAttention, PairBias
-from pretrain.models.text import PackedText, Runs, TextMemory
+from pretrain.models.grids import Grid, spread
+from pretrain.models.mixers import make_mixers
+from pretrain.models.mixers.base import CoarseGrid, Modulation, Positions, TokenState
+from pretrain.models.text import PackedText
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The backbone's output; `masks` is each block's query mask [B, N] with the (rows, columns) that it computed on."""
+    """The backbone's output; `masks` has each block's query mask [B, N] with the (rows, columns) that it computed on."""
 
     sample_BCHW: Tensor
     masks: tuple[tuple[Tensor, Grid], ...]
@@ -88,15 +81,19 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(2, config.width))
         self.proj = nn.Linear(config.width, config.patch**2 * config.latent_channels)
 
+    def initialise(self) -> None:
+        """Draws the table from normal(1/√D)."""
+        nn.init.normal_(self.scale_shift_table, std=self.scale_shift_table.shape[1] ** -0.5)
+
     def forward(self, state: TokenState, time_BD: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table + time_BD[:, None]).chunk(2, dim=1)
-        patches = self.proj(modulate(state.x_BND, shift, scale))
+        patches = self.proj(Modulation(shift, scale)(state.x_BND))
         p, rows = self.patch, state.grid[0]
         return rearrange(patches, "B (H W) (p q C) -> B C (H p) (W q)", H=rows, p=p, q=p)
 
 
 class DiT(nn.Module):
-    """The backbone: (noisy latent, timestep, text) to the objective's prediction.
+    """The backbone: (noisy latent, conditioning by timestep and text) to the objective's prediction.
 
     Attributes:
         recompute: recompute each block's activations in the backward pass instead of keeping them.
@@ -114,7 +111,7 @@ class DiT(nn.Module):
         self.time_modulation = nn.Linear(D, 6 * D)
         self.text_projection = TextProjection(config.text_width, D) if config.text_width else None
         self.shared_expert = ffn.Vocabulary(D, config.shared_width * D, bias=False) if config.ffn == "shared" else None
-        self.blocks = nn.ModuleList(make_blocks(config))
+        self.blocks = nn.ModuleList(Block(config, index, mixer) for index, mixer in enumerate(make_mixers(config)))
         self.final = FinalLayer(config)
         self.initialise()
 
@@ -128,50 +125,52 @@ class DiT(nn.Module):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             elif isinstance(module, nn.Conv2d):
-                nn.init.uniform_(module.weight, -1 / 3, 1 / 3)
+                bound = module.weight[0].numel() ** -0.5
+                nn.init.uniform_(module.weight, -bound, bound)
                 nn.init.zeros_(cast(Tensor, module.bias))
         for module in self.modules():
-            if isinstance(module, Block | FinalLayer):
-                nn.init.normal_(module.scale_shift_table, std=self.config.width**-0.5)
-            if isinstance(module, Block):
-                with torch.no_grad():
-                    module.scale_shift_table[[2, 5]] = 1.0  # gate_msa, gate_mlp
-            if isinstance(module, RecoverBlock):
-                nn.init.zeros_(module.from_sparse.weight)
-                nn.init.eye_(module.from_dense.weight)
-            elif isinstance(module, SelfAttention | CrossAttention | MeanAttention | MediatorAttention):
-                nn.init.zeros_(module.out.weight)
-            elif isinstance(module, PairBias):
-                for table in module.parameters():
-                    nn.init.trunc_normal_(table, std=0.02)
-            elif isinstance(module, ffn.Vocabulary):
-                nn.init.zeros_(module.value.weight)
-            elif isinstance(module, mask.QueryMask):
-                nn.init.constant_(module.last.linear.bias, 2.0)
+            if module is not self and (initialise := getattr(module, "initialise", None)):
+                initialise()
 
-    def read(self, text: PackedText) -> TextMemory:
-        """Captions to what the blocks' cross-attentions see of them: once per prompt, for all sampling steps."""
+    def block(self, index: int) -> Block:
+        """Block number `index`, from the bottom."""
+        return cast(Block, self.blocks[index])
+
+    # ---- conditioning: before the forward pass ----
+
+    def condition(self, timestep_B: Tensor, text: PackedText) -> StepConditioning:
+        """A training step's conditioning: timesteps [B] in 0..1000 (0 is data), one caption each. Raises ValueError."""
+        if len(timestep_B) != len(text):
+            raise ValueError(f"{len(timestep_B)} timesteps and {len(text)} captions do not match")
+        time_BD, modulation_B6D = self._time(timestep_B)
+        projected = None
+        if self.text_projection is not None:
+            projected = text.with_tokens(self.text_projection(text.tokens_ME))
+        return StepConditioning(self, timestep_B, time_BD, modulation_B6D, projected)
+
+    def encode_text(self, text: PackedText) -> TextCache:
+        """Captions to all blocks' keys and values: once per prompt, for all sampling steps."""
         if self.text_projection is None:
-            return TextMemory(((),) * len(self.blocks), len(text))
+            return TextCache(((),) * len(self.blocks), len(text))
         projected = text.with_tokens(self.text_projection(text.tokens_ME))
-        attentions = [cast(CrossAttention, block.cross_attention) for block in self.blocks]
-        return TextMemory(tuple(attention.read(projected) for attention in attentions), len(text))
+        attentions = [self.block(i).cross_attention for i in range(len(self.blocks))]
+        return TextCache(tuple(a.by_length(projected) for a in attentions if a is not None), len(text))
 
-    def read_times(self, timestep_S: Tensor) -> tuple[TimeMemory, ...]:
-        """Each of these timesteps to all that the backbone makes of it, for any number of images at that time."""
+    def embed_times(self, timestep_S: Tensor) -> tuple[TimeCache, ...]:
+        """Timesteps [S] to all that the backbone makes of each, for any number of images at that time."""
         time_SD, modulation_S6D = self._time(timestep_S)
-        masks: list[tuple[Tensor, Tensor]] = []
-        if self.config.mask != "none":
-            masks = [
-                b.query_mask.read_time(time_SD, timestep_S) for b in cast(list[Block], self.blocks) if b.query_mask
-            ]
-        levels = (timestep_S / 1000).tolist() if depends_on_time(self.config) else [0.0] * len(timestep_S)
+        masks: list[tuple[Tensor, Tensor]] = [
+            mask.embed_time(time_SD, timestep_S)
+            for mask in (self.block(i).query_mask for i in range(len(self.blocks)))
+            if mask is not None
+        ]
+        levels = (timestep_S / 1000).tolist() if self.config.open_methods else [0.0] * len(timestep_S)
         return tuple(
-            TimeMemory(
+            TimeCache(
                 time_SD[i : i + 1],
                 modulation_S6D[i : i + 1],
-                tuple((scale[i : i + 1], shift[i : i + 1]) for scale, shift in masks) if masks else None,
-                Effort.at(self.config, levels[i]),
+                tuple((scale[i : i + 1], shift[i : i + 1]) for scale, shift in masks),
+                default_budget(self.config, levels[i]),
             )
             for i in range(len(timestep_S))
         )
@@ -180,33 +179,31 @@ class DiT(nn.Module):
         time_BD = self.time_embed(timestep_B)
         return time_BD, self.time_modulation(F.silu(time_BD)).unflatten(-1, (6, -1))
 
+    # ---- the forward pass ----
+
     def forward(
         self,
         latent_BCHW: Tensor,
-        timestep_B: Tensor | TimeMemory,
-        text: PackedText | TextMemory,
+        conditioning: Conditioning,
         skip: Skip | None = None,
         keep_KBN: Tensor | None = None,
-        effort: Effort | None = None,
+        budget: ComputeBudget | None = None,
     ) -> Prediction:
-        """Predicts for latents [B, C, H, W] at timesteps [B] in 0..1000 (0 is data), each with its caption.
+        """Predicts for noisy latents [B, C, H, W].
 
         Args:
-            timestep_B: one for each latent, or what `read_times` made of one for all of them.
-            text: the captions, or what `read` made of them.
+            conditioning: `condition`'s in training; `CachedConditioning` in sampling.
             skip: leaves the FFN out where the query mask weighs it little.
             keep_KBN: dropout of each block's query mask while training, from `mask.draw_keep`; none by default.
-            effort: mediators and density; by default those of the noise level, which must then be the same for all images
-                (and is asked of the device, unless `read_times` knows it).
+            budget: the compute budget; by default that of the noise level, which must then be the same for all images.
 
         Raises:
-            ValueError: the latent's sides are not divisible by the patch or too small for mediators or density; latents,
-                timesteps and captions differ in number; noise levels ask for different efforts; the model has no such
-                effort; or there are no query masks to skip by.
+            ValueError: the latent's sides are not divisible by the patch or too small for the token mixers; latents and
+                conditioning differ in number; noise levels ask for different budgets; the model has no such budget; or there
+                are no query masks to skip by.
         """
-        timesteps = len(latent_BCHW) if isinstance(timestep_B, TimeMemory) else len(timestep_B)
-        if not len(latent_BCHW) == timesteps == len(text):
-            raise ValueError(f"{len(latent_BCHW)} latents, {timesteps} timesteps and {len(text)} captions do not match")
+        if len(latent_BCHW) != len(conditioning):
+            raise ValueError(f"{len(latent_BCHW)} latents and the conditioning of {len(conditioning)} do not match")
         if skip is not None and self.config.mask == "none":
             raise ValueError(
                 "this model has no query masks, so no FFN can be skipped by them; leave the skip threshold out"
@@ -216,31 +213,25 @@ class DiT(nn.Module):
         if self.config.absolute == "sincos":
             scale = self.config.position_scale
             x_BND = x_BND + sincos_positions(grid, self.config.width, scale, x_BND.device, x_BND.dtype)
-        times = timestep_B if isinstance(timestep_B, TimeMemory) else TimeMemory(*self._time(timestep_B))
-        context = Context(
-            times=times,
-            timestep_B=None if isinstance(timestep_B, TimeMemory) else timestep_B,
-            positions=self._positions(grid, self._effort(timestep_B, effort), x_BND),
-            shared_expert=self.shared_expert,
-            skip=skip,
-            keep_KBN=None if keep_KBN is None else keep_KBN.to(x_BND.dtype),
-        )
-        seen: Iterable[PackedText | Runs]
-        if isinstance(text, TextMemory):
-            seen = text.blocks
-        else:
-            if self.text_projection is not None:
-                text = text.with_tokens(self.text_projection(text.tokens_ME))
-            seen = repeat(text, len(self.blocks))
+        budget = conditioning.default_budget() if budget is None else budget.check(self.config)
+        shared = Shared(self._positions(grid, budget, x_BND), self.shared_expert, skip)
+        keep_KBN = None if keep_KBN is None else keep_KBN.to(x_BND.dtype)
         state = TokenState(x_BND, grid, x_BND.new_ones(x_BND.shape[0], x_BND.shape[1], 1))
         masks = []
-        for block, its_text in zip(self.blocks, seen, strict=True):
+        for index in range(len(self.blocks)):
+            inputs = (index, state, conditioning, shared, None if keep_KBN is None else keep_KBN[index])
             if self.recompute and torch.is_grad_enabled():
-                state = checkpoint(block, state, context, its_text, use_reentrant=False, preserve_rng_state=False)
+                state = checkpoint(self._run_block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                state = block(state, context, its_text)
+                state = self._run_block(*inputs)
             masks.append((state.mask_BN1.squeeze(-1), state.grid))
-        return Prediction(self.final(state, times.time_BD), () if self.config.mask == "none" else tuple(masks), grid)
+        sample_BCHW = self.final(state, conditioning.time_BD)
+        return Prediction(sample_BCHW, () if self.config.mask == "none" else tuple(masks), grid)
+
+    def _run_block(
+        self, index: int, state: TokenState, conditioning: Conditioning, shared: Shared, keep_BN: Tensor | None
+    ) -> TokenState:
+        return self.blocks[index](state, conditioning.for_block(index), shared, keep_BN)
 
     def _grid(self, latent_BCHW: Tensor) -> Grid:
         """Rows and columns of a latent's tokens. Raises ValueError where the patch does not divide it, or it is too small."""
@@ -253,28 +244,18 @@ class DiT(nn.Module):
             raise ValueError("; ".join(problems))
         return rows, columns
 
-    def _effort(self, timestep_B: Tensor | TimeMemory, given: Effort | None) -> Effort:
-        """What is given, if it suits the model, or the default at these times."""
-        if given is not None:
-            return given.check(self.config)
-        if not depends_on_time(self.config):
-            return Effort()
-        if isinstance(timestep_B, TimeMemory):
-            assert timestep_B.effort is not None
-            return timestep_B.effort
-        return Effort.for_all(self.config, (timestep_B / 1000).tolist())
-
-    def _positions(self, grid: Grid, effort: Effort, like: Tensor) -> Positions:
+    def _positions(self, grid: Grid, budget: ComputeBudget, like: Tensor) -> Positions:
+        """Rotary positions of all tokens, and of the coarser grids that the budget asks for."""
         c = self.config
 
         def rotary(cells: Grid | None = None) -> Rotary:
             width = c.width // c.heads
             return rotary_positions(c.rotary, grid, width, c.position_scale, like.device, like.dtype, cells)
 
-        cells = mediators = None
-        if effort.bin is not None:
-            sparse = sparse_grid(grid, c.sparsity, effort.bin)
-            cells = (sparse, rotary(sparse))
-        if effort.mediators is not None:
-            mediators = (effort.mediators, rotary(square(effort.mediators)))
-        return Positions(rotary(), cells, mediators)
+        coarse = {}
+        for method in c.open_methods:
+            choice = budget.get(method.name)
+            assert choice is not None
+            cells = method.coarse_grid(grid, choice)
+            coarse[method.name] = CoarseGrid(cells, rotary(cells))
+        return Positions(rotary(), coarse)

@@ -17,7 +17,7 @@ Grid = tuple[int, int]
 
 
 def averages(tokens: int, cells: int, device: torch.device | None = None) -> Tensor:
-    """Of each cell along a side, the share of each token [cells, tokens] in fp32."""
+    """The weight of each token in each cell's mean along a side: [cells, tokens] in fp32."""
     i = torch.arange(cells, device=device)[:, None]
     token = torch.arange(tokens, device=device)
     inside = (token >= i * tokens // cells) & (token < -(-(i + 1) * tokens // cells))
@@ -42,13 +42,18 @@ def spread(x_BnX: Tensor, cells: Grid, grid: Grid) -> Tensor:
 
 
 def centres(tokens: int, cells: int, device: torch.device) -> Tensor:
-    """Where the cells along a side lie, in tokens [cells] in fp32: the mean place of their tokens."""
+    """The cells' places along a side, in tokens: [cells] in fp32, the mean place of each cell's tokens."""
     return averages(tokens, cells, device) @ torch.arange(tokens, device=device, dtype=torch.float32)
 
 
 def square(cells: int) -> Grid:
-    """The square grid of so many cells. Raises ValueError where there is none."""
+    """The square grid with this number of cells. Raises ValueError where there is none."""
     side = math.isqrt(max(cells, 0))
     if side < 1 or side * side != cells:
         raise ValueError(f"{cells} is not the square of a whole number")
     return side, side
+
+
+def pooling_macs(grid: Grid, cells: Grid) -> int:
+    """Multiply-adds of averaging one channel of a grid over its cells."""
+    return 0 if grid == cells else cells[0] * math.prod(grid) + cells[1] * cells[0] * grid[1]

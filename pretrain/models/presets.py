@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pretrain.models.config import DiTConfig
+from pretrain.models.mixers.flexdit import FlexDiTSection
+from pretrain.models.mixers.mediators import MediatorsSection
 
 # The paper's baseline (§5): 28 blocks of 16 heads × 96 over Mochi latents (12 channels) and Flan-T5-XXL text (4096).
 _DIT_1B = DiTConfig(width=1536, heads=16, depth=28, patch=2, latent_channels=12, text_width=4096)
@@ -37,15 +39,15 @@ PRESETS: dict[str, DiTConfig] = {
     "dit_b2": _DIT_B2,
     "dit_s2": _DIT_S2,
     # FlexDiT as published (arXiv 2412.06028): its 512 px model with most tokens removed, and the splits at 256 px.
-    "flexdit_xl2_512": replace(_DIT_XL2, density="flexdit", sparsity=(0.90, 0.96)),
-    "flexdit_xl2_256": replace(_DIT_XL2, density="flexdit", split=(1, 4, 3, 3)),
+    "flexdit_xl2_512": replace(_DIT_XL2, density="flexdit", flexdit=FlexDiTSection(sparsity=(0.90, 0.96))),
+    "flexdit_xl2_256": replace(_DIT_XL2, density="flexdit", flexdit=FlexDiTSection(split=(1, 4, 3, 3))),
     "flexdit_b2": replace(_DIT_B2, density="flexdit"),
     # Attention mediators as published (arXiv 2408.05710), one network for all three numbers.
     "mediators_s2": replace(_DIT_S2, attention="mediators"),
     "mediators_xl2": replace(_DIT_XL2, attention="mediators"),
     "dit_tiny": _DIT_TINY,
     # As many FLOPs in eight narrower blocks: enough for FlexDiT's kinds of blocks.
-    "dit_tiny_deep": replace(_DIT_TINY, width=128, depth=8, mediators=(4, 16)),
+    "dit_tiny_deep": replace(_DIT_TINY, width=128, depth=8, mediators=MediatorsSection(numbers=(4, 16))),
     "focusdit_tiny": replace(_DIT_TINY, mask="adaln_single", ffn="shared", shared_width=2),
 }
 

@@ -1,7 +1,6 @@
-"""Unpadded text: the captions of a batch, laid end to end, and what a backbone remembers of them while it samples.
+"""Unpadded text: the captions of a batch, laid end to end.
 
-Letters: B captions, M tokens of all captions together, L the longest caption's tokens, E the text encoder's width, X any width,
-h heads, d a head's width.
+Letters: B captions, M tokens of all captions together, L the longest caption's tokens, E the text encoder's width, X any width.
 
 Projections run on the M real tokens. In training attention, whose cost in text is small, sees a [B, L] rectangle, and a
 mask keeps it from the empty places. In sampling each run of equally long captions is attended to by itself: no padding.
@@ -87,53 +86,3 @@ class PackedText:
         return (
             values_MX.new_zeros(B * L, values_MX.shape[-1]).index_copy(0, self.slot_M, values_MX).unflatten(0, (B, L))
         )
-
-
-# Keys and values [b, h, L, d] of each run of b neighbouring captions of one length L.
-Runs = tuple[tuple[Tensor, Tensor], ...]
-
-
-@dataclass(frozen=True)
-class TextMemory:
-    """Captions as the backbone's cross-attentions see them: made once per prompt, read at every sampling step.
-
-    Attributes:
-        blocks: each block's keys and values; nothing for a backbone without text.
-        captions: how many there are.
-    """
-
-    blocks: tuple[Runs, ...]
-    captions: int
-
-    def __len__(self) -> int:
-        return self.captions
-
-    def __add__(self, other: TextMemory) -> TextMemory:
-        """The captions of both, this one's first."""
-        blocks = tuple(mine + others for mine, others in zip(self.blocks, other.blocks, strict=True))
-        return TextMemory(blocks, len(self) + len(other))
-
-    def __mul__(self, times: int) -> TextMemory:
-        """One caption repeated `times` times, without a copy."""
-        assert len(self) == 1, "only a single caption can be repeated"
-        expanded = (
-            ((k.expand(times, -1, -1, -1), v.expand(times, -1, -1, -1)) for k, v in runs) for runs in self.blocks
-        )
-        return TextMemory(tuple(tuple(runs) for runs in expanded), times)
-
-    def take(self, captions: Sequence[int]) -> TextMemory:
-        """Some of the captions, by their numbers in ascending order."""
-        numbers = list(captions)
-        assert numbers == sorted(set(numbers)) and set(numbers) <= set(range(len(self))), f"{numbers} of {len(self)}"
-        blocks = []
-        for runs in self.blocks:
-            kept, start = [], 0
-            for keys, values in runs:
-                mine = [n - start for n in numbers if start <= n < start + len(keys)]
-                start += len(keys)
-                if len(mine) == len(keys):
-                    kept.append((keys, values))
-                elif mine:
-                    kept.append((keys[mine], values[mine]))
-            blocks.append(tuple(kept))
-        return TextMemory(tuple(blocks), len(numbers))

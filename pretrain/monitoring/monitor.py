@@ -23,7 +23,7 @@ from pretrain.config import Config
 from pretrain.data.loader import Batch
 from pretrain.diffusion import Loss
 from pretrain.distributed.engine import Engine
-from pretrain.models import DiTConfig, Effort
+from pretrain.models import ComputeBudget, DiTConfig
 from pretrain.models.cost import grid_of, training_flops
 from pretrain.resilience.spike_guard import StepVerdict
 
@@ -129,7 +129,7 @@ class Monitor:
         self.totals.wait_s += seconds
 
     @torch.no_grad()
-    def record(self, batch: Batch, loss: Loss, masks_KBN: Tensor | None, effort: Effort) -> None:
+    def record(self, batch: Batch, loss: Loss, masks_KBN: Tensor | None, budget: ComputeBudget) -> None:
         """Adds one micro-batch, without asking the device for anything."""
         t = self.totals
         bins = len(t.bin_loss)
@@ -141,7 +141,7 @@ class Monitor:
             t.masks += masks_KBN.detach().float().mean(dim=(1, 2))
         t.micro_batches += 1
         t.images += len(batch.keys)
-        t.flops += training_flops(self.backbone, len(batch.keys), self.grid, sum(batch.text.lengths), effort)
+        t.flops += training_flops(self.backbone, len(batch.keys), self.grid, sum(batch.text.lengths), budget)
 
     def step(self, step: int, verdict: StepVerdict, lr: float) -> None:
         """After optimizer step number `step` (from 1); writes at logging steps. All processes call it."""

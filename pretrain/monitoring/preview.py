@@ -94,9 +94,9 @@ class Preview:
         was_training = model.training
         model.eval()
         try:
-            seen, null = (model.read(t.to(weight.device, weight.dtype)) for t in (text, self.null))
+            encoded, null = (model.encode_text(t.to(weight.device, weight.dtype)) for t in (text, self.null))
             guidance = Guidance(p.guidance)
-            times = model.read_times(scheduler.timesteps)
-            return generate(model, seen, null, times, noise, scheduler, guidance, weight.dtype, keep_masks=True)
+            times = model.embed_times(scheduler.timesteps)
+            return generate(model, encoded, null, times, noise, scheduler, guidance, weight.dtype, keep_masks=True)
         finally:
             model.train(was_training)

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from pretrain.models import DiT, DiTConfig
+from pretrain.models.config import upgrade_fields
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # The classes that an export may name, so that opening a folder never runs code that it brings along.
@@ -175,13 +177,23 @@ def read_backbone(fields: dict[str, Any]) -> DiTConfig:
     """DiTConfig from a JSON's fields. Raises ValueError for those that are unknown, missing or of another type."""
     problems = []
     try:
+        fields = upgrade_fields(fields)
         config = TypeAdapter(DiTConfig).validate_json(json.dumps(fields), strict=True)
-        problems = [f"{name!r}: unknown" for name in fields if name not in vars(config)]
+        problems = [f"{name!r}: unknown" for name in unknown_fields(fields, asdict(config))]
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))!r}: {e['msg']}" for e in error.errors()]
     if problems:
         raise ValueError(f"backbone: {'; '.join(problems)}; the fields are those of pretrain.models.DiTConfig")
     return config
+
+
+def unknown_fields(fields: dict[str, Any], known: dict[str, Any]) -> list[str]:
+    """The names of fields, and of fields of sections, that are not known."""
+    found = [name for name in fields if name not in known]
+    for name, value in fields.items():
+        if isinstance(value, dict) and isinstance(known.get(name), dict):
+            found += [f"{name}.{inner}" for inner in value if inner not in known[name]]
+    return found
 
 
 @contextmanager

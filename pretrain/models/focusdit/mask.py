@@ -16,12 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from pretrain.models.config import DiTConfig
+
 KINDS = ("none", "release", "adaln_single")
+OPTIONAL_PARAMETERS = (".query_mask.",)  # they come and go with the setting
 TIMESTEPS = 1000  # the table has one row for each integer timestep 0..1000
 
 
@@ -54,7 +59,11 @@ class QueryMask(nn.Module):
         self.layers = nn.ModuleList(MaskLinear(i, o) for i, o in pairwise(sizes[:-1]))
         self.last = MaskLinear(sizes[-2], 1)
 
-    def read_time(self, time_BD: Tensor, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
+    def initialise(self) -> None:
+        """Last bias 2: masks start near 0.88, where their gradient still flows."""
+        nn.init.constant_(self.last.linear.bias, 2.0)
+
+    def embed_time(self, time_BD: Tensor, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift [B, 1, D] of the tokens at these times."""
         if self.kind == "release":
             # The table is indexed by the truncated timestep; the order is (scale, shift), as the release has it.
@@ -67,7 +76,7 @@ class QueryMask(nn.Module):
     def forward(
         self, x_BND: Tensor, mask_BN1: Tensor, scale: Tensor, shift: Tensor, keep_BN1: Tensor | None = None
     ) -> Tensor:
-        """The mask from tokens [B, N, D], the mask before [B, N, 1], and `read_time`'s scale and shift; `keep_BN1` is dropout."""
+        """The mask from tokens [B, N, D], the mask before [B, N, 1], and `embed_time`'s results; `keep_BN1` is dropout."""
         h = torch.addcmul(shift, F.layer_norm(x_BND, x_BND.shape[-1:], eps=1e-5), 1 + scale)
         for layer in self.layers:
             h = F.relu(layer(h, mask_BN1))
@@ -83,3 +92,11 @@ def draw_keep(seeds: Sequence[int], depth: int, tokens: int, dropout: float, dev
     for row_KN, seed in zip(keep_BKN, seeds, strict=True):
         row_KN.bernoulli_(1 - dropout, generator=generator.manual_seed(seed ^ 1))
     return keep_BKN.transpose(0, 1) / (1 - dropout)
+
+
+def macs(c: DiTConfig, tokens: int) -> int:
+    """Multiply-adds of one block's query mask for one image with this many tokens; 0 without query masks."""
+    if c.mask == "none":
+        return 0
+    time = 2 * c.width**2 if c.mask == "release" else 0
+    return tokens * sum(inputs * outputs for inputs, outputs in pairwise((c.width, *c.mask_hidden, 1))) + time

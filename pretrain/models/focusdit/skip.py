@@ -38,7 +38,7 @@ class Skip:
         return (mask.float().mean(-1, keepdim=True) >= self.threshold).expand_as(mask)
 
 
-def on_kept(function: Callable[[Tensor], Tensor], x_BND: Tensor, keep_BN: Tensor) -> Tensor:
+def apply_to_kept(function: Callable[[Tensor], Tensor], x_BND: Tensor, keep_BN: Tensor) -> Tensor:
     """`function` of the kept tokens, computed for them alone; 0 for the others."""
     index_T = keep_BN.flatten().nonzero().squeeze(1)
     if len(index_T) == keep_BN.numel():

@@ -11,19 +11,43 @@ upsampled bilinearly, plus a term of the row and one of the column, upsampled li
 
 The authors train a network for each n. Here one network has tables for several, and training draws one n for each step.
 Rotary positions: the queries are averaged before they are turned, and a mediator has its cell's centre as its position.
+
+Initialisation: bias tables truncated normal(0.02), outputs 0, the convolution uniform(±1/3) as torch's own.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pretrain.models.budget import ComputeBudget
 from pretrain.models.embeddings import Rotary
-from pretrain.models.grids import Grid, pool, square
+from pretrain.models.grids import Grid, pool, pooling_macs, square
+from pretrain.models.mixers.base import (
+    Attention,
+    Modulation,
+    Positions,
+    TokenMixer,
+    TokenState,
+    TrainingChoice,
+    hash64,
+)
 
 MAP, LINE = 7, 16  # sides of the tables
+
+
+@dataclass(frozen=True)
+class MediatorsSection:
+    """Settings of `attention: mediators`."""
+
+    numbers: tuple[int, ...] = (4, 16, 64)
+    """Numbers of mediators, each the square of a whole number, the fewest first; each training step draws one."""
 
 
 class PairBias(nn.Module):
@@ -34,6 +58,11 @@ class PairBias(nn.Module):
         self.map = nn.Parameter(torch.empty(heads, mediators, MAP, MAP))
         self.row = nn.Parameter(torch.empty(heads, mediators, LINE))
         self.column = nn.Parameter(torch.empty(heads, mediators, LINE))
+
+    def initialise(self) -> None:
+        """Draws the tables from a truncated normal(0.02)."""
+        for table in self.parameters():
+            nn.init.trunc_normal_(table, std=0.02)
 
     def forward(self, grid: Grid) -> Tensor:
         rows, columns = grid
@@ -56,8 +85,12 @@ class MediatorAttention(nn.Module):
         self.spread_bias = nn.ModuleDict({str(n): PairBias(heads, n) for n in choices})
         self.local = nn.Conv2d(width, width, 3, padding=1, groups=width)
 
+    def initialise(self) -> None:
+        """Outputs 0: a fresh block changes nothing."""
+        nn.init.zeros_(self.out.weight)
+
     def forward(self, x_BND: Tensor, grid: Grid, rotary: Rotary, rotary_mediators: Rotary, mediators: int) -> Tensor:
-        """[B, N, D] to the same; `rotary_mediators` are the positions of so many mediators."""
+        """[B, N, D] to the same; `rotary_mediators` are the positions of the `mediators` mediators."""
         gather, spread = self.gather_bias[str(mediators)], self.spread_bias[str(mediators)]
         q_BND, k_BND, v_BND = self.qkv(x_BND).chunk(3, dim=-1)
         t_Bmnd = self._heads(pool(q_BND, grid, square(mediators)))
@@ -72,3 +105,75 @@ class MediatorAttention(nn.Module):
 
     def _heads(self, x_BND: Tensor) -> Tensor:
         return rearrange(x_BND, "B N (m d) -> B m N d", m=self.heads)
+
+
+class MediatorMixer(TokenMixer):
+    """All tokens attend to the mediators, and these to all tokens."""
+
+    def __init__(self, width: int, heads: int, numbers: tuple[int, ...]):
+        super().__init__()
+        self.width = width
+        self.attention = MediatorAttention(width, heads, numbers)
+
+    def mix(self, state: TokenState, modulation: Modulation, positions: Positions) -> tuple[TokenState, Tensor]:
+        cells = positions.coarse[Mediators.name]
+        x_BND = modulation(state.x_BND)
+        return state, self.attention(x_BND, state.grid, positions.tokens, cells.rotary, math.prod(cells.grid))
+
+    def macs(self, tokens: Grid, budget: ComputeBudget) -> int:
+        D, N, n = self.width, math.prod(tokens), number_of(budget)
+        return N * 4 * D * D + 4 * N * n * D + 9 * N * D + pooling_macs(tokens, square(n)) * D
+
+    def kept_vectors(self, tokens: Grid, budget: ComputeBudget) -> int:
+        return 11 * math.prod(tokens) + 3 * number_of(budget)
+
+
+class Mediators(Attention):
+    """Mediators in the blocks that hold all tokens. Its choice is their number n."""
+
+    name = "mediators"
+    optional_parameters = (".gather_bias.", ".spread_bias.", ".self_attention.local.")
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        return self.config.mediators.numbers
+
+    def mixer(self) -> TokenMixer:
+        return MediatorMixer(self.config.width, self.config.heads, self.choices)
+
+    def problems(self) -> list[str]:
+        found = []
+        for n in self.choices:
+            try:
+                square(n)
+            except ValueError as error:
+                found.append(f"mediators.numbers: {error}")
+        if not self.choices or list(self.choices) != sorted(set(self.choices)):
+            found.append(f"mediators.numbers: {list(self.choices)} must be different numbers, the fewest first")
+        return found
+
+    def grid_problems(self, tokens: Grid) -> list[str]:
+        most = square(self.choices[-1])[0]
+        if most <= min(tokens):
+            return []
+        too_many = f"{self.choices[-1]} ({most} × {most}) do not fit {tokens[0]} × {tokens[1]} tokens"
+        return [f"mediators.numbers: {too_many}; leave out the largest, or use larger pictures"]
+
+    def default_choice(self, t: float) -> int:
+        """Few mediators near noise, many near data, in equal parts of t."""
+        last = len(self.choices) - 1
+        return self.choices[min(max(int((1 - t) * len(self.choices)), 0), last)]
+
+    def training_choice(self, cdf: Callable[[float], float], seed: int, step: int) -> TrainingChoice:
+        """Each number as likely as the others."""
+        return TrainingChoice(self.choices[hash64(f"mediators/{seed}/{step}") % len(self.choices)])
+
+    def coarse_grid(self, tokens: Grid, choice: int) -> Grid:
+        return square(choice)
+
+
+def number_of(budget: ComputeBudget) -> int:
+    """The number of mediators in a budget."""
+    number = budget.get(Mediators.name)
+    assert number is not None
+    return number

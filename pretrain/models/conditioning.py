@@ -1,0 +1,196 @@
+"""What the blocks are conditioned on: the time and the text, made by the backbone before its forward pass and handed to it.
+
+Letters: B images (or captions), S timesteps, D width, h heads, L a caption's tokens, d a head's width.
+
+Two parts make it, for the same forward pass. In training `StepConditioning` makes each block's keys and values when the block
+is reached, so that with `recompute` they are recomputed like the block's other activations: kept for all blocks at once they
+would take as much memory as the blocks' inputs. In sampling `CachedConditioning` has them from caches, which are made once:
+`TextCache` once per prompt, `TimeCache` once per sampling step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from pretrain.models.budget import ComputeBudget, common_budget
+from pretrain.models.text import PackedText
+
+if TYPE_CHECKING:
+    from pretrain.models.dit import DiT
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Keys and values [b, h, L, d] of b neighbouring captions of one length L, or padded to it.
+
+    Attributes:
+        keep: [b, 1, 1, L], True where a padded caption has a token; None without padding.
+    """
+
+    keys: Tensor
+    values: Tensor
+    keep: Tensor | None = None
+
+
+# All captions of a batch for one cross-attention, in order.
+KeysValues = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class BlockConditioning:
+    """One block's conditioning.
+
+    Attributes:
+        modulation_B6D: the modulation that all blocks share; B may be 1 for all images.
+        mask_modulation: scale and shift [B, 1, D] of the block's query mask; None without one.
+        text: keys and values of the block's cross-attention; () without text.
+    """
+
+    modulation_B6D: Tensor
+    mask_modulation: tuple[Tensor, Tensor] | None
+    text: KeysValues
+
+
+class Conditioning(Protocol):
+    """All blocks' conditioning for `len` images."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def time_BD(self) -> Tensor:
+        """The time embedding."""
+        ...
+
+    def for_block(self, index: int) -> BlockConditioning: ...
+
+    def default_budget(self) -> ComputeBudget:
+        """The compute budget at the images' noise levels."""
+        ...
+
+
+# ---- sampling: from caches ----
+
+
+@dataclass(frozen=True)
+class TextCache:
+    """Captions as the blocks' cross-attentions see them: made once per prompt, for all sampling steps.
+
+    Attributes:
+        blocks: each block's keys and values, without padding; () for a backbone without text.
+        captions: the number of captions.
+    """
+
+    blocks: tuple[KeysValues, ...]
+    captions: int
+
+    def __len__(self) -> int:
+        return self.captions
+
+    def __add__(self, other: TextCache) -> TextCache:
+        """The captions of both, this one's first."""
+        blocks = tuple(mine + others for mine, others in zip(self.blocks, other.blocks, strict=True))
+        return TextCache(blocks, len(self) + len(other))
+
+    def __mul__(self, times: int) -> TextCache:
+        """One caption repeated `times` times, without a copy."""
+        assert len(self) == 1, "only a single caption can be repeated"
+        blocks = (
+            tuple(Segment(s.keys.expand(times, -1, -1, -1), s.values.expand(times, -1, -1, -1)) for s in segments)
+            for segments in self.blocks
+        )
+        return TextCache(tuple(blocks), times)
+
+    def take(self, captions: Sequence[int]) -> TextCache:
+        """Some of the captions, by their numbers in ascending order."""
+        numbers = list(captions)
+        assert numbers == sorted(set(numbers)) and set(numbers) <= set(range(len(self))), f"{numbers} of {len(self)}"
+        blocks = []
+        for segments in self.blocks:
+            kept, start = [], 0
+            for segment in segments:
+                rows = [n - start for n in numbers if start <= n < start + len(segment.keys)]
+                start += len(segment.keys)
+                if len(rows) == len(segment.keys):
+                    kept.append(segment)
+                elif rows:
+                    kept.append(Segment(segment.keys[rows], segment.values[rows]))
+            blocks.append(tuple(kept))
+        return TextCache(tuple(blocks), len(numbers))
+
+
+@dataclass(frozen=True)
+class TimeCache:
+    """One timestep as the backbone sees it, for any number of images at that time.
+
+    Attributes:
+        time_1D: the time embedding [1, D].
+        modulation_16D: the blocks' shared modulation [1, 6, D].
+        masks: scale and shift [1, 1, D] of each block's query mask; () without query masks.
+        budget: the default compute budget at this time.
+    """
+
+    time_1D: Tensor
+    modulation_16D: Tensor
+    masks: tuple[tuple[Tensor, Tensor], ...]
+    budget: ComputeBudget
+
+
+@dataclass(frozen=True)
+class CachedConditioning:
+    """One timestep for all captions, from caches."""
+
+    time: TimeCache
+    text: TextCache
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    @property
+    def time_BD(self) -> Tensor:
+        return self.time.time_1D
+
+    def for_block(self, index: int) -> BlockConditioning:
+        masks = self.time.masks
+        return BlockConditioning(self.time.modulation_16D, masks[index] if masks else None, self.text.blocks[index])
+
+    def default_budget(self) -> ComputeBudget:
+        return self.time.budget
+
+
+# ---- training: made for one step ----
+
+
+@dataclass(frozen=True)
+class StepConditioning:
+    """One timestep and one caption for each image, made by `DiT.condition`; each block's part when it is reached.
+
+    Attributes:
+        text: the projected captions [M, D]; None for a backbone without text.
+    """
+
+    dit: DiT
+    timestep_B: Tensor
+    time_BD: Tensor
+    modulation_B6D: Tensor
+    text: PackedText | None
+
+    def __len__(self) -> int:
+        return len(self.timestep_B)
+
+    def for_block(self, index: int) -> BlockConditioning:
+        block, mask = self.dit.block(index), None
+        if block.query_mask is not None:
+            mask = block.query_mask.embed_time(self.time_BD, self.timestep_B)
+        text: KeysValues = ()
+        if block.cross_attention is not None and self.text is not None:
+            text = block.cross_attention.padded(self.text)
+        return BlockConditioning(self.modulation_B6D, mask, text)
+
+    def default_budget(self) -> ComputeBudget:
+        """Asks the device for the timesteps, where a method leaves a choice. Raises ValueError where the images' differ in it."""
+        config = self.dit.config
+        return common_budget(config, (self.timestep_B / 1000).tolist()) if config.open_methods else ComputeBudget()

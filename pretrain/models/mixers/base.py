@@ -1,0 +1,204 @@
+"""What every token mixer has in common: the interface of a block's exchange among image tokens, and of a method that brings some.
+
+Letters: B images, N tokens of a grid of (rows, columns), D width.
+
+A *token mixer* is one block's part: it takes the tokens, lets them exchange information, and gives the update. A *method*
+builds the mixers of a backbone, and holds all else that depends on it: its problems, its compute budget, its FLOPs (through
+its mixers) and the parameters that come and go with it. `mixers/__init__.py` has the table of methods.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.models.embeddings import Rotary
+from pretrain.models.grids import Grid
+
+if TYPE_CHECKING:
+    from pretrain.models.budget import ComputeBudget
+    from pretrain.models.config import DiTConfig
+
+
+# ---- a block's part ----
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """The tokens between two blocks, their (rows, columns), and the last block's query mask.
+
+    Attributes:
+        dense: the state of all tokens, while the blocks work on a coarser grid; else None.
+    """
+
+    x_BND: Tensor
+    grid: Grid
+    mask_BN1: Tensor
+    dense: TokenState | None = None
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Normalises and modulates tokens: LN(x)·(1 + scale) + shift, with a LayerNorm that has no parameters of its own."""
+
+    shift_B1D: Tensor
+    scale_B1D: Tensor
+    eps: float = 1e-6
+
+    def __call__(self, x_BND: Tensor) -> Tensor:
+        return torch.addcmul(self.shift_B1D, F.layer_norm(x_BND, x_BND.shape[-1:], eps=self.eps), 1 + self.scale_B1D)
+
+
+@dataclass(frozen=True)
+class CoarseGrid:
+    """A coarser grid over the same picture, and the rotary positions of its cells' centres."""
+
+    grid: Grid
+    rotary: Rotary
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The rotary positions of one forward pass: of all tokens, and of each method's coarser grid by the method's name."""
+
+    tokens: Rotary
+    coarse: Mapping[str, CoarseGrid]
+
+
+class TokenMixer(ABC):
+    """One block's exchange among image tokens.
+
+    Attributes:
+        attention: the module with its parameters; the block has it as `self_attention`.
+        extra: further modules, which the block has under these names, after all its own.
+    """
+
+    attention: nn.Module
+    extra: Mapping[str, nn.Module]
+
+    def __init__(self) -> None:
+        self.extra = {}
+
+    @abstractmethod
+    def mix(self, state: TokenState, modulation: Modulation, positions: Positions) -> tuple[TokenState, Tensor]:
+        """The state that the block goes on with, and the update [B, N, D] of its tokens (or [B, 1, D], the same for all)."""
+
+    def initialise(self) -> None:
+        """Sets the parameters of `extra` to their start."""
+        return
+
+    def grid(self, tokens: Grid, budget: ComputeBudget) -> Grid:
+        """The grid on which the block leaves its tokens, of a picture of `tokens`."""
+        return tokens
+
+    @abstractmethod
+    def macs(self, tokens: Grid, budget: ComputeBudget) -> int:
+        """Multiply-adds of one image, projections included."""
+
+    @abstractmethod
+    def kept_vectors(self, tokens: Grid, budget: ComputeBudget) -> int:
+        """Vectors of width D that a training step keeps of one image for the backward pass, with the tokens and their norm."""
+
+
+# ---- a method ----
+
+
+@dataclass(frozen=True)
+class TrainingChoice:
+    """A method's choice for one training step.
+
+    Attributes:
+        times: the quantiles (low, high) of the objective's times to which the choice restricts the step's images.
+    """
+
+    choice: int
+    times: tuple[float, float] = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A parameter that starts from a part of another one, where a model is trained on with other settings.
+
+    Attributes:
+        source: the part of the other parameter's name that stands in place of this one's.
+        take: the part [rows, …] of the whole other one.
+        parts: how many times as many rows the other one has.
+        words: the part in words, for the log.
+    """
+
+    source: str
+    take: Callable[[Tensor], Tensor]
+    parts: int
+    words: str
+
+
+class Method:
+    """A way for image tokens to exchange information, bound to a backbone's shape.
+
+    Attributes:
+        name: its name in `DiTConfig.attention` or `DiTConfig.density`, and in a `ComputeBudget`.
+        optional_parameters: parts of the names of parameters that come and go with it.
+        derived_parameters: by a part of their names, the parameters that can start from another model's.
+    """
+
+    name: ClassVar[str]
+    optional_parameters: ClassVar[tuple[str, ...]] = ()
+    derived_parameters: ClassVar[Mapping[str, Derived]] = {}
+
+    def __init__(self, config: DiTConfig):
+        self.config = config
+
+    def problems(self) -> list[str]:
+        """All that keeps the backbone from being built, each as `field: problem and mend`."""
+        return []
+
+    def grid_problems(self, tokens: Grid) -> list[str]:
+        """All that keeps a backbone without problems from computing on a grid of tokens."""
+        return []
+
+    # The compute budget, for methods that leave a choice open.
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The choices; none where nothing is left open."""
+        return ()
+
+    def default_choice(self, t: float) -> int:
+        """The choice at noise level t in 0..1."""
+        raise NotImplementedError
+
+    def training_choice(self, cdf: Callable[[float], float], seed: int, step: int) -> TrainingChoice:
+        """The choice of training step `step` (from 0) of the run with this seed; `cdf` is that of the objective's times."""
+        raise NotImplementedError
+
+    def coarse_grid(self, tokens: Grid, choice: int) -> Grid:
+        """The coarser grid that its mixers need for a choice."""
+        raise NotImplementedError
+
+
+class Attention(Method):
+    """A method of the blocks that hold all tokens."""
+
+    def mixer(self) -> TokenMixer:
+        """A new mixer for one block."""
+        raise NotImplementedError
+
+
+class Density(Method):
+    """A method that decides on how many tokens each block computes."""
+
+    def mixers(self, dense: Callable[[], TokenMixer]) -> list[TokenMixer]:
+        """New mixers for all blocks, from bottom to top; `dense` makes those of the blocks that hold all tokens."""
+        raise NotImplementedError
+
+
+def hash64(words: str) -> int:
+    """64 bits that follow from a text: for choices on which all processes agree without asking."""
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big")
