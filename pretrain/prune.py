@@ -1,4 +1,4 @@
-"""Removing the FFNs that the query masks weigh least (FocusDiT, §6, Fig. 10).
+"""Removal of the FFNs that the query masks weigh least (FocusDiT, §6, Fig. 10).
 
     python -m pretrain.prune --run runs/stage2_512 --prompts prompts.txt --remove 8 --out exports/pruned
 
@@ -23,12 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain.console import Progress, quiet
-from pretrain.export import DTYPES, add_arguments, write_export
 from pretrain.models import DiT
 from pretrain.models.cost import count_parameters
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput, FocusDiTTransformer2DModel
-from pretrain.sample import device_of
+from pretrain.sampling.device import device_of
 from pretrain.sampling.export_folder import new_folder
+from pretrain.sampling.export_writer import DTYPES, add_export_arguments, write_export
 from pretrain.sampling.pictures import side_by_side
 from pretrain.sampling.plots import plot_mask_means
 from pretrain.sampling.prompts import read_prompts
@@ -38,7 +38,7 @@ SHOWN = 8  # pictures of before_after.png
 
 
 @dataclass(frozen=True)
-class Measured:
+class MaskMeans:
     """Mask means [S, K] over all prompts, and the first prompts' pictures."""
 
     means_SK: Tensor
@@ -46,7 +46,9 @@ class Measured:
     pictures: list[Image.Image]
 
 
-def measure(pipeline: FocusDiTPipeline, prompts: Sequence[str], steps: int | None, batch: int, seed: int) -> Measured:
+def measure_masks(
+    pipeline: FocusDiTPipeline, prompts: Sequence[str], steps: int | None, batch: int, seed: int
+) -> MaskMeans:
     """Draws the prompts and averages their query masks; prompt number i starts from seed + i."""
     total, pictures = None, []
     with Progress(len(prompts), "prompt") as progress:
@@ -68,10 +70,10 @@ def measure(pipeline: FocusDiTPipeline, prompts: Sequence[str], steps: int | Non
                 pictures += list(output.images)[: SHOWN - i]
             progress.update(len(some))
     assert total is not None
-    return Measured(total / len(prompts), pipeline.scheduler.timesteps.tolist(), pictures)
+    return MaskMeans(total / len(prompts), pipeline.scheduler.timesteps.tolist(), pictures)
 
 
-def least(means_SK: Tensor, removed: Sequence[int], count: int) -> list[int]:
+def lowest_blocks(means_SK: Tensor, removed: Sequence[int], count: int) -> list[int]:
     """The `count` blocks of lowest mean that still have an FFN. Raises ValueError where there are not that many."""
     means_K = means_SK.mean(0)
     there = sorted((block for block in range(len(means_K)) if block not in removed), key=lambda b: means_K[b].item())
@@ -94,11 +96,11 @@ def prune(trained: TrainedRun, prompts: Sequence[str], args: argparse.Namespace,
     """Measures, removes, and writes all files into `out`. Returns a closing line."""
     pipeline = trained.pipeline
     dit = pipeline.transformer.dit
-    before = measure(pipeline, prompts, args.steps, args.batch_size, args.seed)
-    blocks = least(before.means_SK, dit.config.removed_ffns, args.remove)
+    before = measure_masks(pipeline, prompts, args.steps, args.batch_size, args.seed)
+    blocks = lowest_blocks(before.means_SK, dit.config.removed_ffns, args.remove)
     smaller = without_ffns(dit, blocks)
     pipeline.register_modules(transformer=FocusDiTTransformer2DModel.of(smaller))
-    after = measure(pipeline, prompts[:SHOWN], args.steps, args.batch_size, args.seed)
+    after = measure_masks(pipeline, prompts[:SHOWN], args.steps, args.batch_size, args.seed)
     parameters = [count_parameters(model.config).total for model in (dit, smaller)]
     report = {
         "removed_ffns": blocks,
@@ -133,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=8, help="prompts drawn together")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; each next prompt has the next seed")
     parser.add_argument("--device", help="default: the GPU, or the CPU")
-    add_arguments(parser)
+    add_export_arguments(parser)
     args = parser.parse_args(argv)
     quiet()
     try:

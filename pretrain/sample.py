@@ -13,19 +13,15 @@ command draws what is missing.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from data_prep.common.files import atomic_write
 from data_prep.encoders import fingerprint, working_dtype
@@ -34,48 +30,14 @@ from pretrain.console import Progress, quiet
 from pretrain.diffusion import FfnWork
 from pretrain.models.cost import saved_flops
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
-from pretrain.sampling.page import Entry, page
+from pretrain.sampling.device import device_of
+from pretrain.sampling.jobs import Job, is_drawn, undrawn, write_png
+from pretrain.sampling.page import PageEntry, page
 from pretrain.sampling.pictures import mask_map
 from pretrain.sampling.prompts import read_prompts
-from pretrain.schedulers import SAMPLERS
+from pretrain.schedulers import SAMPLERS, changed_scheduler
 
-ABOUT = "focusdit"  # the PNG's text chunk
 SHOWN = 256  # pictures on the contact sheet and the page
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture to draw: its place in the list, and all that it follows from."""
-
-    index: int
-    prompt: str
-    seed: int
-    settings: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return f"{self.index:06d}_{hashlib.sha256(self.prompt.encode()).hexdigest()[:8]}"
-
-    @property
-    def about(self) -> dict[str, Any]:
-        return {"prompt": self.prompt, "seed": self.seed, "settings": self.settings}
-
-    def picture(self, out: Path) -> Path:
-        return out / f"{self.name}.png"
-
-    def masks(self, out: Path) -> Path:
-        return out / f"{self.name}_masks.png"
-
-
-def found(path: Path) -> dict[str, Any] | None:
-    """What a picture that is there says of itself; None where there is no whole one."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()
-            about = json.loads(image.text[ABOUT])  # type: ignore[attr-defined]
-    except (OSError, SyntaxError, KeyError, ValueError):  # absent, cut off, or not ours
-        return None
-    return about if isinstance(about, dict) and isinstance(about.get("settings"), dict) else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Draws this process's share; whoever finds all pictures there sums them up. Returns a closing line."""
+    """Draws this process's pictures; the process that finds all pictures drawn writes the summary. Returns a closing line."""
     check_numbers(args)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
@@ -99,17 +61,17 @@ def run(args: argparse.Namespace) -> str:
     settings = settings_of(args, pipeline)
     jobs = [Job(i, prompt, args.seed + i, settings) for i, prompt in enumerate(prompts)]
     args.out.mkdir(parents=True, exist_ok=True)
-    todo = [job for job in missing(jobs, args) if job.index % processes == rank]
-    speed_up(pipeline, args.compile)
+    todo = [job for job in undrawn(jobs, args.out, args.save_masks, args.overwrite) if job.index % processes == rank]
+    compile_pipeline(pipeline, args.compile)
     saved = draw(pipeline, todo, args)
     if saved is not None:
         print(f"skipping left out {100 * saved:.1f}% of the FFNs' FLOPs")
-    left = [job for job in jobs if not done(job, args)]
+    left = [job for job in jobs if not is_drawn(job, args.out, args.save_masks)]
     if left:
         return (
             f"{len(todo)} pictures in {args.out}; {len(left)} of {len(jobs)} are still to be drawn by other processes"
         )
-    return sum_up(jobs, origin, args)
+    return write_summary(jobs, origin, args)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -122,18 +84,6 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed}: must be under 2**62")
     if args.shift is not None and not 0 < args.shift < float("inf"):
         raise ValueError(f"--shift {args.shift}: must be above 0")
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device asked for; else this process's own GPU, or the CPU. Raises ValueError for one that is not there."""
-    if name is not None:
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:  # torch's own, by kind of device
-            raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[FocusDiTPipeline, dict[str, Any]]:
@@ -149,26 +99,13 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[Focus
             raise FileNotFoundError(f"no export at {args.model}: make one with python -m pretrain.export")
         pipeline = FocusDiTPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
         origin = {"model": str(args.model)}
-    pipeline.scheduler = chosen_scheduler(args, pipeline.scheduler)
+    pipeline.scheduler = changed_scheduler(pipeline.scheduler, args.sampler, args.shift)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, origin
 
 
-def chosen_scheduler(args: argparse.Namespace, scheduler: Any) -> Any:
-    """The model's scheduler as `--sampler` and `--shift` change it. Raises ValueError where it cannot be so."""
-    if "shift" in scheduler.config:
-        kind = SAMPLERS[args.sampler] if args.sampler else type(scheduler)
-        return kind.from_config(scheduler.config, **({} if args.shift is None else {"shift": args.shift}))
-    trained = "this model was trained with the epsilon objective, whose sampler"
-    if args.shift is not None:
-        raise ValueError(f"--shift: {trained} has no shift")
-    if args.sampler == "sde":
-        raise ValueError(f"--sampler sde: {trained} follows an ODE; leave --sampler out")
-    return scheduler
-
-
 def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[str, Any]:
-    """All that a picture follows from beside its prompt and seed."""
+    """All that a picture depends on, beside its prompt and seed."""
     height, width = (side * 8 for side in pipeline.latent_size(args.height, args.width))
     return {
         "data_fingerprint": (pipeline.config.data_fingerprint or "")[:16],  # of the encoders, too
@@ -190,31 +127,7 @@ def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[st
     }
 
 
-def done(job: Job, args: argparse.Namespace) -> bool:
-    """Whether the job's picture, and its masks where they are wanted, are there."""
-    wanted = [job.picture(args.out), *([job.masks(args.out)] if args.save_masks else [])]
-    return all(found(path) == job.about for path in wanted)
-
-
-def missing(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
-    """The jobs without a picture. Raises ValueError where one of other settings is in its place."""
-    todo = []
-    for job in jobs:
-        there = found(job.picture(args.out))
-        if there is not None and there != job.about and not args.overwrite:
-            old, new = there["settings"], job.settings
-            changed = [f"{k} {old.get(k)!r}, now {v!r}" for k, v in new.items() if old.get(k) != v]
-            changed += [f"seed {there.get('seed')}, now {job.seed}"] if there.get("seed") != job.seed else []
-            raise ValueError(
-                f"{job.picture(args.out)} was drawn with other settings ({'; '.join(changed)}): "
-                "choose another --out, or replace it with --overwrite"
-            )
-        if not done(job, args):
-            todo.append(job)
-    return todo
-
-
-def speed_up(pipeline: FocusDiTPipeline, how: str | None) -> None:
+def compile_pipeline(pipeline: FocusDiTPipeline, how: str | None) -> None:
     """`blocks`: one block compiled for all; `graphs`: the whole backbone, replayed as CUDA graphs."""
     if how == "blocks":
         pipeline.transformer.compile_repeated_blocks()
@@ -263,30 +176,20 @@ def draw_batch(pipeline: FocusDiTPipeline, jobs: Sequence[Job], args: argparse.N
             unit = 8 * pipeline.transformer.dit.config.patch
             grid = (image.height // unit, image.width // unit)
             sheet = mask_map(masks[k], grid, pipeline.scheduler.timesteps.tolist(), image)
-            write_png(sheet, job.masks(args.out), job.about)
-        write_png(image, job.picture(args.out), job.about)
+            write_png(sheet, job.masks(args.out), job.description)
+        write_png(image, job.picture(args.out), job.description)
     return output.ffn_work
 
 
-def write_png(image: Image.Image, path: Path, about: dict[str, Any] | None = None) -> None:
-    """Writes a picture, and what it says of itself, so that it is either absent, old, or whole."""
-    info = PngInfo()
-    if about is not None:
-        info.add_itxt(ABOUT, json.dumps(about))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info)
-    atomic_write(path, buffer.getvalue())
-
-
-def sum_up(jobs: Sequence[Job], origin: dict[str, Any], args: argparse.Namespace) -> str:
+def write_summary(jobs: Sequence[Job], origin: dict[str, Any], args: argparse.Namespace) -> str:
     """Writes the list, the contact sheet and the page of all pictures. Returns a closing line."""
     out, shown = args.out, jobs[:SHOWN]
-    lines = [{"file": job.picture(out).name, **job.about, **origin} for job in jobs]
+    lines = [{"file": job.picture(out).name, **job.description, **origin} for job in jobs]
     atomic_write(out / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     images = [Image.open(job.picture(out)).convert("RGB") for job in shown]
     write_png(labelled_grid(images, [job.prompt for job in shown]), out / "grid.png")
     masks = [job.masks(out) if args.save_masks else None for job in shown]
-    entries = [Entry(job.prompt, job.seed, job.picture(out), m) for job, m in zip(shown, masks, strict=True)]
+    entries = [PageEntry(job.prompt, job.seed, job.picture(out), m) for job, m in zip(shown, masks, strict=True)]
     settings = {**origin, **{k: v for k, v in jobs[0].settings.items() if v is not None}}
     atomic_write(
         out / "index.html",

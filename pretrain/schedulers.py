@@ -73,6 +73,19 @@ def build_scheduler(objective: str, shift: float, sampler: str = "ode") -> Sched
     )
 
 
+def changed_scheduler(scheduler: Any, sampler: str | None, shift: float | None) -> Any:
+    """A model's scheduler as the options `--sampler` and `--shift` change it. Raises ValueError where it cannot be so."""
+    if "shift" in scheduler.config:
+        kind = SAMPLERS[sampler] if sampler else type(scheduler)
+        return kind.from_config(scheduler.config, **({} if shift is None else {"shift": shift}))
+    trained = "this model was trained with the epsilon objective, whose sampler"
+    if shift is not None:
+        raise ValueError(f"--shift: {trained} has no shift")
+    if sampler == "sde":
+        raise ValueError(f"--sampler sde: {trained} follows an ODE; leave --sampler out")
+    return scheduler
+
+
 def set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
     """Prepares `steps` evaluations; flow matching starts at pure noise and ends at 1/steps before the shift."""
     if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and "shift" in scheduler.config:

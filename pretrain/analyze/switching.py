@@ -33,10 +33,10 @@ from pretrain.diffusion.switching import FIRST, change
 from pretrain.models.budget import default_budget
 from pretrain.models.cost import count_flops
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
-from pretrain.sample import chosen_scheduler, device_of
+from pretrain.sampling.device import device_of
 from pretrain.sampling.plots import to_picture
 from pretrain.sampling.prompts import read_prompts
-from pretrain.schedulers import SAMPLERS
+from pretrain.schedulers import SAMPLERS, changed_scheduler
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of steps and pictures, that the default grid lets switch
 
@@ -222,7 +222,7 @@ def read_subject(args: argparse.Namespace) -> Subject:
         raise ValueError(
             f"{args.run} was trained with {config.mediators.numbers[0]} mediators alone: nothing to switch between"
         )
-    pipeline.scheduler = chosen_scheduler(args, pipeline.scheduler)
+    pipeline.scheduler = changed_scheduler(pipeline.scheduler, args.sampler, args.shift)
     pipeline.set_progress_bar_config(disable=True)
     captions, (null,) = pipeline.encode_prompt(prompts), pipeline.encode_prompt([""])
     steps = pipeline.config.steps if args.steps is None else args.steps

@@ -17,7 +17,7 @@ from data_prep.encoders import working_dtype
 from pretrain.bench.timing import side_by_side
 from pretrain.models import DiT, DiTConfig, preset
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
-from pretrain.sample import speed_up
+from pretrain.sample import compile_pipeline
 from pretrain.schedulers import build_scheduler
 
 # The paper, "Model Size and Inference Cost": 20 steps on an H800.
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> str:
         for chosen in args.presets:
             config = replace(preset(chosen), depth=args.depth) if args.depth else preset(chosen)
             pipe = _pipeline(config, device, dtype)
-            speed_up(pipe, args.compile)
+            compile_pipeline(pipe, args.compile)
             text = torch.randn(1, 80, config.text_width, device=device, dtype=dtype)
 
             def draw(pipe: FocusDiTPipeline = pipe, text: torch.Tensor = text, side: int = side) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Entry:
+class PageEntry:
     """One picture of a run; `masks` is the picture of its query masks, if they were kept."""
 
     prompt: str
@@ -33,8 +33,8 @@ details img { max-width: 100%; height: auto; }
 """
 
 
-def page(title: str, settings: Mapping[str, object], entries: Sequence[Entry], left_out: int = 0) -> str:
-    """The page. `left_out`: pictures of the run that it does not hold."""
+def page(title: str, settings: Mapping[str, object], entries: Sequence[PageEntry], left_out: int = 0) -> str:
+    """The page's HTML. `left_out`: the number of the run's pictures that it does not hold."""
     rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in settings.items())
     more = f"<p>{left_out} more pictures are in the folder.</p>" if left_out else ""
     return (
@@ -44,7 +44,7 @@ def page(title: str, settings: Mapping[str, object], entries: Sequence[Entry], l
     )
 
 
-def _figure(entry: Entry) -> str:
+def _figure(entry: PageEntry) -> str:
     masks = ""
     if entry.masks is not None:
         image = _image(entry.masks, "query masks")

@@ -171,4 +171,4 @@ def test_bad_input_is_one_line(run, prompts, tmp_path, capsys, command, problem)
 ])  # fmt: skip
 def test_the_least_are_of_the_lowest_mean(means, removed, count, expected):
     steps = torch.tensor(means) + torch.tensor([[0.05], [-0.05]])
-    assert prune.least(steps, removed, count) == expected
+    assert prune.lowest_blocks(steps, removed, count) == expected

@@ -238,7 +238,7 @@ def test_a_search_that_cannot_be_is_one_line(search, tiny_pipeline, capsys, kind
 def test_pruning_a_block_of_the_sparse_grid(tiny_pipeline):
     """The means are over the tokens of the picture; the block's query mask stays, and it has nothing left to skip."""
     pipe = make(tiny_pipeline, "both")
-    means_SK = prune.measure(pipe, PROMPTS, 4, 2, seed=0).means_SK
+    means_SK = prune.measure_masks(pipe, PROMPTS, 4, 2, seed=0).means_SK
     masks = pipe(PROMPTS, num_inference_steps=4, generator=[torch.Generator().manual_seed(i) for i in range(3)],
                  output_type="latent", output_query_masks=True).query_masks  # fmt: skip
     torch.testing.assert_close(means_SK, masks.mean((0, 3)), rtol=1e-3, atol=1e-4)

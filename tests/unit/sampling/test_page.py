@@ -14,7 +14,7 @@ from PIL import Image
 from support import Opened
 
 from data_prep.pictures.grids import labelled_grid, to_image
-from pretrain.sampling.page import Entry, page
+from pretrain.sampling.page import PageEntry, page
 from pretrain.sampling.pictures import mask_map
 
 HOSTILE = (
@@ -37,7 +37,7 @@ def entries(tmp_path) -> list[Entry]:
     """A picture for each hostile prompt; the first has masks."""
     masks = picture(tmp_path / "masks.png", "yellow")
     return [
-        Entry(prompt, 40 + i, picture(tmp_path / f"{i}.png", "red"), None if i else masks)
+        PageEntry(prompt, 40 + i, picture(tmp_path / f"{i}.png", "red"), None if i else masks)
         for i, prompt in enumerate(HOSTILE)
     ]
 
