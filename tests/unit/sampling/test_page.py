@@ -33,7 +33,7 @@ def picture(path: Path, colour: str) -> Path:
 
 
 @pytest.fixture
-def entries(tmp_path) -> list[Entry]:
+def entries(tmp_path) -> list[PageEntry]:
     """A picture for each hostile prompt; the first has masks."""
     masks = picture(tmp_path / "masks.png", "yellow")
     return [
