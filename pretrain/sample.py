@@ -105,7 +105,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[Focus
 
 
 def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[str, Any]:
-    """All that a picture depends on, beside its prompt and seed."""
+    """The settings that a picture depends on, beside its prompt and seed."""
     height, width = (side * 8 for side in pipeline.latent_size(args.height, args.width))
     return {
         "data_fingerprint": (pipeline.config.data_fingerprint or "")[:16],  # of the encoders, too

@@ -1,4 +1,4 @@
-"""How each objective is sampled: schedulers in diffusers' form.
+"""Schedulers in diffusers' form, by which each objective is sampled.
 
 Flow: Euler's steps along the ODE, or Euler–Maruyama's along an SDE with the same distribution at each time
 (SiT, arXiv 2401.08740). ε-prediction: DPM-Solver++ (arXiv 2211.01095).

@@ -1,4 +1,4 @@
-"""What a trained run does, and what that says about how to use it.
+"""Analyses of a trained run, with what follows for its use.
 
 python -m pretrain.analyze mediators   when to switch to more attention mediators while sampling
 """

@@ -1,4 +1,4 @@
-"""When to switch to more attention mediators while sampling: proposes the ρ of `--mediator-rho` by a small grid search.
+"""Search for when to switch to more attention mediators while sampling: proposes the ρ of `--mediator-rho` by a small grid.
 
 The first prompts are drawn with the most mediators at all steps, which is the reference; then by the noise level (the
 default), with each fewer number at all steps, and by switching at each ρ_1 ≥ ρ_2 ≥ … of a grid. For each: its FLOPs as a
@@ -45,7 +45,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("--run", type=Path, required=True, help="run directory of a model with attention: mediators")
     parser.add_argument("--prompts", type=Path, required=True, help="file of captions, one a line")
-    parser.add_argument("--pictures", type=int, default=16, help="so many of the first prompts are drawn")
+    parser.add_argument(
+        "--pictures", type=int, default=16, help="the number of prompts, from the first on, that are drawn"
+    )
     parser.add_argument("--steps", type=int, help="sampling steps (default: the config's preview.steps)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the config's preview.guidance)")
     parser.add_argument("--sampler", choices=tuple(SAMPLERS), help="flow: ode (the default), or sde")
@@ -64,7 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Drawn:
-    """All pictures by one schedule: latents [B, C, H, W], how mediators at each step, and each step's change δ."""
+    """Pictures by one schedule: latents [B, C, H, W], their numbers of mediators at each step, and each step's change δ."""
 
     latents: Tensor
     numbers_BS: Tensor
@@ -89,7 +91,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is drawn, again and again: a model, prompts that were encoded once, and how."""
+    """A model, prompts that were encoded once, and the settings of their sampling, by which all schedules are compared."""
 
     pipeline: FocusDiTPipeline
     captions: list[Tensor]
@@ -100,7 +102,7 @@ class Subject:
     seed: int
 
     def draw(self, progress: Progress, **schedule: Any) -> Drawn:
-        """All pictures by one schedule, in the pipeline's own arguments for it."""
+        """Draws all pictures by one schedule, given in the pipeline's own arguments."""
         parts = []
         for i in range(0, len(self.captions), self.batch):
             some = self.captions[i : i + self.batch]
@@ -138,7 +140,7 @@ class Subject:
         return output.images.cpu(), output.mediators_BS, torch.stack(changes, dim=1).cpu()
 
     def flops(self, numbers_BS: Tensor) -> float:
-        """Of all pictures' sampling steps, without what is done once per prompt."""
+        """FLOPs of all pictures' sampling steps, without what is done once per prompt."""
         pipeline, config = self.pipeline, self.pipeline.transformer.dit.config
         rows, columns = (side // config.patch for side in pipeline.latent_size())
         guidance, text = Guidance(self.guidance), sum(map(len, self.captions)) / len(self.captions)
@@ -238,7 +240,7 @@ def default_grid(reference: Drawn) -> list[float]:
 
 
 def distance(drawn: Drawn, reference: Drawn) -> float:
-    """Of the latents, ‖x − reference‖ / ‖reference‖, in the mean over the pictures."""
+    """Relative distance of the latents, ‖x − reference‖ / ‖reference‖, in the mean over the pictures."""
     apart_B = (drawn.latents - reference.latents).flatten(1).norm(dim=1)
     return (apart_B / reference.latents.flatten(1).norm(dim=1)).mean().item()
 
@@ -279,7 +281,7 @@ def conclude(rows: Sequence[Row], proposed: Row | None, tolerance: float) -> lis
 
 
 def steps_with(drawn: Drawn, number: int) -> float:
-    """Steps with so many mediators, in the mean over the pictures."""
+    """Steps with this number of mediators, in the mean over the pictures."""
     return (drawn.numbers_BS == number).sum(1).float().mean().item()
 
 
@@ -294,7 +296,7 @@ def table(rows: Sequence[Row], numbers: Sequence[int]) -> str:
 
 
 def report(rows: Sequence[Row], proposed: Row | None, settings: dict[str, Any]) -> dict:
-    """All that was measured, for mediators.json."""
+    """The measurements, for mediators.json."""
     return {
         **settings,
         "proposed_rho": None if proposed is None else proposed.rho,

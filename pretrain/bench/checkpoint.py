@@ -1,4 +1,4 @@
-"""What safety costs: how long training stands still for a checkpoint, written at once and in the background; its bytes a
+"""The cost of safety: how long training stands still for a checkpoint, written at once and in the background; its bytes a
 parameter; the share of a step that the spike guard, the watchdog and the logging take.
 """
 
@@ -131,7 +131,7 @@ def _share(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
     progress = [RunState(step=1)]
 
     def safety() -> None:
-        """All that guard, watchdog and monitor do in 20 steps."""
+        """The work of guard, watchdog and monitor in 20 steps."""
         for _ in range(20):
             before = progress[0]
             t.watchdog.at("reading data")

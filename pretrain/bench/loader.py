@@ -88,7 +88,7 @@ def _table(speed: dict[str, float], folder: Path, args: argparse.Namespace) -> s
 
 
 def _samples_per_second(loader: Callable[[], Iterable[Any]], args: argparse.Namespace) -> float:
-    """From the first batch on."""
+    """Samples per second, counted from the first batch on."""
     steps, batches = args.samples // args.batch, iter(loader())
     next(batches)
     start = time.perf_counter()

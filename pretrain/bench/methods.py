@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all models are given: latents at the middle of the noise levels, captions, and the null text."""
+    """Inputs of all models: latents at the middle of the noise levels, captions, and the null text."""
 
     latent: torch.Tensor
     timestep: torch.Tensor
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _whole(configs: dict[str, DiTConfig], args: argparse.Namespace) -> list[str]:
-    """All models side by side: forward passes and sampling."""
+    """Tables of all models side by side: forward passes and sampling."""
     base, grid, lines = configs["dit"], (args.tokens_per_side, args.tokens_per_side), []
     shape = f"{args.preset}, width {base.width}, depth {base.depth}, {grid[0] * grid[1]} tokens, batch {args.batch}"
     models = {name: _build(c, args) for name, c in configs.items()}
@@ -162,7 +162,7 @@ def _forwards(name: str, model: DiT, grid: Grid, given: Inputs) -> list[Row]:
 
 
 def _sampling(name: str, model: DiT, grid: Grid, given: Inputs, args: argparse.Namespace) -> Row:
-    """All steps; the captions are encoded before."""
+    """A row for all sampling steps; the captions are encoded before."""
     scheduler = build_scheduler("flow", 3.0)
     set_timesteps(scheduler, args.steps, given.latent.device)
     text, null = model.encode_text(given.text), model.encode_text(given.null)

@@ -29,7 +29,7 @@ from pretrain.schedulers import build_scheduler, set_timesteps
 
 @dataclass(frozen=True)
 class Subject:
-    """What is sampled: a backbone, its captions, and how."""
+    """A backbone, its captions, and the settings of its sampling."""
 
     name: str
     model: DiT

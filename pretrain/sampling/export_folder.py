@@ -1,4 +1,4 @@
-"""What a folder of weights holds, looked at before anything is loaded: one clear line where it is not what it should be.
+"""Checks of a folder of weights before anything is loaded: one clear line where it is not what it should be.
 
 Headers of safetensors are read, never a pickle.
 """
@@ -115,7 +115,7 @@ def check_transformer(folder: Path) -> None:
 
 
 def differences(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
-    """What is missing, unknown or of another shape among named tensors, in one line; empty where nothing is."""
+    """The tensors that are missing, unknown or of another shape, in one line; empty where none is."""
     parts = []
     if missing := sorted(wanted.keys() - found.keys()):
         parts.append("missing " + _some(missing))
