@@ -30,10 +30,11 @@ from pretrain.console import quiet
 from pretrain.data.loader import Batch, Loader
 from pretrain.diffusion import Loss, Objective, draw, measure
 from pretrain.diffusion.step_budget import StepEffort, step_effort
-from pretrain.distributed import engine
 from pretrain.distributed import optimizer as optim
 from pretrain.distributed.ema import Ema
-from pretrain.distributed.engine import Engine, World, barrier, gather
+from pretrain.distributed.engine import Engine
+from pretrain.distributed.rendezvous import init_distributed, shutdown
+from pretrain.distributed.world import World, all_gather, barrier
 from pretrain.models import DiT
 from pretrain.models.focusdit.mask import draw_keep
 from pretrain.monitoring.monitor import Monitor
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             torch.use_deterministic_algorithms(True)
         stop = Stop(config.checkpoint.time_limit)
         # The watchdog comes first and says more; a collective's own limit is for what it cannot see.
-        world = engine.start(timedelta(seconds=2 * STARTING * config.guard.seconds))
+        world = init_distributed(timedelta(seconds=2 * STARTING * config.guard.seconds))
         watchdog = Watchdog(world, config.guard.seconds)
         preflight.require(config, deepspeed, world)
         stopped = train(build(config, deepspeed, world, stop, watchdog))
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
             stop.close()
         if watchdog:
             watchdog.close()
-        engine.stop()
+        shutdown()
     return REQUEUE if stopped else 0
 
 
@@ -124,7 +125,7 @@ def build(config: Config, deepspeed: dict[str, Any], world: World, stop: Stop, w
     if config.model.compile:
         for block in model.blocks:
             block.compile()
-    zero = Engine(model, optim.build(model, config.optimizer), deepspeed, world)
+    zero = Engine(model, optim.build_optimizer(model, config.optimizer), deepspeed, world)
     ema = Ema(zero, config.optimizer.ema_decay)
     guard = SpikeGuard(config.guard, world, stop)
     monitor = Monitor(config, backbone, zero)
@@ -250,7 +251,7 @@ def note(t: Trainer, step: int) -> None:
             note_start(t.config.run_dir, step)
         except RuntimeError as error:
             problem = str(error)
-    if problem := gather(problem, t.engine.world)[0]:
+    if problem := all_gather(problem, t.engine.world)[0]:
         raise RuntimeError(problem)
 
 
@@ -273,7 +274,7 @@ def tell_of_fault(t: Trainer, progress: RunState) -> None:
 def count_damaged(t: Trainer, batches: list[Batch]) -> None:
     """Shards that proved damaged on any process: new ones in the log. Raises RuntimeError beyond data.damaged_shards."""
     mine = {d.shard: d for batch in reversed(batches) for d in reversed(batch.damaged)}
-    found = {shard: d for some in gather(mine, t.engine.world) for shard, d in some.items() if shard not in t.damaged}
+    found = {shard: d for some in all_gather(mine, t.engine.world) for shard, d in some.items() if shard not in t.damaged}
     t.damaged.update(found)
     count, limit = len(t.damaged), t.config.data.damaged_shards
     for shard, d in sorted(found.items()):

@@ -23,10 +23,11 @@ from pretrain.checkpoint.writer import Saver
 from pretrain.config import load
 from pretrain.data.loader import Batch
 from pretrain.diffusion import Loss
-from pretrain.distributed import engine
 from pretrain.distributed import optimizer as optim
 from pretrain.distributed.ema import Ema
-from pretrain.distributed.engine import Engine, World
+from pretrain.distributed.engine import Engine
+from pretrain.distributed.rendezvous import init_distributed, shutdown
+from pretrain.distributed.world import World
 from pretrain.models import DiT, Effort, PackedText, preset
 from pretrain.monitoring.monitor import Monitor
 from pretrain.resilience.signals import Stop
@@ -44,14 +45,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     """The table."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        world, stop = engine.start(), Stop()
+        world, stop = init_distributed(), Stop()
         try:
             t, batch = _trainer(args, Path(folder), world, stop)
             lines = _checkpoints(t, batch, args.rounds) + _share(t, batch, args.rounds)
             t.watchdog.close()
         finally:
             stop.close()
-            engine.stop()
+            shutdown()
     return "\n".join(lines)
 
 
@@ -69,7 +70,7 @@ def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: Stop) -
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": 2, "overlap_comm": False, "contiguous_gradients": True},
     }
-    zero = Engine(model, optim.build(model, config.optimizer), deepspeed, world)
+    zero = Engine(model, optim.build_optimizer(model, config.optimizer), deepspeed, world)
     ema, guard = Ema(zero, 0.9999), SpikeGuard(config.guard, world, stop)
     monitor = Monitor(config, backbone, zero)
     monitor.begin(0, [])

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from data_prep.common.files import atomic_write
 from pretrain.data.loader import Position
-from pretrain.distributed.engine import Slot, World, barrier, gather
+from pretrain.distributed.partition import Slot
+from pretrain.distributed.world import World, all_gather, barrier, broadcast
 from pretrain.resilience.spike_guard import Health
 
 FOLDER, LATEST, STATE = "checkpoints", "latest", "state.json"
@@ -104,13 +105,12 @@ class Checkpoint:
     def parameter(self, kind: str, name: str) -> Tensor:
         """A whole parameter's fp32 values of a kind (master, exp_avg, exp_avg_sq, ema), from the slices that hold it."""
         slot = self.slots[name]
-        share = self.state["shares"][slot.group]
-        first, last = slot.offset // share, (slot.offset + slot.numel - 1) // share
+        size = self.state["shares"][slot.group]
         pieces = []
-        for rank in range(first, last + 1):
-            low = max(slot.offset - rank * share, 0)
-            high = min(slot.offset + slot.numel - rank * share, share)
-            pieces.append(self._file(rank).get_slice(f"{kind}.{slot.group}")[low:high])
+        for rank in slot.ranks(size):
+            overlap = slot.overlap(rank, size)
+            assert overlap is not None
+            pieces.append(self._file(rank).get_slice(f"{kind}.{slot.group}")[overlap.in_partition])
         return torch.cat(pieces).reshape(slot.shape)
 
     def parameters(self, kind: str) -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ def newest_whole(
         ValueError: there are checkpoints, and every one is damaged or unwanted.
     """
     folder, lines = run_dir / FOLDER, []
-    paths, started = gather((by_age(folder), (folder / LATEST).exists()), world)[0]  # as process 0 sees them
+    paths, started = broadcast((by_age(folder), (folder / LATEST).exists()), world)
     for path in paths:
         problem, found = None, None
         try:
@@ -190,7 +190,7 @@ def newest_whole(
             found.verify(slice(world.rank, None, world.size))
         except (DamagedCheckpoint, OSError) as error:
             problem = str(error)
-        if problems := [p for p in gather(problem, world) if p]:
+        if problems := [p for p in all_gather(problem, world) if p]:
             lines.append(f"  {problems[0]}")
             warn(f"WARNING: {problems[0].partition('; remove')[0]}; taking the one before")
         elif found is not None and wanted(found):

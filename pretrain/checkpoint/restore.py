@@ -120,13 +120,13 @@ def inherit(checkpoint: Checkpoint, engine: Engine, ema: Ema, moments: bool) -> 
 
         return of
 
-    engine.fill(engine.masters, read("master"))
-    engine.fill(ema.shares, read("ema"))
+    engine.load_partitions(engine.masters, read("master"))
+    engine.load_partitions(ema.partitions, read("ema"))
     if moments:
-        for kind, shares in engine.moments().items():
-            engine.fill(shares, read(kind))
+        for kind, partitions in engine.moments().items():
+            engine.load_partitions(partitions, read(kind))
         engine.updates = checkpoint.progress.updates
-    engine.publish(engine.masters)
+    engine.all_gather_weights(engine.masters)
     return [] if found.same else found.report()
 
 

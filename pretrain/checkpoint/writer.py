@@ -23,8 +23,9 @@ from data_prep.common.files import atomic_write
 from pretrain.checkpoint.reader import FOLDER, FORMAT, LATEST, STATE, RunState, file_name, sealed, sha256
 from pretrain.config import Config
 from pretrain.distributed.ema import Ema
-from pretrain.distributed.engine import Engine, barrier
+from pretrain.distributed.engine import Engine
 from pretrain.distributed.store import DistError, KeyValueStore
+from pretrain.distributed.world import barrier
 
 # Seconds that process 0 waits for the others' files, which are written at the same time as its own.
 PATIENCE = 1800.0
@@ -41,7 +42,7 @@ class Saver:
         self.folder, self.keep = config.run_dir / FOLDER, config.checkpoint
         self.engine, self.ema, self.about = engine, ema, about
         self.error: str | None = None
-        self._board = KeyValueStore(PATIENCE)
+        self._store = KeyValueStore(PATIENCE)
         self._thread: threading.Thread | None = None
         self._copies: dict[str, Tensor] = {}
         self._count, self._name = 0, cast(str | None, None)
@@ -89,8 +90,8 @@ class Saver:
 
     def _tensors(self, copied: bool) -> dict[str, Tensor]:
         """This process's slices, copied into host memory that is kept for the next time (pinned for GPUs: at most doubled)."""
-        kinds = {"master": self.engine.masters, "ema": self.ema.shares, **self.engine.moments()}
-        tensors = {f"{k}.{g}": t.detach() for k, shares in kinds.items() for g, t in enumerate(shares)}
+        kinds = {"master": self.engine.masters, "ema": self.ema.partitions, **self.engine.moments()}
+        tensors = {f"{k}.{g}": t.detach() for k, partitions in kinds.items() for g, t in enumerate(partitions)}
         if not copied:
             return {name: t.contiguous() for name, t in tensors.items()}
         for name, t in tensors.items():
@@ -113,10 +114,10 @@ class Saver:
         except Exception as error:  # whatever it is, the other processes wait to hear of it
             mine["error"] = str(error)
         try:
-            self._board.post(f"saved/{self._count}/{world.rank}", mine)
+            self._store.set(f"saved/{self._count}/{world.rank}", mine)
             if world.rank == 0:
-                self._board.post(f"saved/{self._count}", self._finish(progress, writing))
-            self.error = self._board.read([f"saved/{self._count}"])[0]
+                self._store.set(f"saved/{self._count}", self._finish(progress, writing))
+            self.error = self._store.get_all([f"saved/{self._count}"])[0]
         except DistError as error:
             self.error = f"{writing}: not all processes wrote their part within {PATIENCE / 60:.0f} minutes ({error})"
         except Exception as error:
@@ -125,7 +126,7 @@ class Saver:
     def _finish(self, progress: RunState, writing: Path) -> str | None:
         """Process 0: publishes what all wrote, or removes it and returns why."""
         ranks = range(self.engine.world.size)
-        files = self._board.read([f"saved/{self._count}/{rank}" for rank in ranks])
+        files = self._store.get_all([f"saved/{self._count}/{rank}" for rank in ranks])
         problems = [f"process {rank}: {f['error']}" for rank, f in zip(ranks, files, strict=True) if "error" in f]
         if not problems:
             state = {
