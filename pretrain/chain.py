@@ -21,6 +21,7 @@ from pretrain.checkpoint.restore import plan
 from pretrain.config import Config, ConfigError, load
 from pretrain.data.loader import check_fits
 from pretrain.data.location import DataLocation, open_card
+from pretrain.distributed.world import World
 from pretrain.models import DiT
 
 
@@ -81,7 +82,7 @@ def _data_problems(config: Config, batch: int, encoding: Encoding | None) -> lis
     try:
         place = DataLocation.of(data)
         with tempfile.TemporaryDirectory() as folder:  # the cache is for the nodes' own disks
-            card = open_card(replace(place, root=Path(folder)) if place.cached else place, world=1)
+            card = open_card(replace(place, root=Path(folder)) if place.cached else place, World.alone())
         check_fits(card, config, config.model.backbone(), batch)
     except (ValueError, OSError) as error:
         return [f"data: {' '.join(str(error).split())}"]

@@ -27,7 +27,8 @@ from pretrain.checkpoint.restore import inherit, resume
 from pretrain.checkpoint.writer import Saver
 from pretrain.config import Config, geometry, load
 from pretrain.console import quiet
-from pretrain.data.loader import Batch, Loader
+from pretrain.data.batch import Batch
+from pretrain.data.loader import Loader
 from pretrain.diffusion import Loss, Objective, draw, measure
 from pretrain.diffusion.step_budget import StepEffort, step_effort
 from pretrain.distributed import optimizer as optim
@@ -117,7 +118,7 @@ def build(config: Config, deepspeed: dict[str, Any], world: World, stop: Stop, w
     config.run_dir.mkdir(parents=True, exist_ok=True)
     backbone = config.model.backbone()
     batch, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
-    loader = Loader(config, backbone, batch, micro, world.rank, world.size)
+    loader = Loader(config, backbone, batch, micro, world)
     preview = Preview(config, loader.card, loader.root, world)
     torch.manual_seed(config.seed)
     model = DiT(backbone).to(world.device)
@@ -274,7 +275,9 @@ def tell_of_fault(t: Trainer, progress: RunState) -> None:
 def count_damaged(t: Trainer, batches: list[Batch]) -> None:
     """Shards that proved damaged on any process: new ones in the log. Raises RuntimeError beyond data.damaged_shards."""
     mine = {d.shard: d for batch in reversed(batches) for d in reversed(batch.damaged)}
-    found = {shard: d for some in all_gather(mine, t.engine.world) for shard, d in some.items() if shard not in t.damaged}
+    found = {
+        shard: d for some in all_gather(mine, t.engine.world) for shard, d in some.items() if shard not in t.damaged
+    }
     t.damaged.update(found)
     count, limit = len(t.damaged), t.config.data.damaged_shards
     for shard, d in sorted(found.items()):

@@ -21,7 +21,7 @@ from pretrain.bench.timing import model_arguments, side_by_side
 from pretrain.checkpoint.reader import FOLDER, RunState
 from pretrain.checkpoint.writer import Saver
 from pretrain.config import load
-from pretrain.data.loader import Batch
+from pretrain.data.batch import Batch
 from pretrain.diffusion import Loss
 from pretrain.distributed import optimizer as optim
 from pretrain.distributed.ema import Ema

@@ -108,4 +108,3 @@ class Zero:
         self._zero.check_grad_overflow = True
         self._zero.check_overflow = check_overflow
         self._zero.scaled_global_norm = scaled_global_norm
-

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.config import Config
-from pretrain.data.loader import Batch
+from pretrain.data.batch import Batch
 from pretrain.diffusion import Loss
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.world import all_reduce

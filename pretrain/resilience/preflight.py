@@ -25,8 +25,9 @@ import torch
 from data_prep import schema as shards
 from pretrain.checkpoint.reader import FOLDER
 from pretrain.config import Config, ConfigError, geometry, load
+from pretrain.data.epoch_plan import plan_epoch
 from pretrain.data.loader import check_fits
-from pretrain.data.location import DataLocation, open_card, plan, prepare
+from pretrain.data.location import DataLocation, open_card, prepare
 from pretrain.data.shared_memory import remove_stale_names
 from pretrain.distributed.rendezvous import init_distributed
 from pretrain.distributed.world import World, all_gather, all_reduce, barrier
@@ -63,7 +64,11 @@ def check(name: str, overrides: list[str], processes: int | None) -> int:
         first, *rest = str(error).splitlines()
         report = Report(problems=[f"config: {line.strip()}" for line in rest or [first]])
     else:
-        report = preflight(config, deepspeed, init_distributed()) if "RANK" in os.environ else alone(config, deepspeed, processes)
+        report = (
+            preflight(config, deepspeed, init_distributed())
+            if "RANK" in os.environ
+            else alone(config, deepspeed, processes)
+        )
     if os.environ.get("RANK", "0") == "0":
         print(f"{name}: {len(report.problems)} problems\n{report}", flush=True)
     return 1 if report.problems else 0
@@ -135,10 +140,10 @@ def _data(
     """The card, None where the data set cannot be trained on. As in one process: what follows is for all to hear."""
     batch = deepspeed["train_batch_size"]
     try:
-        card = open_card(place, world=1)
+        card = open_card(place, World.alone())
         check_fits(card, config, config.model.backbone(), batch)
-        drawn = plan(card, config.data, batch)
-        missing = prepare(place, drawn.draws, config.data.damaged_shards, world=1) if every_shard else []
+        drawn = plan_epoch(card, config.data, batch)
+        missing = prepare(place, drawn.draws, config.data.damaged_shards, World.alone()) if every_shard else []
     except (ValueError, OSError) as error:
         report.problems.append(f"data: {error}")
         return None
