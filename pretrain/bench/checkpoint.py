@@ -19,7 +19,7 @@ import torch
 from pretrain import train
 from pretrain.bench.timing import model_arguments, side_by_side
 from pretrain.checkpoint.reader import FOLDER, RunState
-from pretrain.checkpoint.writer import Saver
+from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config import load
 from pretrain.data.batch import Batch
 from pretrain.diffusion import Loss
@@ -79,7 +79,7 @@ def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: Stop) -
     text = PackedText.pack([torch.randn(CAPTION, backbone.text_width).half() for _ in range(args.batch)])
     batch = Batch(tuple(map(str, range(args.batch))), tuple(range(args.batch)), text, latent, None)
     nothing = cast(Any, None)
-    saver = Saver(config, zero, ema, {})
+    saver = CheckpointWriter(config, zero, ema, {})
     objective, watchdog = config.objective.build(), Watchdog(world, config.guard.seconds)
     parts: Any = (config, {}, nothing, model, zero, ema, objective, guard, watchdog, monitor, nothing, saver)
     return train.Trainer(*parts), batch
@@ -94,7 +94,7 @@ def _checkpoints(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
             start = time.perf_counter()
             progress = train.train_step(t, [batch], progress)
             step = time.perf_counter() - start
-            t.saver.keep = t.config.checkpoint.model_copy(
+            t.saver.settings = t.config.checkpoint.model_copy(
                 update={"background": background, "keep_last": 1, "keep_every": 0}
             )
             start = time.perf_counter()
@@ -102,7 +102,7 @@ def _checkpoints(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
             if i:
                 alone.append(step)
                 still[background].append(time.perf_counter() - start)
-            while background and t.saver.news() is None:
+            while background and t.saver.report() is None:
                 start = time.perf_counter()
                 progress = train.train_step(t, [batch], progress)
                 if i:
