@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint.restore import plan
+from pretrain.checkpoint.restore import map_parameters
 from pretrain.config import Config, ConfigError, load
 from pretrain.data.loader import check_fits
 from pretrain.data.location import DataLocation, open_card
+from pretrain.distributed.world import World
 from pretrain.models import DiT
 
 
@@ -81,7 +82,7 @@ def _data_problems(config: Config, batch: int, encoding: Encoding | None) -> lis
     try:
         place = DataLocation.of(data)
         with tempfile.TemporaryDirectory() as folder:  # the cache is for the nodes' own disks
-            card = open_card(replace(place, root=Path(folder)) if place.cached else place, world=1)
+            card = open_card(replace(place, root=Path(folder)) if place.cached else place, World.alone())
         check_fits(card, config, config.model.backbone(), batch)
     except (ValueError, OSError) as error:
         return [f"data: {' '.join(str(error).split())}"]
@@ -96,7 +97,7 @@ def _handover_problems(first: Config, second: Config) -> list[str]:
         found.append(f"init_from: {second.init_from} is not the stage before it, whose run_dir is {first.run_dir}")
     if first.run_dir.resolve() == second.run_dir.resolve():
         found.append(f"run_dir: {second.run_dir} is the stage before it, too; give each its own")
-    if odd := plan(_parameters(second), _parameters(first)).problems:
+    if odd := map_parameters(_parameters(second), _parameters(first)).problems:
         more = f", and {len(odd) - 1} more" if len(odd) > 1 else ""
         found.append(f"model: cannot start from the stage's before it: {odd[0]}{more}")
     return found

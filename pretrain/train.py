@@ -23,16 +23,18 @@ import torch
 
 from pretrain.checkpoint import reader as checkpoint
 from pretrain.checkpoint.reader import RunState
-from pretrain.checkpoint.restore import inherit, resume
-from pretrain.checkpoint.writer import Saver
+from pretrain.checkpoint.restore import restore_weights, resume
+from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config import Config, geometry, load
 from pretrain.console import quiet
-from pretrain.data.loader import Batch, Loader
+from pretrain.data.batch import Batch
+from pretrain.data.loader import Loader
 from pretrain.diffusion import Loss, Objective, StepBudget, draw, measure, step_budget
-from pretrain.distributed import engine
 from pretrain.distributed import optimizer as optim
 from pretrain.distributed.ema import Ema
-from pretrain.distributed.engine import Engine, World, barrier, gather
+from pretrain.distributed.engine import Engine
+from pretrain.distributed.rendezvous import init_distributed, shutdown
+from pretrain.distributed.world import World, all_gather, barrier
 from pretrain.models import DiT
 from pretrain.models.focusdit.mask import draw_keep
 from pretrain.monitoring.monitor import Monitor
@@ -60,7 +62,7 @@ class Trainer:
     watchdog: Watchdog
     monitor: Monitor
     preview: Preview
-    saver: Saver
+    saver: CheckpointWriter
     damaged: set[str] = field(default_factory=set)
     """Shards that proved damaged since the start."""
 
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             torch.use_deterministic_algorithms(True)
         stop = Stop(config.checkpoint.time_limit)
         # The watchdog comes first and says more; a collective's own limit is for what it cannot see.
-        world = engine.start(timedelta(seconds=2 * STARTING * config.guard.seconds))
+        world = init_distributed(timedelta(seconds=2 * STARTING * config.guard.seconds))
         watchdog = Watchdog(world, config.guard.seconds)
         preflight.require(config, deepspeed, world)
         stopped = train(build(config, deepspeed, world, stop, watchdog))
@@ -104,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
             stop.close()
         if watchdog:
             watchdog.close()
-        engine.stop()
+        shutdown()
     return REQUEUE if stopped else 0
 
 
@@ -115,7 +117,7 @@ def build(config: Config, deepspeed: dict[str, Any], world: World, stop: Stop, w
     config.run_dir.mkdir(parents=True, exist_ok=True)
     backbone = config.model.backbone()
     batch, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
-    loader = Loader(config, backbone, batch, micro, world.rank, world.size)
+    loader = Loader(config, backbone, batch, micro, world)
     preview = Preview(config, loader.card, loader.root, world)
     torch.manual_seed(config.seed)
     model = DiT(backbone).to(world.device)
@@ -123,12 +125,12 @@ def build(config: Config, deepspeed: dict[str, Any], world: World, stop: Stop, w
     if config.model.compile:
         for block in model.blocks:
             block.compile()
-    zero = Engine(model, optim.build(model, config.optimizer), deepspeed, world)
+    zero = Engine(model, optim.build_optimizer(model, config.optimizer), deepspeed, world)
     ema = Ema(zero, config.optimizer.ema_decay)
     guard = SpikeGuard(config.guard, world, stop)
     monitor = Monitor(config, backbone, zero)
     about = {"data": loader.fingerprint, "config": config.model_dump(mode="json")}
-    saver = Saver(config, zero, ema, about)
+    saver = CheckpointWriter(config, zero, ema, about)
     objective = config.objective.build()
     return Trainer(config, deepspeed, loader, model, zero, ema, objective, guard, watchdog, monitor, preview, saver)
 
@@ -161,8 +163,8 @@ def train(t: Trainer) -> str | None:
                 t.preview.draw(t.model, t.ema, monitor, step)
         if step % config.checkpoint.every == 0 or last:
             save(t, progress, wait=last)
-        if news := t.saver.news():
-            log(t, news)
+        if line := t.saver.report():
+            log(t, line)
         if verdict.stop and step < config.steps:
             why = t.guard.stopped_by()
             log(t, f"stopped by {why} after step {step}; started again, it goes on from there")
@@ -219,7 +221,7 @@ def forward(t: Trainer, batch: Batch, step: StepBudget) -> Loss:
 def begin(t: Trainer) -> RunState:
     """From the run's own newest whole checkpoint, else from another run's weights, else from nothing."""
     config, world = t.config, t.engine.world
-    if own := checkpoint.newest_whole(config.run_dir, world, lambda line: log(t, line)):
+    if own := checkpoint.newest_intact(config.run_dir, world, lambda line: log(t, line)):
         progress = take_up(t, own)
         p = progress.position
         log(t, f"going on from {own.path}: step {progress.step}, epoch {p.epoch}, its step {p.step_in_epoch}")
@@ -228,18 +230,18 @@ def begin(t: Trainer) -> RunState:
     if config.init_from is None:
         log(t, f"starting {config.name} from nothing")
         return RunState()
-    other = checkpoint.newest_whole(checkpoint.find_run(config.init_from), world, lambda line: log(t, line))
+    other = checkpoint.newest_intact(checkpoint.find_run(config.init_from), world, lambda line: log(t, line))
     if other is None:
         raise ValueError(f"init_from: {config.init_from} has no complete checkpoint yet; train it first")
-    if other.progress.step < other.state["config"]["steps"]:
-        done = f"{other.progress.step} of its {other.state['config']['steps']} steps"
+    if other.run_state.step < other.state["config"]["steps"]:
+        done = f"{other.run_state.step} of its {other.state['config']['steps']} steps"
         log(t, f"WARNING: {config.init_from} is not finished: it has {done}")
-    origins = inherit(other, t.engine, t.ema, moments=config.carry_moments)
+    origins = restore_weights(other, t.engine, t.ema, moments=config.carry_moments)
     moments = "the optimizer's moments too" if config.carry_moments else "fresh optimizer moments"
     log(t, f"starting {config.name} from {other.path}: its weights and average, {moments}, data from the start")
-    for line in [*checkpoint.changes(other.state, t.saver.about), *origins]:
+    for line in [*checkpoint.config_changes(other.state, t.saver.run_info), *origins]:
         log(t, f"  {line}")
-    return RunState(updates=other.progress.updates if config.carry_moments else 0)
+    return RunState(updates=other.run_state.updates if config.carry_moments else 0)
 
 
 def note(t: Trainer, step: int) -> None:
@@ -250,13 +252,13 @@ def note(t: Trainer, step: int) -> None:
             note_start(t.config.run_dir, step)
         except RuntimeError as error:
             problem = str(error)
-    if problem := gather(problem, t.engine.world)[0]:
+    if problem := all_gather(problem, t.engine.world)[0]:
         raise RuntimeError(problem)
 
 
 def take_up(t: Trainer, own: checkpoint.Checkpoint) -> RunState:
     """Puts one of the run's own checkpoints back everywhere; those of later steps are set aside."""
-    checkpoint.set_aside_later(t.config.run_dir, own.progress.step, t.engine.world)
+    checkpoint.set_aside_later(t.config.run_dir, own.run_state.step, t.engine.world)
     progress = resume(own, t.engine, t.ema, t.loader.fingerprint)
     t.monitor.begin(progress.step, own.totals(t.engine.world))
     return progress
@@ -273,7 +275,9 @@ def tell_of_fault(t: Trainer, progress: RunState) -> None:
 def count_damaged(t: Trainer, batches: list[Batch]) -> None:
     """Shards that proved damaged on any process: new ones in the log. Raises RuntimeError beyond data.damaged_shards."""
     mine = {d.shard: d for batch in reversed(batches) for d in reversed(batch.damaged)}
-    found = {shard: d for some in gather(mine, t.engine.world) for shard, d in some.items() if shard not in t.damaged}
+    found = {
+        shard: d for some in all_gather(mine, t.engine.world) for shard, d in some.items() if shard not in t.damaged
+    }
     t.damaged.update(found)
     count, limit = len(t.damaged), t.config.data.damaged_shards
     for shard, d in sorted(found.items()):
@@ -301,8 +305,8 @@ def roll_back(t: Trainer, progress: RunState) -> RunState:
             "and at the loss curve, lower optimizer.lr, or start from an older checkpoint by removing the newer ones"
         )
     t.saver.wait()
-    good = checkpoint.newest_whole(
-        t.config.run_dir, t.engine.world, lambda line: log(t, line), lambda c: not c.progress.health.in_a_row
+    good = checkpoint.newest_intact(
+        t.config.run_dir, t.engine.world, lambda line: log(t, line), lambda c: not c.run_state.health.in_a_row
     )
     if good is None:
         raise RuntimeError(f"{what}, and there is no checkpoint to go back to. {where}")
@@ -321,8 +325,8 @@ def save(t: Trainer, progress: RunState, wait: bool) -> None:
     with t.monitor.paused():
         start = time.perf_counter()
         t.saver.wait()
-        if news := t.saver.news():
-            log(t, news)
+        if line := t.saver.report():
+            log(t, line)
         t.saver.save(progress, t.monitor.sums())
         t.monitor.stood_still(progress.step, time.perf_counter() - start)
         if wait:

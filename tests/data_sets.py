@@ -16,6 +16,7 @@ from support import ROOT, free_port
 from data_prep import schema as shards
 from pretrain.config import load
 from pretrain.data.loader import Loader
+from pretrain.distributed.world import World
 from pretrain.models import preset
 
 
@@ -50,7 +51,7 @@ def write_set(
 
 def loader_of(path: Path, *words: str, global_batch: int = 8, micro: int = 4) -> Loader:
     config = load("demo_256", [f"data.path={path}", *words])[0]
-    return Loader(config, preset("focusdit_tiny"), global_batch, micro, rank=0, world=1)
+    return Loader(config, preset("focusdit_tiny"), global_batch, micro, World.alone())
 
 
 def epoch_of(loader: Loader) -> list[Any]:
@@ -63,6 +64,7 @@ import json, os, sys
 import torch
 from pretrain.config import load
 from pretrain.data.loader import Loader, Position
+from pretrain.distributed.world import World
 from pretrain.models import preset
 
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -72,7 +74,7 @@ said = []
 for job in json.load(sys.stdin):
     config = load("demo_256", job["words"])[0]
     try:
-        loader = Loader(config, preset("focusdit_tiny"), 4, 2 // world, rank, world)
+        loader = Loader(config, preset("focusdit_tiny"), 4, 2 // world, World(rank, world, torch.device("cpu")))
     except ValueError as error:
         said.append(str(error))
         continue

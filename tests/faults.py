@@ -49,7 +49,7 @@ def die_in_publishing(place: str, count: int) -> None:
     """Process 0 is killed at one place of the `count`-th checkpoint of this start."""
     if not is_rank(0):
         return
-    from pretrain.checkpoint import writer as saver
+    from pretrain.checkpoint import writer
 
     seen = 0
 
@@ -69,15 +69,15 @@ def die_in_publishing(place: str, count: int) -> None:
         return call
 
     if place == "before the file":
-        saver.save_file = dying(saver.save_file, before=True)
+        writer.save_file = dying(writer.save_file, before=True)
     elif place == "after the file":
-        saver.save_file = dying(saver.save_file, before=False)
+        writer.save_file = dying(writer.save_file, before=False)
     elif place == "before the rename":
-        saver.publish = dying(saver.publish, before=True)
+        writer.publish = dying(writer.publish, before=True)
     elif place == "after the rename":  # `latest` still names the one before
-        saver.atomic_write = dying(saver.atomic_write, before=True, when=lambda path, _: path.name == "latest")
+        writer.atomic_write = dying(writer.atomic_write, before=True, when=lambda path, _: path.name == "latest")
     elif place == "before retention":
-        saver.retain = dying(saver.retain, before=True)
+        writer.remove_old = dying(writer.remove_old, before=True)
     elif place == "while one is removed":
         shutil.rmtree = dying(shutil.rmtree, before=False, when=lambda path, *_: Path(path).name.startswith("step_"))
     else:

@@ -154,7 +154,7 @@ def same_state(one: Path, other: Path) -> bool:
     from pretrain.checkpoint.reader import newest
 
     a, b = state_of(one), state_of(other)
-    return newest(one).progress == newest(other).progress and all(torch.equal(a[name], b[name]) for name in a)  # type: ignore[union-attr]
+    return newest(one).run_state == newest(other).run_state and all(torch.equal(a[name], b[name]) for name in a)  # type: ignore[union-attr]
 
 
 def levels(pictures: Iterable[Image.Image]) -> np.ndarray:

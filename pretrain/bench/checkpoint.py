@@ -19,14 +19,15 @@ import torch
 from pretrain import train
 from pretrain.bench.timing import model_arguments, side_by_side
 from pretrain.checkpoint.reader import FOLDER, RunState
-from pretrain.checkpoint.writer import Saver
+from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config import load
-from pretrain.data.loader import Batch
+from pretrain.data.batch import Batch
 from pretrain.diffusion import Loss
-from pretrain.distributed import engine
 from pretrain.distributed import optimizer as optim
 from pretrain.distributed.ema import Ema
-from pretrain.distributed.engine import Engine, World
+from pretrain.distributed.engine import Engine
+from pretrain.distributed.rendezvous import init_distributed, shutdown
+from pretrain.distributed.world import World
 from pretrain.models import ComputeBudget, DiT, PackedText, preset
 from pretrain.monitoring.monitor import Monitor
 from pretrain.resilience.signals import Stop
@@ -44,14 +45,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     """The table."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        world, stop = engine.start(), Stop()
+        world, stop = init_distributed(), Stop()
         try:
             t, batch = _trainer(args, Path(folder), world, stop)
             lines = _checkpoints(t, batch, args.rounds) + _share(t, batch, args.rounds)
             t.watchdog.close()
         finally:
             stop.close()
-            engine.stop()
+            shutdown()
     return "\n".join(lines)
 
 
@@ -69,7 +70,7 @@ def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: Stop) -
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": 2, "overlap_comm": False, "contiguous_gradients": True},
     }
-    zero = Engine(model, optim.build(model, config.optimizer), deepspeed, world)
+    zero = Engine(model, optim.build_optimizer(model, config.optimizer), deepspeed, world)
     ema, guard = Ema(zero, 0.9999), SpikeGuard(config.guard, world, stop)
     monitor = Monitor(config, backbone, zero)
     monitor.begin(0, [])
@@ -78,7 +79,7 @@ def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: Stop) -
     text = PackedText.pack([torch.randn(CAPTION, backbone.text_width).half() for _ in range(args.batch)])
     batch = Batch(tuple(map(str, range(args.batch))), tuple(range(args.batch)), text, latent, None)
     nothing = cast(Any, None)
-    saver = Saver(config, zero, ema, {})
+    saver = CheckpointWriter(config, zero, ema, {})
     objective, watchdog = config.objective.build(), Watchdog(world, config.guard.seconds)
     parts: Any = (config, {}, nothing, model, zero, ema, objective, guard, watchdog, monitor, nothing, saver)
     return train.Trainer(*parts), batch
@@ -93,7 +94,7 @@ def _checkpoints(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
             start = time.perf_counter()
             progress = train.train_step(t, [batch], progress)
             step = time.perf_counter() - start
-            t.saver.keep = t.config.checkpoint.model_copy(
+            t.saver.settings = t.config.checkpoint.model_copy(
                 update={"background": background, "keep_last": 1, "keep_every": 0}
             )
             start = time.perf_counter()
@@ -101,7 +102,7 @@ def _checkpoints(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
             if i:
                 alone.append(step)
                 still[background].append(time.perf_counter() - start)
-            while background and t.saver.news() is None:
+            while background and t.saver.report() is None:
                 start = time.perf_counter()
                 progress = train.train_step(t, [batch], progress)
                 if i:

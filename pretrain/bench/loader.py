@@ -37,6 +37,7 @@ from data_prep.encoders import DOWNSAMPLE
 from data_prep.worker.report import size_text
 from pretrain.config import load
 from pretrain.data.loader import Loader
+from pretrain.distributed.world import World
 from pretrain.models import preset
 
 CAP, CHANNELS, SHORTEST, LONGEST = 300, 12, 40, 150
@@ -136,7 +137,7 @@ def _training(root: Path, workers: int, args: argparse.Namespace) -> Iterator[An
     words = [f"data.path={root}", f"data.workers={workers}", "data.caption_dropout=0", "preview.every=0"]
     config, _ = load(name, words)
     backbone = replace(preset(config.model.preset), text_width=args.text_width)
-    return iter(Loader(config, backbone, args.batch, args.batch, rank=0, world=1))
+    return iter(Loader(config, backbone, args.batch, args.batch, World.alone()))
 
 
 def _as_it_is(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

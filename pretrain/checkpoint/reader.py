@@ -1,13 +1,13 @@
-"""Checkpoints that are whole or not there, readable by any number of processes.
+"""Checkpoints on disk: their format, and how they are found, verified and read by any number of processes.
 
     RUN/checkpoints/step_00001000/
         state.json                       position, counters, layout, and every file's size and SHA-256
-        rank_00000-of-00002.safetensors  that process's slices: master, exp_avg, exp_avg_sq, ema of each group
+        rank_00000-of-00002.safetensors  that process's partitions: master, exp_avg, exp_avg_sq, ema of each group
     RUN/checkpoints/latest               the newest one's name
 
-Here they are read; `saver.py` writes them, under another name first. Nothing is pickled. A checkpoint holds fp32 slices alone
-(16 bytes a parameter with the average): the bf16 weights are their rounding, and all random numbers follow from the seed and
-the position.
+A checkpoint is complete or not there: `writer.py` writes it under another name first. Nothing is pickled. It holds fp32
+partitions alone (16 bytes a parameter with the average): the bf16 weights are their rounding, and all random numbers follow
+from the seed and the position.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from torch import Tensor
 
 from data_prep.common.files import atomic_write
 from pretrain.data.loader import Position
-from pretrain.distributed.engine import Slot, World, barrier, gather
+from pretrain.distributed.partition import Slot
+from pretrain.distributed.world import World, all_gather, barrier, broadcast
 from pretrain.resilience.spike_guard import Health
 
 FOLDER, LATEST, STATE = "checkpoints", "latest", "state.json"
 FORMAT = 2
-MEND = "remove {} to use the one before"
+MEND = "remove {} to use the one before"  # of each DamagedCheckpoint
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run has done: `step` optimizer steps tried, of which AdamW applied `updates`."""
+    """What a run has done so far: `step` optimizer steps tried, of which AdamW applied `updates`; `images` trained on."""
 
     step: int = 0
     updates: int = 0
@@ -47,74 +48,81 @@ class RunState:
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint whose files are not those that were written."""
+    """The files of a checkpoint are not those that were written."""
 
 
 class Checkpoint:
-    """A complete checkpoint on disk.
+    """A complete checkpoint on disk; its tensors are read when they are asked for.
+
+    Attributes:
+        state: `state.json`.
 
     Raises:
         DamagedCheckpoint: `state.json` is missing or altered.
-        ValueError: another version's.
+        ValueError: the checkpoint is of another format.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
             self.state: dict[str, Any] = json.loads((path / STATE).read_text())
-            whole = sealed({k: v for k, v in self.state.items() if k != "sha256"}) == (path / STATE).read_text()
+            intact = with_hash({k: v for k, v in self.state.items() if k != "sha256"}) == (path / STATE).read_text()
         except (OSError, ValueError, AttributeError) as error:
             raise DamagedCheckpoint(f"{path / STATE} cannot be read ({error}); {MEND.format(path)}") from error
         if self.state.get("format") != FORMAT and "sha256" not in self.state:
             raise ValueError(f"{path} is of another version; this one reads format {FORMAT}")
-        if not whole:
+        if not intact:
             raise DamagedCheckpoint(f"{path / STATE} is damaged: it does not match its own hash; {MEND.format(path)}")
         self._open: dict[str, Any] = {}
 
     @property
-    def progress(self) -> RunState:
+    def run_state(self) -> RunState:
+        """What the run had done."""
         p = self.state["progress"]
         return RunState(p["step"], p["updates"], p["images"], Position(**p["position"]), Health.of(p["health"]))
 
     def totals(self, world: World) -> list[float]:
-        """The monitor's sums that this process goes on with: all processes' together, however many there were."""
+        """This process's part of the monitor's sums; over all processes they add up to those that were saved by any number."""
         mine = self.state["totals"][world.rank :: world.size]
         return [sum(column) for column in zip(*mine, strict=True)]
 
     @cached_property
     def slots(self) -> dict[str, Slot]:
-        """Where every parameter lies, by name."""
+        """The place of every parameter, by name."""
         return {s["name"]: Slot(s["name"], tuple(s["shape"]), s["group"], s["offset"]) for s in self.state["layout"]}
 
-    def verify(self, some: slice = slice(None)) -> None:
-        """Compares files with their recorded size and SHA-256. Raises DamagedCheckpoint naming the damaged one."""
-        for name, about in list(self.state["files"].items())[some]:
+    def verify(self, files: slice = slice(None)) -> None:
+        """Compares some of the files with their recorded size and SHA-256.
+
+        Raises:
+            DamagedCheckpoint: names the first damaged file.
+        """
+        for name, recorded in list(self.state["files"].items())[files]:
             path = self.path / name
-            bytes_there = path.stat().st_size if path.is_file() else None
-            if bytes_there is None:
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
                 raise DamagedCheckpoint(f"{path} is missing; {MEND.format(self.path)}")
-            if bytes_there != about["bytes"]:
-                found = f"{bytes_there} bytes, expected {about['bytes']}"
+            if size != recorded["bytes"]:
+                found = f"{size} bytes, expected {recorded['bytes']}"
                 raise DamagedCheckpoint(f"{path} is damaged: {found}; {MEND.format(self.path)}")
-            if sha256(path) != about["sha256"]:
+            if sha256(path) != recorded["sha256"]:
                 raise DamagedCheckpoint(
                     f"{path} is damaged: its hash is not the recorded one; {MEND.format(self.path)}"
                 )
 
     def parameter(self, kind: str, name: str) -> Tensor:
-        """A whole parameter's fp32 values of a kind (master, exp_avg, exp_avg_sq, ema), from the slices that hold it."""
+        """A whole parameter's fp32 values, in its shape, of a kind: master, exp_avg, exp_avg_sq or ema."""
         slot = self.slots[name]
-        share = self.state["shares"][slot.group]
-        first, last = slot.offset // share, (slot.offset + slot.numel - 1) // share
+        size = self.state["shares"][slot.group]
         pieces = []
-        for rank in range(first, last + 1):
-            low = max(slot.offset - rank * share, 0)
-            high = min(slot.offset + slot.numel - rank * share, share)
-            pieces.append(self._file(rank).get_slice(f"{kind}.{slot.group}")[low:high])
+        for rank in slot.ranks(size):
+            overlap = slot.overlap(rank, size)
+            assert overlap is not None
+            pieces.append(self._file(rank).get_slice(f"{kind}.{slot.group}")[overlap.in_partition])
         return torch.cat(pieces).reshape(slot.shape)
 
     def parameters(self, kind: str) -> dict[str, Tensor]:
-        """All parameters of a kind by name."""
+        """All parameters of a kind, by name."""
         return {name: self.parameter(kind, name) for name in self.slots}
 
     def _file(self, rank: int) -> Any:
@@ -127,7 +135,7 @@ class Checkpoint:
 def newest(run_dir: Path) -> Checkpoint | None:
     """A run's newest complete checkpoint: the one that `latest` names. None where the run has none."""
     folder = run_dir / FOLDER
-    complete = [p for p in by_age(folder) if (p / STATE).is_file()]
+    complete = [p for p in newest_first(folder) if (p / STATE).is_file()]
     latest = folder / LATEST
     if not complete:
         if latest.exists():
@@ -137,8 +145,8 @@ def newest(run_dir: Path) -> Checkpoint | None:
     return Checkpoint(named if named in complete else complete[0])
 
 
-def by_age(folder: Path) -> list[Path]:
-    """The folders of checkpoints, damaged ones too, the newest first."""
+def newest_first(folder: Path) -> list[Path]:
+    """The folders of a run's checkpoints, damaged ones too, the newest first."""
     return sorted(folder.glob("step_*"), reverse=True)
 
 
@@ -150,13 +158,14 @@ def find_run(name: str) -> Path:
     raise FileNotFoundError(f"no run at {name} or runs/{name}: a run directory holds {FOLDER}/; train it first")
 
 
-def sealed(state: dict[str, Any]) -> str:
-    """`state.json`'s text, with a hash of itself."""
+def with_hash(state: dict[str, Any]) -> str:
+    """The text of `state.json`, which holds the SHA-256 of the rest of itself."""
     digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     return json.dumps(state | {"sha256": digest}) + "\n"
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 22):
@@ -165,24 +174,31 @@ def sha256(path: Path) -> str:
 
 
 def file_name(rank: int, world: int) -> str:
+    """The name of the file that process `rank` of `world` writes."""
     return f"rank_{rank:05d}-of-{world:05d}.safetensors"
 
 
 # ---- taking a checkpoint ----
 
 
-def newest_whole(
-    run_dir: Path, world: World, warn: Callable[[str], None], wanted: Callable[[Checkpoint], bool] = lambda _: True
+def newest_intact(
+    run_dir: Path, world: World, warn: Callable[[str], None], accept: Callable[[Checkpoint], bool] = lambda _: True
 ) -> Checkpoint | None:
-    """A run's newest checkpoint that is whole and wanted; damaged ones are told of. All processes call it.
+    """Finds a run's newest checkpoint that is not damaged and that `accept` accepts. All processes call it.
 
-    Each process verifies its part of the files. None where the run has no checkpoint at all.
+    Each process verifies its part of the files.
+
+    Args:
+        warn: is given a line for each damaged checkpoint.
+
+    Returns:
+        None where the run has no checkpoint at all.
 
     Raises:
-        ValueError: there are checkpoints, and every one is damaged or unwanted.
+        ValueError: there are checkpoints, and every one is damaged or not accepted.
     """
     folder, lines = run_dir / FOLDER, []
-    paths, started = gather((by_age(folder), (folder / LATEST).exists()), world)[0]  # as process 0 sees them
+    paths, started = broadcast((newest_first(folder), (folder / LATEST).exists()), world)
     for path in paths:
         problem, found = None, None
         try:
@@ -190,10 +206,10 @@ def newest_whole(
             found.verify(slice(world.rank, None, world.size))
         except (DamagedCheckpoint, OSError) as error:
             problem = str(error)
-        if problems := [p for p in gather(problem, world) if p]:
+        if problems := [p for p in all_gather(problem, world) if p]:
             lines.append(f"  {problems[0]}")
             warn(f"WARNING: {problems[0].partition('; remove')[0]}; taking the one before")
-        elif found is not None and wanted(found):
+        elif found is not None and accept(found):
             return found
         else:
             lines.append(f"  {path} is from amid the skipped steps")
@@ -203,13 +219,13 @@ def newest_whole(
 
 
 def set_aside_later(run_dir: Path, step: int, world: World) -> None:
-    """Renames checkpoints of later steps to `aside_…`, so that retention and restarts take none for the run's; `latest` follows.
+    """Renames the checkpoints of later steps to `aside_…`, so that retention and restarts ignore them; `latest` follows.
 
     Process 0 does it, while the others wait.
     """
     folder = run_dir / FOLDER
     if world.rank == 0:
-        for path in by_age(folder):
+        for path in newest_first(folder):
             if path.name > (name := f"step_{step:08d}"):
                 aside = folder / path.name.replace("step_", "aside_")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -218,14 +234,18 @@ def set_aside_later(run_dir: Path, step: int, world: World) -> None:
     barrier(world)
 
 
-def changes(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What differs between two states' config and data, a line each: `section.key: old → new`."""
-    old, new = (_flat({**state["config"], "data_set": state["data"]}) for state in (there, here))
-    dull = ("name", "run_dir", "init_from", "data_set.indexes", "data_set.draws")
+def config_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The differences between two runs' config and data, a line each: `section.key: old → new`.
+
+    Args:
+        before, after: hold `config` and `data`, as `state.json` does.
+    """
+    old, new = (_flat({**state["config"], "data_set": state["data"]}) for state in (before, after))
+    expected = ("name", "run_dir", "init_from", "data_set.indexes", "data_set.draws")
     return [
         f"{key}: {old.get(key, 'not there')} → {new.get(key, 'not there')}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(dull)
+        if old.get(key) != new.get(key) and not key.startswith(expected)
     ]
 
 

@@ -1,13 +1,6 @@
 """A checkpoint put back: a run's own as it was, or another run's, whose model may have other settings of the same backbone.
 
-What the settings add:
-
-    pooling blocks' `value`                        the last third of the trained `qkv`
-    mediators' tables and convolution              their own start
-    FlexDiT's W1 and W2                            theirs, 0 and the identity: what waited is recovered as it was
-    query masks                                    theirs, near 0.88: close to no mask
-
-What the settings leave out (a pooling block's queries and keys, mediators, query masks) is left behind.
+Which parameters come and go with the settings, and which are taken from others, the models say (`models/inheritance.py`).
 """
 
 from __future__ import annotations
@@ -23,29 +16,21 @@ from torch import Tensor
 from pretrain.checkpoint.reader import Checkpoint, RunState
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine
+from pretrain.models.inheritance import derived_parameters, optional_parameters
+from pretrain.models.mixers.base import DerivedParameter
 
 Shapes = dict[str, tuple[int, ...]]
 
-# Parts of names that come and go with the settings.
-OPTIONAL = (
-    ".query_mask.",
-    ".gather_bias.",
-    ".spread_bias.",
-    ".self_attention.local.",
-    ".from_sparse.",
-    ".from_dense.",
-)
-
 
 @dataclass(frozen=True)
-class Plan:
-    """Where each parameter comes from.
+class ParameterMapping:
+    """Where each parameter of a model comes from, when it starts from a trained one.
 
     Attributes:
-        sources: the other model's parameter, by this one's.
-        fresh: those that keep their own start.
-        left: the other model's that nothing takes.
-        problems: what keeps the one model from starting from the other.
+        sources: the trained model's parameter, by this one's.
+        fresh: parameters that keep their own initialisation.
+        left: parameters of the trained model that nothing takes.
+        problems: what keeps this model from starting from the trained one, a line each.
     """
 
     sources: dict[str, str]
@@ -54,44 +39,55 @@ class Plan:
     problems: list[str]
 
     @property
-    def same(self) -> bool:
-        """Whether nothing is added, left out, or taken from elsewhere."""
+    def identical(self) -> bool:
+        """Whether both models have the same parameters."""
         return not (self.fresh or self.left or self.problems) and all(a == b for a, b in self.sources.items())
 
-    def report(self) -> list[str]:
-        """In words, one line for each kind of parameter."""
-        parts = [n for n, source in self.sources.items() if n != source]
-        lines = [f"{len(self.sources) - len(parts)} of {len(self.sources) + len(self.fresh)} parameters as they were"]
-        lines += [f"{kind}: the last third of qkv's" for kind in _kinds(parts)]
+    def take(self, name: str, read: Callable[[str], Tensor]) -> Tensor | None:
+        """The values for a parameter, from the trained model's as `read(name)` gives them; None for a fresh one."""
+        source = self.sources.get(name)
+        if source is None:
+            return None
+        return read(source) if source == name else _derivation(name).take(read(source))
+
+    def describe(self) -> list[str]:
+        """The mapping in words, one line for each kind of parameter."""
+        derived = [n for n, source in self.sources.items() if n != source]
+        lines = [f"{len(self.sources) - len(derived)} of {len(self.sources) + len(self.fresh)} parameters as they were"]
+        lines += [f"{kind}: {_derivation(kind).description}" for kind in _kinds(derived)]
         lines += [f"{kind}: new, from their own start" for kind in _kinds(self.fresh)]
         return lines + [f"{kind}: left behind" for kind in _kinds(self.left)]
 
 
-def plan(here: Shapes, there: Shapes) -> Plan:
-    """How a model with the parameters `here` starts from one with those of `there`."""
+def map_parameters(here: Shapes, there: Shapes) -> ParameterMapping:
+    """Maps the parameters of a model (`here`) to those of a trained one (`there`) that it starts from.
+
+    Args:
+        here, there: the shape of each parameter by its name.
+    """
     sources: dict[str, str] = {}
     fresh, problems = [], []
     for name, shape in here.items():
-        source = name if name in there else name.replace(".self_attention.value.", ".self_attention.qkv.")
-        if source != name and source in there and there[source] == (3 * shape[0], *shape[1:]):
-            sources[name] = source
-        elif there.get(name) == shape:
+        if there.get(name) == shape:
             sources[name] = name
-        elif name not in there and any(part in name for part in OPTIONAL):
+        elif name not in there and (source := _derived_source(name, shape, there)):
+            sources[name] = source
+        elif name not in there and _is_optional(name):
             fresh.append(name)
         else:
             problems.append(f"{name}: there {there.get(name, 'not there')}, here {shape}")
     used = set(sources.values())
     left = [name for name in there if name not in used]
-    for name in left:
-        replaced = ".self_attention.qkv." in name and name.replace(".qkv.", ".value.") in here
-        if name not in here and not replaced and not any(part in name for part in OPTIONAL):
-            problems.append(f"{name}: there {there[name]}, here not there")
-    return Plan(sources, fresh, left, problems)
+    problems += [
+        f"{name}: there {there[name]}, here not there"
+        for name in left
+        if name not in here and not _is_optional(name) and not _is_replaced(name, here)
+    ]
+    return ParameterMapping(sources, fresh, left, problems)
 
 
-def inherit(checkpoint: Checkpoint, engine: Engine, ema: Ema, moments: bool) -> list[str]:
-    """Takes weights and average, and if asked AdamW's moments, of a checkpoint of the same or a related model.
+def restore_weights(checkpoint: Checkpoint, engine: Engine, ema: Ema, moments: bool) -> list[str]:
+    """Takes weights and average of a checkpoint of the same or a related model, and if asked AdamW's moments.
 
     Returns:
         What came from where, in words; nothing where the models are the same.
@@ -99,35 +95,30 @@ def inherit(checkpoint: Checkpoint, engine: Engine, ema: Ema, moments: bool) -> 
     Raises:
         ValueError: the models are not related, or differ although the moments are asked for.
     """
-    found = plan({s.name: s.shape for s in engine.slots}, {n: s.shape for n, s in checkpoint.slots.items()})
-    if found.problems:
-        more = f"\n  and {len(found.problems) - 10} more" if len(found.problems) > 10 else ""
-        lines = "\n".join(f"  {p}" for p in found.problems[:10])
+    mapping = map_parameters({s.name: s.shape for s in engine.slots}, {n: s.shape for n, s in checkpoint.slots.items()})
+    if mapping.problems:
+        more = f"\n  and {len(mapping.problems) - 10} more" if len(mapping.problems) > 10 else ""
+        lines = "\n".join(f"  {p}" for p in mapping.problems[:10])
         raise ValueError(f"{checkpoint.path} is of another model:\n{lines}{more}")
-    if moments and not found.same:
+    if moments and not mapping.identical:
         raise ValueError(
             f"{checkpoint.path} is of a model with other settings, whose moments fit this one's parameters in part only; "
             "undo the change of model.*, or take its weights alone into a run of its own: init_from without carry_moments"
         )
 
-    def read(kind: str) -> Callable[[str], Tensor | None]:
-        def of(name: str) -> Tensor | None:
-            source = found.sources.get(name)
-            if source is None:
-                return None
-            whole = checkpoint.parameter(kind, source)
-            return whole if source == name else whole[2 * len(whole) // 3 :]
+    def load(kind: str, partitions: list[Tensor]) -> None:
+        engine.load_partitions(
+            partitions, lambda name: mapping.take(name, lambda source: checkpoint.parameter(kind, source))
+        )
 
-        return of
-
-    engine.fill(engine.masters, read("master"))
-    engine.fill(ema.shares, read("ema"))
+    load("master", engine.masters)
+    load("ema", ema.partitions)
     if moments:
-        for kind, shares in engine.moments().items():
-            engine.fill(shares, read(kind))
-        engine.updates = checkpoint.progress.updates
-    engine.publish(engine.masters)
-    return [] if found.same else found.report()
+        for kind, partitions in engine.moments().items():
+            load(kind, partitions)
+        engine.updates = checkpoint.run_state.updates
+    engine.all_gather_weights(engine.masters)
+    return [] if mapping.identical else mapping.describe()
 
 
 def resume(checkpoint: Checkpoint, engine: Engine, ema: Ema, data: dict[str, Any]) -> RunState:
@@ -145,8 +136,34 @@ def resume(checkpoint: Checkpoint, engine: Engine, ema: Ema, data: dict[str, Any
             f"{checkpoint.path} was made with another data order, so its position means other samples; undo the change, or "
             "start a new run with init_from:\n" + "\n".join(lines)
         )
-    inherit(checkpoint, engine, ema, moments=True)
-    return checkpoint.progress
+    restore_weights(checkpoint, engine, ema, moments=True)
+    return checkpoint.run_state
+
+
+def _is_optional(name: str) -> bool:
+    return any(part in name for part in optional_parameters)
+
+
+def _derivation(name: str) -> DerivedParameter:
+    """How a parameter of this name is taken from another one."""
+    return next(derived for part, derived in derived_parameters.items() if part in name)
+
+
+def _derived_source(name: str, shape: tuple[int, ...], there: Shapes) -> str | None:
+    """The trained model's parameter that this one can be taken from, or None."""
+    for part, derived in derived_parameters.items():
+        source = name.replace(part, derived.source)
+        if source != name and derived.fits(shape, there.get(source)):
+            return source
+    return None
+
+
+def _is_replaced(name: str, here: Shapes) -> bool:
+    """Whether this model has a parameter that is derived from the trained model's one of this name."""
+    return any(
+        derived.source in name and name.replace(derived.source, part) in here
+        for part, derived in derived_parameters.items()
+    )
 
 
 def _kinds(names: list[str]) -> list[str]:

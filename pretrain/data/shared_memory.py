@@ -15,11 +15,10 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
-import torch
-from streaming.base.shared import prefix
+from pretrain.data.streaming_private import shared_memory_number
+from pretrain.distributed.world import World, broadcast
 
 # Above what other programs count up to; with 9 digits the longest name fits into macOS's 31 characters.
 FIRST, LAST = 10**6, 10**9 - 1
@@ -28,17 +27,10 @@ AGE = 60.0  # seconds; a process may just have made a younger name, and not have
 
 
 @contextlib.contextmanager
-def own_names(world: int) -> Iterator[None]:
-    """Within it, a StreamingDataset takes a number that all processes of this start agree on, and nobody else has."""
-    number = [FIRST + secrets.randbelow(LAST - FIRST)]
-    if world > 1:
-        torch.distributed.broadcast_object_list(number, src=0)
-    before = prefix._each_prefix_int
-    prefix._each_prefix_int = lambda: count(number[0])
-    try:
+def unique_names(world: World) -> Iterator[None]:
+    """Within it, a StreamingDataset takes a number that all processes of this start agree on, and no other start has."""
+    with shared_memory_number(broadcast(FIRST + secrets.randbelow(LAST - FIRST), world)):
         yield
-    finally:
-        prefix._each_prefix_int = before
 
 
 def remove_stale_names(memory: Path = Path("/dev/shm"), locks: Path | None = None) -> int:

@@ -10,8 +10,8 @@ from torch import nn
 from pretrain.config import OptimizerSection
 
 
-def build(model: nn.Module, config: OptimizerSection) -> torch.optim.AdamW:
-    """AdamW over two groups: weight matrices, which decay, and biases, tables and vectors, which do not."""
+def build_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.AdamW:
+    """Makes AdamW over two groups: weight matrices, which decay, and biases, tables and vectors, which do not."""
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
@@ -23,7 +23,7 @@ def build(model: nn.Module, config: OptimizerSection) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, steps: int, config: OptimizerSection) -> float:
-    """The rate of optimizer step `step`, counted from 0, of `steps`."""
+    """The learning rate of optimizer step number `step`, counted from 0, in a run of `steps` steps (OptimizerSection)."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

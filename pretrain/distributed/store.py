@@ -1,7 +1,4 @@
-"""A board on which all processes of a run post notes and read them: from any thread, without a collective.
-
-It is a connection of its own to the store of torch.distributed's rendezvous, which process 0 keeps.
-"""
+"""Values that the processes of a run leave for one another by name: from any thread, and without a collective."""
 
 from __future__ import annotations
 
@@ -10,29 +7,35 @@ from datetime import timedelta
 from typing import Any
 
 from torch.distributed import DistError, DistNetworkError
-from torch.distributed.distributed_c10d import _get_default_store
+
+from pretrain.distributed import torch_private
 
 __all__ = ["DistError", "DistNetworkError", "KeyValueStore"]
 
 
 class KeyValueStore:
-    """Notes by name. Each thread wants a board of its own: a connection serves one request at a time.
+    """JSON values by name, kept by process 0: a connection of its own to the store of torch.distributed's rendezvous.
 
-    Reading raises DistError where a note is not there within `patience` seconds, or process 0 is gone (DistNetworkError).
+    Each thread needs an instance of its own, as a connection serves one request at a time.
+
+    Raises:
+        DistError: in any method: a value is not there within `timeout` seconds.
+        DistNetworkError: a DistError: process 0 is gone.
     """
 
-    def __init__(self, patience: float):
-        self.patience = patience
-        self._store = _get_default_store().clone()  # type: ignore[attr-defined]
-        self._store.set_timeout(timedelta(seconds=patience))
+    def __init__(self, timeout: float):
+        self.timeout = timeout
+        self._store = torch_private.clone_default_store()
+        self._store.set_timeout(timedelta(seconds=timeout))
 
-    def post(self, name: str, note: Any) -> None:
-        """Puts up a note, in place of an older one of this name."""
-        self._store.set(name, json.dumps(note))
+    def set(self, name: str, value: Any) -> None:
+        """Stores a value, in place of an older one of this name."""
+        self._store.set(name, json.dumps(value))
 
-    def read(self, names: list[str]) -> list[Any]:
-        """The notes, as soon as all are there."""
-        return [json.loads(note) for note in self._store.multi_get(names)]
+    def get_all(self, names: list[str]) -> list[Any]:
+        """Waits until all names have a value, and returns the values in order."""
+        return [json.loads(value) for value in self._store.multi_get(names)]
 
     def has(self, name: str) -> bool:
+        """Whether the name has a value."""
         return self._store.check([name])

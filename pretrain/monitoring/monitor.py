@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.config import Config
-from pretrain.data.loader import Batch
+from pretrain.data.batch import Batch
 from pretrain.diffusion import Loss
 from pretrain.distributed.engine import Engine
+from pretrain.distributed.world import all_reduce
 from pretrain.models import ComputeBudget, DiTConfig
 from pretrain.models.cost import grid_of, training_flops
 from pretrain.resilience.spike_guard import StepVerdict
@@ -154,9 +154,7 @@ class Monitor:
     def _write(self, step: int, verdict: StepVerdict, lr: float) -> None:
         t = self.totals
         host = torch.tensor([t.micro_batches, t.images, t.flops / 1e12, t.wait_s], device=self.world.device)
-        sums = torch.cat([*t.on_device, host])
-        if self.world.size > 1:
-            dist.all_reduce(sums)
+        sums = all_reduce(torch.cat([*t.on_device, host]), self.world)
         bins, blocks = len(t.bin_loss), len(t.masks)
         loss, bin_loss, bin_count, masks, host = sums.cpu().split([1, bins, bins, blocks, 4])
         if self.world.rank != 0:

@@ -10,7 +10,6 @@ import hashlib
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from data_prep.common.files import temporary_name
@@ -20,7 +19,7 @@ from data_prep.schema import Card, load_null_text
 from pretrain.config import Config
 from pretrain.diffusion import Generated, Guidance, generate, start_noise
 from pretrain.distributed.ema import Ema
-from pretrain.distributed.engine import World
+from pretrain.distributed.world import World, all_gather, barrier
 from pretrain.models import DiT, PackedText
 from pretrain.monitoring.monitor import Monitor
 from pretrain.sampling.pictures import mask_map
@@ -51,8 +50,7 @@ class Preview:
             new = path.with_name(temporary_name(path.name))
             save_file({f"{i:04d}": t for i, t in enumerate(texts)}, new)
             new.replace(path)
-        if self.world.size > 1:
-            dist.barrier()
+        barrier(self.world)
         return [t for _, t in sorted(load_file(path).items())]
 
     def due(self, step: int) -> bool:
@@ -68,10 +66,7 @@ class Preview:
                 out = self._generate(model, mine)
                 masks = None if out.masks_BSKN is None else out.masks_BSKN[0]
                 drawn = {i: out.latent_BCHW[k].cpu() for k, i in enumerate(mine)}
-        everyone = [drawn]
-        if self.world.size > 1:
-            everyone = [{} for _ in range(self.world.size)]
-            dist.all_gather_object(everyone, drawn)
+        everyone = all_gather(drawn, self.world)
         if self.world.rank != 0:
             return
         self.vae = self.vae or load_vae(self.card, self.world.device)

@@ -17,7 +17,7 @@ from data_prep.common.files import atomic_write
 from data_prep.schema import CARD, NULL_TEXT
 from pretrain.config import Config
 from pretrain.data.loader import Loader
-from pretrain.distributed.engine import World, barrier
+from pretrain.distributed.world import World, barrier
 
 
 def keep_what_is_used(config: Config, deepspeed: dict[str, Any], loader: Loader, world: World) -> None:

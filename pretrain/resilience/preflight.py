@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from data_prep import schema as shards
 from pretrain.checkpoint.reader import FOLDER
 from pretrain.config import Config, ConfigError, geometry, load
+from pretrain.data.epoch_plan import plan_epoch
 from pretrain.data.loader import check_fits
-from pretrain.data.location import DataLocation, open_card, plan, prepare
+from pretrain.data.location import DataLocation, open_card, prepare
 from pretrain.data.shared_memory import remove_stale_names
-from pretrain.distributed.engine import World, start
+from pretrain.distributed.rendezvous import init_distributed
+from pretrain.distributed.world import World, all_gather, all_reduce, barrier
 from pretrain.models.cost import CAPTION, count_activations, count_parameters, grid_of
 
 GIB = 1 << 30
@@ -63,7 +64,11 @@ def check(name: str, overrides: list[str], processes: int | None) -> int:
         first, *rest = str(error).splitlines()
         report = Report(problems=[f"config: {line.strip()}" for line in rest or [first]])
     else:
-        report = preflight(config, deepspeed, start()) if "RANK" in os.environ else alone(config, deepspeed, processes)
+        report = (
+            preflight(config, deepspeed, init_distributed())
+            if "RANK" in os.environ
+            else alone(config, deepspeed, processes)
+        )
     if os.environ.get("RANK", "0") == "0":
         print(f"{name}: {len(report.problems)} problems\n{report}", flush=True)
     return 1 if report.problems else 0
@@ -76,8 +81,7 @@ def require(config: Config, deepspeed: dict[str, Any], world: World) -> None:
         return
     if world.rank == 0:
         print(Report(problems=report.problems), file=sys.stderr, flush=True)
-    if world.size > 1:
-        dist.barrier()  # the first process that ends may have the others killed
+    barrier(world)  # the first process that ends may have the others killed
     raise ValueError(f"not started: process 0 tells what is wrong ({len(report.problems)})")
 
 
@@ -136,10 +140,10 @@ def _data(
     """The card, None where the data set cannot be trained on. As in one process: what follows is for all to hear."""
     batch = deepspeed["train_batch_size"]
     try:
-        card = open_card(place, world=1)
+        card = open_card(place, World.alone())
         check_fits(card, config, config.model.backbone(), batch)
-        drawn = plan(card, config.data, batch)
-        missing = prepare(place, drawn.draws, config.data.damaged_shards, world=1) if every_shard else []
+        drawn = plan_epoch(card, config.data, batch)
+        missing = prepare(place, drawn.draws, config.data.damaged_shards, World.alone()) if every_shard else []
     except (ValueError, OSError) as error:
         report.problems.append(f"data: {error}")
         return None
@@ -243,7 +247,7 @@ def _all_reduce(report: Report, world: World) -> None:
     for _ in range(2):  # the first one connects
         values = torch.full((count,), world.rank + 1.0, device=world.device)
         begin = time.perf_counter()
-        dist.all_reduce(values)
+        all_reduce(values, world)
         low, high = values.min().item(), values.max().item()  # waits for it
         seconds = time.perf_counter() - begin
     expected = world.size * (world.size + 1) / 2
@@ -271,11 +275,8 @@ def _together(mine: Report, config: Config, deepspeed: dict[str, Any], world: Wo
     """The problems of all processes, each once, and what only a comparison shows."""
     cuda = world.device.type == "cuda"
     gpu = torch.cuda.get_device_name(world.device) if cuda else "none"
-    if world.size > 1:
-        dist.barrier()
-    seen: list[Any] = [Seen(socket.gethostname(), time.time(), gpu, tuple(mine.problems))] * world.size
-    if world.size > 1:
-        dist.all_gather_object(seen, seen[0])
+    barrier(world)
+    seen = all_gather(Seen(socket.gethostname(), time.time(), gpu, tuple(mine.problems)), world)
     report = Report(mine.facts, [*merged(seen), *clock_problems(seen), *gpu_problems(seen)])
     report.facts.append(f"GPUs: {world.size} × {gpu}" if cuda else "GPUs: none; training runs on the CPUs")
     if cuda:

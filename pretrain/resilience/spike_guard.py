@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.config import GuardSection
 from pretrain.diffusion import Loss
-from pretrain.distributed.engine import GradientCheck, World, gather
+from pretrain.distributed.engine import GradientCheck
+from pretrain.distributed.world import World, all_gather, all_reduce
 from pretrain.resilience.signals import Stop, reason
 
 SKIPPED = "skipped_steps.jsonl"
@@ -121,9 +121,7 @@ class SpikeGuard:
         assert m.mean is not None
         told = torch.tensor([len(m.losses), self.stop.code != 0, m.damaged != 0], dtype=torch.float64)
         sums = torch.cat([m.mean.double()[None], squared_norm[None], told.to(squared_norm.device, non_blocking=True)])
-        if self.world.size > 1:
-            dist.all_reduce(sums)
-        loss_sum, squares, micros, stop, damaged = sums.tolist()
+        loss_sum, squares, micros, stop, damaged = all_reduce(sums, self.world).tolist()
         norm = math.sqrt(squares) if squares >= 0 else math.nan
         verdict = StepVerdict(loss_sum / micros, norm, None, int(stop), int(damaged), self._bin)
         self.verdict = replace(verdict, fault=self._fault(verdict))
@@ -144,7 +142,7 @@ class SpikeGuard:
         """Appends a skipped step to the run's list, with every sample's key and loss. All processes call it."""
         losses = torch.cat(self._micro.losses).tolist()
         keys = [key for keys in self._micro.keys for key in keys]
-        everyone = gather(list(zip(keys, losses, strict=True)), self.world)
+        everyone = all_gather(list(zip(keys, losses, strict=True)), self.world)
         if self.world.rank == 0:
             samples = [{"key": key, "loss": _number(loss)} for some in everyone for key, loss in some]
             v = self.verdict
@@ -164,7 +162,7 @@ class SpikeGuard:
 
     def stopped_by(self) -> str:
         """Who was asked to stop, and by what. All processes call it."""
-        codes = gather(self.stop.code, self.world)
+        codes = all_gather(self.stop.code, self.world)
         asked = {reason(code) for code in codes if code}
         ranks = [rank for rank, code in enumerate(codes) if code]
         return (

@@ -17,8 +17,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.distributed.engine import World
 from pretrain.distributed.store import DistError, DistNetworkError, KeyValueStore
+from pretrain.distributed.world import World
 from pretrain.resilience.signals import REQUEUE
 
 
@@ -41,7 +41,7 @@ class Watchdog:
     def __init__(self, world: World, seconds: float):
         self.world, self.seconds = world, seconds
         self._beat = min(seconds / 5, 5.0)
-        self._board = KeyValueStore(patience=min(seconds / 2, 30.0))
+        self._board = KeyValueStore(timeout=min(seconds / 2, 30.0))
         self.step, self._doing = 0, "starting"
         self._begun: float | None = None  # when the first step was done
         self._failed: dict[str, str | int] = {}
@@ -121,7 +121,7 @@ class Watchdog:
                 self._look()
             except DistNetworkError:  # the connection broke, or process 0 is gone
                 with contextlib.suppress(DistError):
-                    self._board = KeyValueStore(self._board.patience)
+                    self._board = KeyValueStore(self._board.timeout)
             except DistError:
                 continue
 
@@ -155,11 +155,11 @@ class Watchdog:
         return note | {"host": socket.gethostname()} | self._failed
 
     def _post(self, board: KeyValueStore) -> None:
-        board.post(f"alive/{self.world.rank}", self._mine())
+        board.set(f"alive/{self.world.rank}", self._mine())
 
     def _look(self) -> None:
         there = [r for r, seen in self._seen.items() if seen.note or self._board.has(f"alive/{r}")]
-        for rank, note in zip(there, self._board.read([f"alive/{r}" for r in there]), strict=True):
+        for rank, note in zip(there, self._board.get_all([f"alive/{r}" for r in there]), strict=True):
             if note != self._seen[rank].note:
                 self._seen = self._seen | {rank: Seen(time.monotonic(), note)}
 

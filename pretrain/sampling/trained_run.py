@@ -62,7 +62,7 @@ def load_run(run: Path, weights: str = "ema", device: torch.device | str = "cpu"
         guidance=p.guidance,
         data_fingerprint=card.fingerprint,
     )
-    return TrainedRun(pipeline, config, card, found.progress.step, found.progress.images, weights, text, vae)
+    return TrainedRun(pipeline, config, card, found.run_state.step, found.run_state.images, weights, text, vae)
 
 
 def load_text_encoder(card: Card, device: torch.device) -> TextEncoder:

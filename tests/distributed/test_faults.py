@@ -69,7 +69,7 @@ def test_a_signal_to_one_process_stops_all_after_a_checkpoint(number, words, str
     until(log, "step 3/8")
     os.kill(started[1].pid, number)
     assert ended(started) == [REQUEUE, REQUEUE], log.read_text()
-    step = newest(tmp_path / "run").progress.step  # type: ignore[union-attr]
+    step = newest(tmp_path / "run").run_state.step  # type: ignore[union-attr]
     assert 3 <= step < 8
     assert f"stopped by {number.name} (process 1) after step {step}; started again, it goes on" in log.read_text()
     finished = train("demo_256", *words, processes=2)
@@ -206,7 +206,7 @@ def test_a_nan_on_one_process_skips_the_step_on_all_and_records_its_samples(word
     assert len({s["key"] for s in skipped["samples"]}) == 4
     found = newest(tmp_path / "run")
     assert found is not None
-    assert (found.progress.step, found.progress.updates, found.progress.health.skipped) == (8, 7, 1)
+    assert (found.run_state.step, found.run_state.updates, found.run_state.health.skipped) == (8, 7, 1)
     assert all(value.isfinite().all() for value in found.parameters("master").values())
     assert scalars(tmp_path / "run", "train/steps_skipped")[4] == 1
 
@@ -216,7 +216,7 @@ def test_a_spike_is_skipped(words, train, tmp_path: Path) -> None:
     finished = train("demo_256", *words, processes=2, before=partial(bad_losses, {7: SPIKE}, 0))
     assert "step 7 was skipped: the loss is" in finished.output
     assert "the bound after the last 6 steps" in finished.output
-    assert newest(tmp_path / "run").progress.updates == 7  # type: ignore[union-attr]
+    assert newest(tmp_path / "run").run_state.updates == 7  # type: ignore[union-attr]
 
 
 def test_a_resumed_run_skips_what_an_uninterrupted_one_skips(words, train, tmp_path: Path) -> None:
@@ -254,8 +254,8 @@ def test_after_a_rollback_the_run_finishes_and_its_curve_has_no_doubled_point(wo
     assert "(1 of 3 rollbacks)" in finished.output
     found = newest(tmp_path / "run")
     assert found is not None
-    assert (found.progress.step, found.progress.updates) == (8, 8)
-    assert (found.progress.health.rollbacks, found.progress.health.skipped) == (1, 2)
+    assert (found.run_state.step, found.run_state.updates) == (8, 8)
+    assert (found.run_state.health.rollbacks, found.run_state.health.skipped) == (1, 2)
     assert list(scalars(tmp_path / "run", "train/loss")) == list(range(1, 9))
 
 
@@ -283,7 +283,7 @@ def test_a_flipped_byte_in_a_shard_is_named_and_its_sample_replaced(workers, wor
     assert "others stand in (1 of 10 damaged shards)" in finished.output
     found = newest(tmp_path / "run")
     assert found is not None
-    assert (found.progress.step, found.progress.images) == (8, 32)
+    assert (found.run_state.step, found.run_state.images) == (8, 32)
 
 
 def test_more_damaged_shards_than_allowed_stop_the_run(words, flipped, train, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_missing_shard_is_named_and_its_samples_replaced(words, flipped, train
     name = flipped.relative_to(tmp_path / "set")
     assert f"{tmp_path / 'set' / name}: missing" in finished.output
     assert "others stand in (1 of 10 damaged shards)" in finished.output
-    assert newest(tmp_path / "run").progress.images == 32  # type: ignore[union-attr]
+    assert newest(tmp_path / "run").run_state.images == 32  # type: ignore[union-attr]
 
 
 # ---- processes that are lost ----

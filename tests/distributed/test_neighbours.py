@@ -52,7 +52,7 @@ def test_killed_and_gone_on_in_another_number_of_processes(
     words = (*ALL, "steps=8", "guard.seconds=5", f"data.path={data_set}", f"run_dir={tmp_path / 'two'}")
     killed = train("demo_256", *words, processes=2, check=False, before=partial(at_step, 5, 1, "SIGKILL"))
     assert -9 in killed.codes
-    assert newest(tmp_path / "two").progress.step == 3  # type: ignore[union-attr]
+    assert newest(tmp_path / "two").run_state.step == 3  # type: ignore[union-attr]
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     assert "going on from" in train("demo_256", *words, processes=2).output
     expected = state_of(together)

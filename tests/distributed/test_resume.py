@@ -43,7 +43,7 @@ def test_kill_9_and_restart_is_bitwise_uninterrupted(
     words = [*WORDS, f"data.path={data_set}", f"run_dir={tmp_path}"]
     (process,) = start_training("demo_256", *words)
     kill_after("step 6/", process)
-    assert newest(tmp_path).progress.step == 4  # type: ignore[union-attr]
+    assert newest(tmp_path).run_state.step == 4  # type: ignore[union-attr]
     finished = train("demo_256", *words)
     assert "going on from" in finished.output
     assert "step 4, epoch 0, its step 4" in finished.output
@@ -77,8 +77,8 @@ def test_stage_2_starts_from_stage_1(data_set: Path, uninterrupted: Path, train,
         assert "  model.position_scale: None → 2.0\n" in finished.output
         found = newest(run_dir)
         assert found is not None
-        assert found.progress.position.step_in_epoch == 2
-        assert found.progress.updates == (12 if carry == "true" else 2)
+        assert found.run_state.position.step_in_epoch == 2
+        assert found.run_state.updates == (12 if carry == "true" else 2)
         for name, value in found.parameters("master").items():
             # A learning rate of nothing keeps the weights.
             torch.testing.assert_close(value, expected[f"master/{name}"], rtol=0, atol=1e-12)

@@ -15,6 +15,7 @@ from data_prep.pictures.images import cut, decode
 from data_prep.shapes import scenes
 from pretrain.config import load
 from pretrain.data.loader import Loader
+from pretrain.distributed.world import World
 
 
 def test_one_image(shape_tars: Path, data_set: Path, train, tmp_path: Path) -> None:
@@ -38,7 +39,7 @@ def test_one_image(shape_tars: Path, data_set: Path, train, tmp_path: Path) -> N
     words = [*SMALL, f"data.path={data_set}", f"run_dir={run}", "steps=5", "data.caption_dropout=0"]
     config, deepspeed = load("demo_256", words)
     backbone = config.model.backbone()
-    loader = Loader(config, backbone, deepspeed["train_batch_size"], 2, rank=0, world=1)
+    loader = Loader(config, backbone, deepspeed["train_batch_size"], 2, World.alone())
     batches = [b for _, step in zip(range(loader.steps_per_epoch), loader, strict=False) for b in step]
     by_key = {key: (batch, i) for batch in batches for i, key in enumerate(batch.keys)}
     assert len(by_key) == 20

@@ -20,7 +20,7 @@ TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0")
 def wait_for_step(run_dir: Path, job: str, cluster, beyond: int, seconds: float = 120) -> None:
     """Until the job has a checkpoint of a later step."""
     deadline = time.monotonic() + seconds
-    while not (found := newest(run_dir)) or found.progress.step <= beyond:
+    while not (found := newest(run_dir)) or found.run_state.step <= beyond:
         assert time.monotonic() < deadline, cluster.show(job)
         time.sleep(0.2)
 
@@ -40,12 +40,12 @@ def test_a_training_outlives_a_signal_a_lost_node_and_a_requeue(cluster, data_se
 
     def reach_more() -> None:
         wait_for_step(run_dir, job, cluster, reached[-1] + 5 if reached else 0)
-        reached.append(newest(run_dir).progress.step)  # type: ignore[union-attr]
+        reached.append(newest(run_dir).run_state.step)  # type: ignore[union-attr]
 
     reach_more()
     cluster.command("scancel", "--signal=USR1", job)
     cluster.start_requeued(job)
-    assert newest(run_dir).progress.step >= reached[-1]  # type: ignore[union-attr]
+    assert newest(run_dir).run_state.step >= reached[-1]  # type: ignore[union-attr]
     reach_more()
     cluster.kill_node("n2")
     deadline = time.monotonic() + 120

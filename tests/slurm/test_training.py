@@ -57,4 +57,4 @@ def test_the_schedule_runs_from_tars_to_stage_2(cluster, shape_tars: Path, tmp_p
         assert (result.state, result.exit_code) == ("COMPLETED", 0), result.log
     assert Card.load(data).counts["written"] == 20
     assert "its weights and average" in result.log
-    assert newest(runs / "two").progress.step == 2  # type: ignore[union-attr]
+    assert newest(runs / "two").run_state.step == 2  # type: ignore[union-attr]

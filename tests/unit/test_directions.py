@@ -14,12 +14,15 @@ ROOMS = {
     "streaming": {
         "data_prep/schema.py",
         "data_prep/common/mds.py",
-        "pretrain/data/loader.py",
         "pretrain/data/shard_reader.py",
-        "pretrain/data/shared_memory.py",
+        "pretrain/data/streaming_private.py",
         "pretrain/bench/loader.py",
     },
-    "deepspeed": {"pretrain/distributed/engine.py", "pretrain/checkpoint/reader.py", "pretrain/train.py"},
+    "deepspeed": {
+        "pretrain/distributed/engine.py",
+        "pretrain/distributed/deepspeed_private.py",
+        "pretrain/distributed/rendezvous.py",
+    },
     "tensorboard": {"pretrain/monitoring/monitor.py", "pretrain/demo.py"},
     "torch.utils.tensorboard": {"pretrain/monitoring/monitor.py", "pretrain/demo.py", "data_prep/worker/progress.py"},
     "fsspec": {"data_prep/common/storage.py"},

@@ -123,20 +123,27 @@ class TrainingChoice:
 
 
 @dataclass(frozen=True)
-class Derived:
-    """A parameter that starts from a part of another one, where a model is trained on with other settings.
+class DerivedParameter:
+    """A parameter that a model without one of its name can be given: equal rows of another parameter.
 
     Attributes:
-        source: the part of the other parameter's name that stands in place of this one's.
-        take: the part [rows, …] of the whole other one.
-        parts: how many times as many rows the other one has.
-        words: the part in words, for the log.
+        source: the part of the other parameter's name that stands in place of the key in `derived_parameters`.
+        part, parts: the rows are number `part`, from 0, of `parts` equal parts of the other's rows.
+        description: words for the log.
     """
 
     source: str
-    take: Callable[[Tensor], Tensor]
+    part: int
     parts: int
-    words: str
+    description: str
+
+    def fits(self, shape: tuple[int, ...], source_shape: tuple[int, ...] | None) -> bool:
+        """True where a parameter of this shape can be taken from one of that shape; from None it cannot."""
+        return source_shape == (self.parts * shape[0], *shape[1:])
+
+    def take(self, source: Tensor) -> Tensor:
+        """The rows [n, ...] of the source [parts · n, ...]."""
+        return source.chunk(self.parts)[self.part]
 
 
 class Method:
@@ -145,12 +152,12 @@ class Method:
     Attributes:
         name: its name in `DiTConfig.attention` or `DiTConfig.density`, and in a `ComputeBudget`.
         optional_parameters: parts of the names of parameters that come and go with it.
-        derived_parameters: by a part of their names, the parameters that can start from another model's.
+        derived_parameters: by a part of their names, the parameters that a trained model without them can give.
     """
 
     name: ClassVar[str]
     optional_parameters: ClassVar[tuple[str, ...]] = ()
-    derived_parameters: ClassVar[Mapping[str, Derived]] = {}
+    derived_parameters: ClassVar[Mapping[str, DerivedParameter]] = {}
 
     def __init__(self, config: DiTConfig):
         self.config = config

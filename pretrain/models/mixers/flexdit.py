@@ -36,7 +36,7 @@ from pretrain.models.embeddings import Rotary
 from pretrain.models.grids import Grid, pool, pooling_macs, spread
 from pretrain.models.mixers.base import (
     Density,
-    Derived,
+    DerivedParameter,
     Modulation,
     Positions,
     TokenMixer,
@@ -264,18 +264,13 @@ class RecoverMixer(TokenMixer):
 # ---- the method ----
 
 
-def last_third(whole: Tensor) -> Tensor:
-    """The values' rows of a projection of queries, keys and values."""
-    return whole[2 * len(whole) // 3 :]
-
-
 class FlexDiT(Density):
     """Fewer tokens in the middle blocks. Its choice is the bin of the noise level."""
 
     name = "flexdit"
     optional_parameters = (".from_sparse.", ".from_dense.")
-    derived_parameters: ClassVar[Mapping[str, Derived]] = {
-        ".self_attention.value.": Derived(".self_attention.qkv.", last_third, parts=3, words="the last third of qkv's")
+    derived_parameters: ClassVar[Mapping[str, DerivedParameter]] = {
+        ".self_attention.value.": DerivedParameter(".self_attention.qkv.", 2, 3, "the last third of qkv's")
     }
 
     @property

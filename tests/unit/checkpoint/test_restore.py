@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pretrain.checkpoint.restore import plan
+from pretrain.checkpoint.restore import map_parameters
 from pretrain.models import DiT, DiTConfig
 
 DENSE = DiTConfig(width=48, heads=2, depth=8, patch=2, latent_channels=3, text_width=20, mask_hidden=(8, 4))
@@ -20,17 +20,17 @@ def shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def made(here: DiTConfig, there: DiTConfig):
-    return plan(shapes(here), shapes(there))
+    return map_parameters(shapes(here), shapes(there))
 
 
 def test_the_same_model_takes_all_as_it_was():
     found = made(MASKED, MASKED)
-    assert found.same and found.sources == {name: name for name in shapes(MASKED)}
+    assert found.identical and found.sources == {name: name for name in shapes(MASKED)}
 
 
 def test_flexdit_from_a_dense_model():
     found = made(replace(MASKED, density="flexdit"), MASKED)
-    assert not found.problems and not found.same
+    assert not found.problems and not found.identical
     block = "blocks.0.self_attention"
     assert found.sources[f"{block}.value.weight"] == f"{block}.qkv.weight"
     assert found.sources["blocks.1.self_attention.qkv.weight"] == "blocks.1.self_attention.qkv.weight"
@@ -38,7 +38,7 @@ def test_flexdit_from_a_dense_model():
         f"blocks.5.from_{which}.{what}" for which in ("sparse", "dense") for what in ("weight", "bias")
     ]
     assert found.left == []
-    report = found.report()
+    report = found.describe()
     assert report[0] == f"{len(shapes(MASKED)) - 2} of {len(shapes(MASKED)) + 4} parameters as they were"
     assert "blocks.*.self_attention.value.weight (1): the last third of qkv's" in report
     assert "blocks.*.from_dense.bias (1): new, from their own start" in report
@@ -56,7 +56,7 @@ def test_mediators_and_masks_from_a_plain_model():
 def test_a_plain_model_from_one_with_mediators_leaves_them_behind():
     found = made(DENSE, replace(MASKED, attention="mediators", mediators=(4,)))
     assert not found.problems and not found.fresh
-    assert found.left and all(line.endswith("left behind") for line in found.report()[1:])
+    assert found.left and all(line.endswith("left behind") for line in found.describe()[1:])
 
 
 @pytest.mark.parametrize(

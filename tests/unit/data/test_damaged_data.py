@@ -24,8 +24,9 @@ from streaming.base.format.mds.reader import MDSReader
 
 from data_prep import schema as shards
 from data_prep.common import mds
-from pretrain.data.loader import Batch, Loader, Position
-from pretrain.data.shard_reader import Damage, Shard
+from pretrain.data.batch import Batch
+from pretrain.data.loader import Loader, Position
+from pretrain.data.shard_reader import Shard, UnreadableSample
 from pretrain.data.shared_memory import FIRST, remove_stale_names
 
 SET = "a/256"
@@ -147,7 +148,7 @@ def slots(batches: list[Batch]) -> list[tuple[str, int]]:
     return [slot for batch in batches for slot in zip(batch.keys, batch.seeds, strict=True)]
 
 
-def damages_of(batches: list[Batch]) -> list[Damage]:
+def damages_of(batches: list[Batch]) -> list[UnreadableSample]:
     return [damage for batch in batches for damage in batch.damaged]
 
 

@@ -25,8 +25,10 @@ from data_prep import schema as shards
 from data_prep.shapes import draw, scenes
 from pretrain.bench.__main__ import main as bench
 from pretrain.config import load
-from pretrain.data.loader import Loader, Position, times_before
-from pretrain.data.location import DataLocation, check_shards, plan
+from pretrain.data.epoch_plan import plan_epoch
+from pretrain.data.loader import Loader, Position
+from pretrain.data.location import DataLocation, check_shards
+from pretrain.data.streaming_private import times_before
 
 # ---- what an epoch draws ----
 
@@ -39,12 +41,12 @@ def card_of(sets: dict[str, int], buckets: bool = False) -> shards.Card:
 
 def drawn(sets: dict[str, int], global_batch: int = 8, *words: str, buckets: bool = False) -> dict[str, int]:
     data = load("demo_256", ["data.path=/set", *words])[0].data
-    return plan(card_of(sets, buckets), data, global_batch).draws
+    return plan_epoch(card_of(sets, buckets), data, global_batch).draws
 
 
 def notes(sets: dict[str, int], *words: str, buckets: bool = False) -> tuple[str, ...]:
     data = load("demo_256", ["data.path=/set", *words])[0].data
-    return plan(card_of(sets, buckets), data, 8).notes
+    return plan_epoch(card_of(sets, buckets), data, 8).notes
 
 
 def test_every_sample_once() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pretrain.config import OptimizerSection
-from pretrain.distributed.optimizer import build, learning_rate
+from pretrain.distributed.optimizer import build_optimizer, learning_rate
 from pretrain.models import DiT, DiTConfig
 
 TINY = DiTConfig(
@@ -51,7 +51,7 @@ def test_cosine_with_hardly_a_step_after_the_warm_up(steps):
 
 def test_only_weight_matrices_decay():
     model = DiT(TINY)
-    optimizer = build(model, OptimizerSection(weight_decay=0.03, lr=1e-3, betas=(0.8, 0.95), eps=1e-6))
+    optimizer = build_optimizer(model, OptimizerSection(weight_decay=0.03, lr=1e-3, betas=(0.8, 0.95), eps=1e-6))
     decay, rest = optimizer.param_groups
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.03, 0.0)
     assert {(g["lr"], g["betas"], g["eps"]) for g in optimizer.param_groups} == {(1e-3, (0.8, 0.95), 1e-6)}
@@ -70,7 +70,7 @@ def test_tables_and_biases_do_not_decay():
         for parameter in model.parameters():
             parameter.fill_(1.0)
             parameter.grad = torch.zeros_like(parameter)
-    build(model, OptimizerSection(weight_decay=0.5, lr=0.1)).step()
+    build_optimizer(model, OptimizerSection(weight_decay=0.5, lr=0.1)).step()
     for name, parameter in model.named_parameters():
         still = name.endswith(("bias", "premask")) or "_table" in name
         assert parameter.unique().tolist() == pytest.approx([1.0 if still else 0.95]), name
@@ -84,7 +84,7 @@ def test_steps_as_torch_optim_does(weight_decay):
     theirs.load_state_dict(ours.state_dict())
     config = OptimizerSection(lr=0.01, weight_decay=weight_decay)
     optimizers = [
-        (ours, build(ours, config)),
+        (ours, build_optimizer(ours, config)),
         (theirs, torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=weight_decay)),
     ]
     x = torch.randn(5, 3)

@@ -13,7 +13,7 @@ import torch
 
 from pretrain.config import GuardSection
 from pretrain.diffusion import Loss
-from pretrain.distributed.engine import World
+from pretrain.distributed.world import World
 from pretrain.resilience.spike_guard import Health, SpikeGuard, StepVerdict, bound
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -1,0 +1,102 @@
+"""One sample as it is read, and the micro-batch that is made of several.
+
+Letters: B samples of a micro-batch, C latent channels, E text width, M text tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from data_prep.schema import Latent
+from pretrain.data.shard_reader import UnreadableSample
+from pretrain.distributed import torch_private
+from pretrain.models import PackedText
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of the data set.
+
+    Attributes:
+        key: its name in the data set.
+        seed: the seed of all its random numbers in this epoch.
+        text: its caption's embedding [L, E], L tokens of it, or the null text's where the caption is dropped.
+        latent: the VAE's posterior.
+        damaged: the samples that it stands in for, as they cannot be read.
+    """
+
+    key: str
+    seed: int
+    text: Tensor
+    latent: Latent
+    damaged: tuple[UnreadableSample, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch.
+
+    Attributes:
+        keys, seeds: the samples' names, and the seeds of all their random numbers.
+        text: the captions' embeddings, M tokens of width E.
+        mean_BCHW, std_BCHW: the VAE's posteriors in fp16; std_BCHW is None where the data set keeps the means alone.
+        damaged: samples that belong into it, but could not be read: other samples of their sets are in their places.
+    """
+
+    keys: tuple[str, ...]
+    seeds: tuple[int, ...]
+    text: PackedText
+    mean_BCHW: Tensor
+    std_BCHW: Tensor | None
+    damaged: tuple[UnreadableSample, ...] = ()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """The batch on a device, the text in `dtype`, the latents in fp32 (half of that is copied: they are cast there)."""
+        std = self.std_BCHW if self.std_BCHW is None else self.std_BCHW.to(device, non_blocking=True).float()
+        mean = self.mean_BCHW.to(device, non_blocking=True).float()
+        return replace(self, text=self.text.to(device, dtype), mean_BCHW=mean, std_BCHW=std)
+
+    def pin_memory(self) -> Batch:
+        """The batch in pinned host memory; torch's DataLoader calls it by this name."""
+        std = self.std_BCHW if self.std_BCHW is None else self.std_BCHW.pin_memory()
+        return replace(self, text=self.text.pin_memory(), mean_BCHW=self.mean_BCHW.pin_memory(), std_BCHW=std)
+
+    def latent(self, posterior_BCHW: Tensor) -> Tensor:
+        """A fresh sample of the VAE's posterior [B, C, H, W] from standard normal numbers."""
+        return self.mean_BCHW if self.std_BCHW is None else self.mean_BCHW + self.std_BCHW * posterior_BCHW
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Makes micro-batches of `micro` samples from the samples of one optimizer step."""
+
+    micro: int
+
+    def __call__(self, samples: list[Sample]) -> list[Batch]:
+        return [self._batch(samples[i : i + self.micro]) for i in range(0, len(samples), self.micro)]
+
+    def _batch(self, samples: list[Sample]) -> Batch:
+        stds = [s.latent.std[None] for s in samples if s.latent.std is not None]
+        return Batch(
+            keys=tuple(s.key for s in samples),
+            seeds=tuple(s.seed for s in samples),
+            text=PackedText.pack([s.text[:, :0] for s in samples]).with_tokens(concatenate([s.text for s in samples])),
+            mean_BCHW=concatenate([s.latent.mean[None] for s in samples]),
+            std_BCHW=concatenate(stds) if stds else None,
+            damaged=tuple(unreadable for s in samples for unreadable in s.damaged),
+        )
+
+
+def concatenate(parts: list[Tensor]) -> Tensor:
+    """Joins the parts along their first dimension; in a worker in shared memory, so that they are not copied to be sent."""
+    out = None
+    if get_worker_info() is not None:
+        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        storage = torch_private.new_shared_storage(math.prod(shape) * parts[0].element_size())
+        out = torch.empty(0, dtype=parts[0].dtype).set_(storage).view(shape)
+    return torch.cat(parts, out=out)

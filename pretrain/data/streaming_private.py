@@ -1,0 +1,143 @@
+"""Inner parts of mosaicml-streaming, reached here and nowhere else; docs/dependencies.md says what breaks without each name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+from streaming import Stream, StreamingDataset
+from streaming.base.format import Reader
+from streaming.base.format.mds.reader import MDSReader
+from streaming.base.shared import prefix
+
+PRIVATE = {
+    "streaming.base.shared.prefix": ("_each_prefix_int",),
+    "StreamingDataset": (
+        "_resume",
+        "get_item",
+        "num_samples",
+        "resample_streams",
+        "sample_offset_per_shard",
+        "samples_per_shard",
+        "shard_offset_per_stream",
+        "shards",
+        "shards_per_stream",
+        "shuffle_seed",
+        "spanner",
+        "stream_per_shard",
+    ),
+    "MDSReader": ("decode_sample", "dirname", "get_sample_data", "raw_data", "split", "zip_data"),
+    "Stream": ("prepare_shard", "remote"),
+}
+"""The names that `pretrain` uses, by their owner: the table of docs/dependencies.md."""
+
+
+@contextlib.contextmanager
+def shared_memory_number(number: int) -> Iterator[None]:
+    """Within it, a StreamingDataset tries the numbers of its names in shared memory from this one on, not from 0."""
+    before = prefix._each_prefix_int
+    prefix._each_prefix_int = lambda: count(number)
+    try:
+        yield
+    finally:
+        prefix._each_prefix_int = before
+
+
+class ShardFile(MDSReader):
+    """A reader of one shard, with the state of a reader that streaming made."""
+
+    def __init__(self, reader: Reader):
+        vars(self).update(vars(reader))
+
+    @property
+    def stored_name(self) -> str:
+        """The file of the data set within its set: the shard, or the file that it is decompressed from."""
+        return (self.zip_data or self.raw_data).basename
+
+    @property
+    def path(self) -> str:
+        """The uncompressed shard's file on this node."""
+        return os.path.join(self.dirname, self.split, self.raw_data.basename)
+
+    @property
+    def path_bytes(self) -> int:
+        """The bytes of that file, as the index has them."""
+        return self.raw_data.bytes
+
+
+@dataclass(frozen=True)
+class SamplePlace:
+    """The place of a sample: its stream, its shard among those of all streams, and its number in the shard."""
+
+    stream: int
+    shard: int
+    index: int
+
+
+class PositionedDataset(StreamingDataset):
+    """A StreamingDataset whose passes start where they are told, and whose repeated samples can be told apart.
+
+    Samples have numbers from 0 on through all shards of all streams. A sample that is drawn several times in an epoch has
+    `num_samples` more in its number for each time before.
+
+    Attributes:
+        epoch, first_sample: where the next pass starts; to be set before it.
+    """
+
+    shards: list[ShardFile]  # type: ignore[assignment]
+
+    def __init__(self, streams: Sequence[Stream], make_shard: Callable[[Reader], ShardFile], **settings: Any):
+        super().__init__(streams=streams, **settings)
+        self.epoch = self.first_sample = 0
+        self.shards = [make_shard(shard) for shard in self.shards]
+        self.spanner = _RepeatedSpanner(self.spanner, self.num_samples)  # type: ignore[assignment]
+
+    def _resume(self, world: Any, epoch: int) -> tuple[int, int]:
+        """Returns where a pass starts. streaming reads it from shared memory, and starts at 0 where that was removed."""
+        return self.epoch, self.first_sample
+
+    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[Any, Any]:
+        """Draws an epoch's samples, each repeat with a number of its own."""
+        units, numbers = super().resample_streams(epoch, stream_id)
+        if any(stream.repeat > 1 for stream in self.streams):
+            numbers = numbers + self.num_samples * times_before(numbers)
+        return units, numbers
+
+    def place_of(self, number: int) -> SamplePlace:
+        """The place of the sample with this number."""
+        shard, index = self.spanner[number]
+        return SamplePlace(int(self.stream_per_shard[shard]), int(shard), int(index))
+
+    def shards_of(self, stream: int) -> range:
+        """The shards of a stream."""
+        first = int(self.shard_offset_per_stream[stream])
+        return range(first, first + int(self.shards_per_stream[stream]))
+
+    def number_of(self, shard: int, index: int) -> int:
+        """The number of a shard's sample; after its last sample the first one follows."""
+        return int(self.sample_offset_per_shard[shard] + index % self.samples_per_shard[shard])
+
+
+@dataclass(frozen=True)
+class _RepeatedSpanner:
+    """streaming's table of (shard, number in it) by a sample's number, also for the numbers of repeats."""
+
+    spanner: Any
+    size: int
+
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        return self.spanner[number % self.size]
+
+
+def times_before(numbers: np.ndarray) -> np.ndarray:
+    """How many times each number [n] stands in the list before, [n]."""
+    order = np.argsort(numbers, kind="stable")
+    starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
+    before = np.empty_like(numbers)
+    before[order] = np.arange(len(numbers)) - np.repeat(starts, np.diff(starts, append=len(numbers)))
+    return before

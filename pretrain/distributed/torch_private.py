@@ -1,0 +1,29 @@
+"""Private interfaces of torch, each reached here and nowhere else; docs/dependencies.md says what breaks without them."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+from torch.distributed import ProcessGroup, Store, distributed_c10d
+
+PRIVATE = {
+    "torch.distributed.distributed_c10d": ("_set_pg_timeout", "_get_default_store"),
+    "torch.UntypedStorage": ("_new_shared",),
+}
+"""The names that are used below, by their owner: the table of docs/dependencies.md."""
+
+
+def set_timeout(timeout: timedelta, group: ProcessGroup | None = None) -> None:
+    """Sets the longest that a collective of a process group may take; None is the default group."""
+    distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def clone_default_store() -> Store:
+    """Opens one more connection to the store of the rendezvous, which process 0 keeps."""
+    return distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+
+
+def new_shared_storage(size: int) -> torch.UntypedStorage:
+    """Allocates `size` bytes of memory that other processes can map."""
+    return torch.UntypedStorage._new_shared(size)

@@ -1,0 +1,98 @@
+"""The processes of a run, and every collective between them that this project calls itself.
+
+A collective must be called by all processes in the same order; with one process each of them does nothing. What DeepSpeed
+exchanges (gradients, and the weights after a step) it exchanges by itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of a run.
+
+    Attributes:
+        rank: this process's number, from 0.
+        size: the number of processes.
+        device: the device that this process computes on.
+        timeout: the longest that a collective may take.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    timeout: timedelta = timedelta(minutes=30)
+
+    @classmethod
+    def alone(cls) -> World:
+        """One process on the CPU, without a process group."""
+        return cls(0, 1, torch.device("cpu"))
+
+
+def barrier(world: World) -> None:
+    """Waits until all processes are here."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def all_reduce(tensor: Tensor, world: World) -> Tensor:
+    """Sums a tensor of one shape over all processes, in place, and returns it."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_into(whole: Tensor, part: Tensor, world: World) -> None:
+    """Fills `whole` [world.size · n] on all processes with each process's `part` [n], in order of their ranks."""
+    if world.size > 1:
+        dist.all_gather_into_tensor(whole, part)
+
+
+def all_gather(item: T, world: World) -> list[T]:
+    """Returns every process's item, in order of their ranks. Items are pickled."""
+    items: list[Any] = [item] * world.size
+    if world.size > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
+def broadcast(item: T, world: World) -> T:
+    """Returns process 0's item on all processes. Items are pickled."""
+    items = [item]
+    if world.size > 1:
+        dist.broadcast_object_list(items, src=0)
+    return items[0]
+
+
+def once_per_node(action: Callable[[], T], world: World) -> T | None:
+    """Runs an action in the first process of each node, while the others wait.
+
+    Returns:
+        The action's result in the first process of a node, None in the others.
+
+    Raises:
+        ValueError: on all processes, where the action raised ValueError or OSError on any node.
+    """
+    result, problem = None, None
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        try:
+            result = action()
+        except (ValueError, OSError) as error:
+            if world.size == 1:
+                raise
+            problem = str(error)
+    if problems := [p for p in all_gather(problem, world) if p]:
+        raise ValueError(problems[0])
+    return result
