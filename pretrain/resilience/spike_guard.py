@@ -135,7 +135,7 @@ class SpikeGuard:
             before = h.of_bin(last, verdict.bin)
             if not math.isfinite(value):
                 return f"the {name} is {value}"
-            enough = len(before) >= self.config.after and self.config.deviations > 0
+            enough = len(before) >= self.config.min_history and self.config.deviations > 0
             if enough and value > (most := bound(before, self.config.deviations)):
                 return f"the {name} is {value:.4g}, more than {most:.4g}, the bound after the last {len(before)} steps"
         return None

@@ -212,7 +212,7 @@ def test_a_nan_on_one_process_skips_the_step_on_all_and_records_its_samples(word
 
 
 def test_a_spike_is_skipped(words, train, tmp_path: Path) -> None:
-    words = [*words, "guard.window=6", "guard.after=4"]
+    words = [*words, "guard.window=6", "guard.min_history=4"]
     finished = train("demo_256", *words, processes=2, before=partial(bad_losses, {7: SPIKE}, 0))
     assert "step 7 was skipped: the loss is" in finished.output
     assert "the bound after the last 6 steps" in finished.output
@@ -220,7 +220,7 @@ def test_a_spike_is_skipped(words, train, tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_skips_what_an_uninterrupted_one_skips(words, train, tmp_path: Path) -> None:
-    words = [w for w in words if not w.startswith("run_dir")] + ["guard.window=6", "guard.after=4"]
+    words = [w for w in words if not w.startswith("run_dir")] + ["guard.window=6", "guard.min_history=4"]
     spike, straight, halves = partial(bad_losses, {7: SPIKE}, 0), tmp_path / "straight", tmp_path / "halves"
     train("demo_256", *words, f"run_dir={straight}", processes=2, before=spike)
     log = tmp_path / "log"

@@ -69,7 +69,7 @@ def test_loss_and_norm_are_means_over_micro_batches() -> None:
 
 
 def test_a_spike_needs_enough_steps_before_it() -> None:
-    guard = made(after=10, window=20)
+    guard = made(min_history=10, window=20)
     steps = (1.0,) * 9
     assert judge(guard, Health(steps, steps, (0,) * len(steps)), 100.0, 1.0).fault is None
     steps = (1.0,) * 10
@@ -77,12 +77,12 @@ def test_a_spike_needs_enough_steps_before_it() -> None:
         judge(guard, Health(steps, steps, (0,) * len(steps)), 100.0, 1.0).fault
     )
     assert "the gradient's norm is 50" in str(judge(guard, Health(steps, steps, (0,) * len(steps)), 1.0, 50.0).fault)
-    assert judge(made(after=10, deviations=0), Health(steps, steps, (0,) * len(steps)), 100.0, 50.0).fault is None
+    assert judge(made(min_history=10, deviations=0), Health(steps, steps, (0,) * len(steps)), 100.0, 50.0).fault is None
 
 
 def test_a_step_is_judged_by_those_of_its_own_bin() -> None:
     """FlexDiT's steps lie in one bin of the noise level each: a rare bin of high losses is no spike."""
-    guard = made(after=10, window=20)
+    guard = made(min_history=10, window=20)
     health = Health((1.0,) * 20 + (40.0,) * 10, (1.0,) * 30, (0,) * 20 + (3,) * 10)
     for bin_, loss, spike in ((3, 40.0, False), (0, 40.0, True), (3, 90.0, True), (1, 90.0, False)):
         guard.begin(health, bin_)
