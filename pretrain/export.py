@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from pretrain.console import quiet
+from pretrain.console import silence_libraries
 from pretrain.models.cost import count_parameters
 from pretrain.sampling.export_folder import new_folder
 from pretrain.sampling.trained_run import TrainedRun, load_run
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not be there yet")
     add_arguments(parser)
     args = parser.parse_args(argv)
-    quiet()
+    silence_libraries()
     try:
         with new_folder(args.out) as writing:
             trained = load_run(args.run, args.weights)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pretrain.console import Progress, quiet
+from pretrain.console import Progress, silence_libraries
 from pretrain.export import DTYPES, add_arguments, write_export
 from pretrain.models import DiT
 from pretrain.models.cost import count_parameters
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", help="default: the GPU, or the CPU")
     add_arguments(parser)
     args = parser.parse_args(argv)
-    quiet()
+    silence_libraries()
     try:
         with new_folder(args.out) as writing:
             trained = load_run(args.run, args.weights, device_of(args.device))

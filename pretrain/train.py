@@ -26,7 +26,7 @@ from pretrain.checkpoint.reader import RunState
 from pretrain.checkpoint.restore import inherit, resume
 from pretrain.checkpoint.writer import Saver
 from pretrain.config import Config, geometry, load
-from pretrain.console import quiet
+from pretrain.console import silence_libraries
 from pretrain.data.loader import Batch, Loader
 from pretrain.diffusion import Loss, Objective, draw, measure
 from pretrain.diffusion.step_budget import StepEffort, step_effort
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="look at all that the training needs, and do not train")
     parser.add_argument("--processes", type=int, help="with --check on a login node: the processes it is planned for")
     args = parser.parse_intermixed_args(argv)
-    quiet()
+    silence_libraries()
     stop, watchdog = None, None
     try:
         if args.check:
