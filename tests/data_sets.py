@@ -62,7 +62,8 @@ ORDER = """
 import json, os, sys
 import torch
 from pretrain.config import load
-from pretrain.data.loader import Loader, Position
+from pretrain.data.loader import Loader
+from pretrain.state import DataPosition
 from pretrain.models import preset
 
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -76,7 +77,7 @@ for job in json.load(sys.stdin):
     except ValueError as error:
         said.append(str(error))
         continue
-    loader.resume(Position(*job["start"]))
+    loader.resume(DataPosition(*job["start"]))
     steps = []
     for batches, _ in zip(loader, range(job["steps"])):
         shapes = {tuple(b.mean_BCHW.shape[1:]) for b in batches}

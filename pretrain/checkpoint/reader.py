@@ -16,7 +16,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,24 +25,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data_prep.common.files import atomic_write
-from pretrain.data.loader import Position
-from pretrain.distributed.engine import Slot, World, barrier, gather
-from pretrain.resilience.spike_guard import Health
+from pretrain.distributed.engine import World, barrier, gather
+from pretrain.state import RunState, Slot
 
 FOLDER, LATEST, STATE = "checkpoints", "latest", "state.json"
 FORMAT = 2
 MEND = "remove {} to use the one before"
-
-
-@dataclass(frozen=True)
-class RunState:
-    """What a run has done: `step` optimizer steps tried, of which AdamW applied `updates`."""
-
-    step: int = 0
-    updates: int = 0
-    images: int = 0
-    position: Position = field(default_factory=Position)
-    health: Health = field(default_factory=Health)
 
 
 class DamagedCheckpoint(ValueError):
@@ -73,8 +60,7 @@ class Checkpoint:
 
     @property
     def progress(self) -> RunState:
-        p = self.state["progress"]
-        return RunState(p["step"], p["updates"], p["images"], Position(**p["position"]), Health.of(p["health"]))
+        return RunState.from_json(self.state["progress"])
 
     def totals(self, world: World) -> list[float]:
         """The monitor's sums that this process goes on with: all processes' together, however many there were."""

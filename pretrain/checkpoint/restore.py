@@ -20,9 +20,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.checkpoint.reader import Checkpoint, RunState
+from pretrain.checkpoint.reader import Checkpoint
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine
+from pretrain.state import RunState
 
 Shapes = dict[str, tuple[int, ...]]
 

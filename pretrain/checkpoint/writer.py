@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import threading
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,11 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.common.files import atomic_write
-from pretrain.checkpoint.reader import FOLDER, FORMAT, LATEST, STATE, RunState, file_name, sealed, sha256
+from pretrain.checkpoint.reader import FOLDER, FORMAT, LATEST, STATE, file_name, sealed, sha256
 from pretrain.config import Config
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine, barrier
 from pretrain.distributed.store import DistError, KeyValueStore
+from pretrain.state import RunState
 
 # Seconds that process 0 waits for the others' files, which are written at the same time as its own.
 PATIENCE = 1800.0
@@ -130,7 +130,7 @@ class Saver:
         if not problems:
             state = {
                 "format": FORMAT,
-                "progress": asdict(progress),
+                "progress": progress.to_json(),
                 "totals": [f["totals"] for f in files],
                 "world": len(ranks),
                 "layout": self.engine.layout,

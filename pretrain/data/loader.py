@@ -34,6 +34,7 @@ from pretrain.data.location import DataLocation, once_per_node, open_card, plan,
 from pretrain.data.shard_reader import Damage, SetStream, Shard
 from pretrain.data.shared_memory import own_names, remove_stale_names
 from pretrain.models import DiTConfig, PackedText
+from pretrain.state import DataPosition
 
 # Where a set is drawn in part, so many samples of a shard are taken or left together: fewer shards are fetched for them.
 GRANULE = 64
@@ -214,14 +215,6 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, out=out)
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where in the data a run is: complete optimizer steps of an epoch."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-
-
 class Loader:
     """An endless iterator over optimizer steps, each a list of micro-batches, from a position on."""
 
@@ -243,7 +236,7 @@ class Loader:
             self.data = TrainingSet(streams, config, self.card, null_text, global_batch // world)
         self.steps_per_epoch = sum(self.plan.draws.values()) // global_batch
         self.collate = Collate(micro)
-        self.resume(Position())
+        self.resume(DataPosition())
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -260,14 +253,14 @@ class Loader:
             "global_batch": self.global_batch,
         }
 
-    def resume(self, position: Position, rollbacks: int = 0) -> None:
+    def resume(self, position: DataPosition, rollbacks: int = 0) -> None:
         """Continues at a position of a run with the same fingerprint; after rollbacks with other noise and another order."""
         self.position, self._seed = position, self.config.seed + ROLLBACK_OFFSET * rollbacks
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while True:
             yield from self._epoch()
-            self.position = Position(self.position.epoch + 1, 0)
+            self.position = DataPosition(self.position.epoch + 1, 0)
 
     def _epoch(self) -> Iterator[list[Batch]]:
         done = self.position.step_in_epoch
@@ -289,7 +282,7 @@ class Loader:
         )
         for batches in loader:
             # The position moves before the batch is used: what a step's checkpoint keeps is the step after.
-            self.position = Position(self.position.epoch, self.position.step_in_epoch + 1)
+            self.position = DataPosition(self.position.epoch, self.position.step_in_epoch + 1)
             yield batches
             if self.position.step_in_epoch == self.steps_per_epoch:
                 return  # several processes repeat samples to be even; that must not make a step that one has not

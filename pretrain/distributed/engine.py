@@ -26,6 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pretrain.state import Slot
+
 LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 RENDEZVOUS = timedelta(minutes=10)
 
@@ -107,20 +109,6 @@ class GradientCheck:
 
     norm: Tensor
     admitted: bool
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One parameter's place: its group's flat buffer holds it from `offset` on."""
-
-    name: str
-    shape: tuple[int, ...]
-    group: int
-    offset: int
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
 
 
 class Engine:

@@ -94,7 +94,7 @@ def test_a_second_signal_stops_at_once(words, tmp_path: Path) -> None:
 def test_the_limit_of_time_stops_after_a_checkpoint(words, straight, train, tmp_path: Path) -> None:
     stopped = train("demo_256", *words, "checkpoint.time_limit=1e-9", "checkpoint.every=100", processes=2, check=False)
     assert stopped.codes == [REQUEUE, REQUEUE]
-    assert "stopped by the limit of time (checkpoint.time_limit) (process 0, 1) after step 1" in stopped.output
+    assert "stopped by the time limit (checkpoint.time_limit) (process 0, 1) after step 1" in stopped.output
     train("demo_256", *words, processes=2)
     assert same_state(tmp_path / "run", straight)
 
@@ -206,7 +206,7 @@ def test_a_nan_on_one_process_skips_the_step_on_all_and_records_its_samples(word
     assert len({s["key"] for s in skipped["samples"]}) == 4
     found = newest(tmp_path / "run")
     assert found is not None
-    assert (found.progress.step, found.progress.updates, found.progress.health.skipped) == (8, 7, 1)
+    assert (found.progress.step, found.progress.updates, found.progress.history.skipped) == (8, 7, 1)
     assert all(value.isfinite().all() for value in found.parameters("master").values())
     assert scalars(tmp_path / "run", "train/steps_skipped")[4] == 1
 
@@ -255,7 +255,7 @@ def test_after_a_rollback_the_run_finishes_and_its_curve_has_no_doubled_point(wo
     found = newest(tmp_path / "run")
     assert found is not None
     assert (found.progress.step, found.progress.updates) == (8, 8)
-    assert (found.progress.health.rollbacks, found.progress.health.skipped) == (1, 2)
+    assert (found.progress.history.rollbacks, found.progress.history.skipped) == (1, 2)
     assert list(scalars(tmp_path / "run", "train/loss")) == list(range(1, 9))
 
 

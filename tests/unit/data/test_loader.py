@@ -25,8 +25,9 @@ from data_prep import schema as shards
 from data_prep.shapes import draw, scenes
 from pretrain.bench.__main__ import main as bench
 from pretrain.config import load
-from pretrain.data.loader import Loader, Position, times_before
+from pretrain.data.loader import Loader, times_before
 from pretrain.data.location import DataLocation, check_shards, plan
+from pretrain.state import DataPosition
 
 # ---- what an epoch draws ----
 
@@ -144,7 +145,7 @@ def test_what_is_drawn_has_the_proportions(tmp_path: Path) -> None:
     assert {n for key, n in repeats.items() if key.startswith("a")} == {1}
     seeds = [seed for batch in first for seed in batch.seeds]
     assert len(set(seeds)) == len(seeds)
-    assert loader.position == Position(0, 21)
+    assert loader.position == DataPosition(0, 21)
     second = {key for batch in epoch_of(loader) for key in batch.keys if key.startswith("a")}
     assert second != {key for key in repeats if key.startswith("a")}
     # The same weights in other words are the same order; other weights are not.
