@@ -1,15 +1,15 @@
-"""A run's configuration: YAML, overrides, and every problem at once.
+"""Configuration of a run: a YAML file, overrides on the command line, and every problem reported at once.
 
-`pretrain/configs/NAME.yaml` says what differs from the defaults below, `ds_configs/NAME.json` is DeepSpeed's (ZeRO stage,
-precision, clipping and the batch geometry, which stands nowhere else). On the command line `section.key=value` changes the
-first and `deepspeed.key=value` the second.
+`pretrain/configs/NAME.yaml` holds what differs from the defaults below. `ds_configs/NAME.json` is DeepSpeed's: ZeRO stage,
+precision, clipping and the batch geometry. On the command line `section.key=value` changes the first and
+`deepspeed.key=value` the second.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
-import json
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
@@ -19,20 +19,22 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
+from pretrain.deepspeed_config import read_deepspeed
 from pretrain.diffusion import EpsilonPrediction, Objective, RectifiedFlow
 from pretrain.models import DiTConfig, preset
+from pretrain.models.config import RENAMED_FIELDS, upgrade_fields
 
 CONFIGS = Path(__file__).parent / "configs"
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 
-# What may be added to a DeepSpeed file from the command line, beside what it already has.
-DEEPSPEED_KEYS = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping", "bf16", "data_types",
-    "communication_data_type", "zero_optimization", "wall_clock_breakdown", "flops_profiler", "comms_logger",
-}  # fmt: skip
-
-# Where shards can be streamed from.
+# Schemes of the object stores from which shards are streamed.
 REMOTE = ("s3", "gs")
+
+# Fields that have another name now, by their old path. Old names on input are an error that says the new one; the config
+# that an older run keeps is read with `upgrade`.
+RENAMED = {"guard.after": "guard.min_history"} | {
+    f"model.{old}": f"model.{'.'.join(new)}" for old, new in RENAMED_FIELDS.items()
+}
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -41,7 +43,7 @@ Proportion = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ConfigError(ValueError):
-    """Every problem of a configuration, one a line, each with its path and the mend."""
+    """All problems of a configuration, a line each, with the field's path and the mend."""
 
 
 class Section(BaseModel):
@@ -92,17 +94,18 @@ else:
 
 class ObjectiveSection(Section):
     name: Literal["flow", "epsilon"] = "flow"
-    """flow: rectified flow, velocity = noise − latent; epsilon: DDPM's linear schedule, predicting the noise."""
+    """Objective. flow: rectified flow, velocity = noise − latent; epsilon: DDPM's linear schedule, predicting the noise."""
     times: Literal["logit_normal", "uniform"] = "logit_normal"
-    """flow: how the times t of training lie in 0..1 before the shift; uniform is SiT's."""
+    """Distribution of the training times t in 0..1 before the shift, for flow; uniform is SiT's."""
     mean: float = 0.0
-    """flow with logit-normal times: mean of the normal whose logistic is t."""
+    """Mean of the normal distribution whose logistic is t, for flow with logit-normal times."""
     std: Annotated[float, Field(gt=0)] = 1.0
-    """flow with logit-normal times: its standard deviation."""
+    """Standard deviation of that normal distribution."""
     shift: Annotated[float, Field(gt=0)] = 1.0
-    """flow: above 1 trains more near noise."""
+    """Shift of the training times, for flow: above 1 trains more near noise."""
 
     def build(self) -> Objective:
+        """The objective with these settings."""
         if self.name == "epsilon":
             return EpsilonPrediction()
         return RectifiedFlow(self.mean, self.std, self.shift, self.times)
@@ -110,7 +113,7 @@ class ObjectiveSection(Section):
 
 class DataSection(Section):
     path: Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
-    """The data set, made by data_prep/encode.py: its folder, or its s3:// or gs:// URL."""
+    """Data set made by data_prep/encode.py: its folder, or its s3:// or gs:// URL."""
     resolution: Positive
     """Side of the square pictures, in pixels; the data set must hold it. With buckets: the side of a square of their area."""
     sources: Annotated[dict[str, Proportion], Field(min_length=1)] | None = None
@@ -118,24 +121,24 @@ class DataSection(Section):
     cache: Path | None = None
     """Folder on each node's own disk for shards that are fetched or decompressed; a local, uncompressed set needs none."""
     cache_limit: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(mb|gb|tb)$")] | None = None
-    """Most that the shards in the cache take, such as 500gb; those unused for longest are removed. By default all are kept."""
+    """Largest size of the cache, such as 500gb; shards unused for longest are removed. By default all are kept."""
     caption_dropout: Share = 0.1
     """Share of captions replaced by the null text, for classifier-free guidance."""
     workers: NotNegative = 4
-    """Loader processes per rank."""
+    """Loader processes per training process."""
     prefetch: Positive = 2
     """Batches that each loader process keeps ready."""
     timeout: NotNegative = 600
-    """Seconds after which a loader that gives nothing is an error; 0 waits for ever."""
+    """Seconds without a batch from the loader after which training fails; 0 waits for ever."""
     damaged_shards: NotNegative = 10
-    """Shards that may be missing or damaged, other samples of their set standing in for theirs; with more, training stops."""
+    """Number of shards that may be missing or damaged; other samples of their set replace theirs. With more, training stops."""
     shuffle_block: Positive = 262144
-    """Samples among which are shuffled; part of the data order."""
+    """Number of neighbouring samples that are shuffled among each other; part of the data order."""
     canonical_nodes: Positive = 1
     """mosaicml-streaming's `num_canonical_nodes`: part of the data order, the same for every cluster size."""
 
     def problems(self) -> list[str]:
-        """Contradictions between the fields that say where the data set is read."""
+        """Lists contradictions between the fields that say where the data set is read."""
         scheme = self.path.partition("://")[0] if "://" in self.path else None
         if scheme not in (None, *REMOTE):
             return [f"path: {self.path} must be a local folder, or an s3:// or gs:// URL"]
@@ -148,92 +151,92 @@ class DataSection(Section):
 
 class OptimizerSection(Section):
     lr: Annotated[float, Field(gt=0)] = 2e-4
-    """AdamW's learning rate after warm-up."""
+    """Learning rate of AdamW after warm-up."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decays of AdamW's first and second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of AdamW's second moment."""
+    """Constant added to the root of AdamW's second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Of weight matrices; biases, tables and vectors have none."""
+    """Weight decay of AdamW for weight matrices; biases, tables and vectors have none."""
     warmup_steps: NotNegative = 1000
     """Steps over which the learning rate rises from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """After warm-up: constant, or a half cosine down to a tenth at the last step."""
+    """Course of the learning rate after warm-up: constant, or a half cosine down to a tenth at the last step."""
     ema_decay: Share = 0.9999
-    """Decay of the weights' average; in the first steps no more than (1 + step) / (10 + step)."""
+    """Decay of the weights' moving average (EMA); at step n, from 0, at most (1 + n) / (10 + n)."""
 
 
 class CheckpointSection(Section):
     every: Positive = 1000
     """Steps between checkpoints; the last step always has one."""
     keep_last: Annotated[int, Field(ge=2)] = 3
-    """The newest checkpoints that are kept: two at least, as the newest may prove damaged."""
+    """Number of newest checkpoints that are kept: two at least, as the newest may prove damaged."""
     keep_every: NotNegative = 10000
-    """Checkpoints at multiples of these steps are kept for ever; 0 keeps none."""
-
+    """Steps whose multiples keep their checkpoint for ever; 0 keeps none."""
     background: bool = True
-    """Write them while training goes on, from a copy in the host's memory: 16 bytes a parameter over all processes."""
+    """Write checkpoints while training goes on, from a copy in host memory: 16 bytes a parameter over all processes."""
     time_limit: Annotated[float, Field(gt=0)] | None = None
-    """Hours after its start at which a run writes a checkpoint and ends to be started again; none by default."""
+    """Hours after which a run writes a checkpoint and ends with the exit code that requeues it; no limit by default."""
 
 
 class GuardSection(Section):
     deviations: Annotated[float, Field(ge=0)] = 8.0
-    """A step is skipped where its loss or gradient norm is so many robust deviations above the median; 0: where not finite."""
+    """Robust standard deviations above the median beyond which a loss or gradient norm makes its step skipped; 0: no bound."""
     window: Positive = 256
-    """Last applied steps from which the bound comes; with FlexDiT's density, of the same bin of the noise level."""
-    after: Positive = 100
-    """So many of them before there is a bound."""
+    """Number of last applied steps that the bound is computed from, counted per group of comparable steps."""
+    min_history: Positive = 100
+    """Number of applied steps of a group before its bound takes effect."""
     patience: Positive = 5
-    """Steps skipped in a row after which the run goes back to its last good checkpoint, with other noise and data order."""
+    """Steps skipped in a row after which the run returns to its last good checkpoint, with other noise and data order."""
     rollbacks: NotNegative = 3
-    """Such returns before the run stops with a report."""
+    """Number of these returns after which the run stops with an error."""
     seconds: Positive = 600
-    """All processes stop where one of them shows no progress for so long; six times as long until the first step is done."""
+    """Seconds without progress of one process after which all stop; six times as long until the first step is done."""
 
 
 class LoggingSection(Section):
     every: Positive = 20
     """Steps between points in TensorBoard and lines in the log."""
     timestep_bins: Positive = 5
-    """Equal bins of the timestep, each with its own loss curve."""
+    """Number of equal bins of the timestep, each with its own loss curve."""
     peak_tflops: float | None = None
-    """The device's peak in TFLOP/s, for MFU; by default the data sheet's, or measured where it is unknown."""
+    """Peak of the device in TFLOP/s, for MFU; by default the data sheet's, or measured where it is unknown."""
 
 
 class PreviewSection(Section):
     every: NotNegative = 1000
-    """Steps between sample grids and mask maps in TensorBoard; 0 draws none."""
+    """Steps between previews (a sample grid and a mask map) in TensorBoard; 0 draws none."""
     prompts: Path = Path("preview_prompts.txt")
     """File of prompts, one a line; a relative path is looked up beside the configs."""
     steps: Positive = 30
-    """Sampling steps."""
+    """Number of sampling steps."""
     guidance: float = 5.5
     """Classifier-free guidance scale; 1 is none."""
     shift: Annotated[float, Field(gt=0)] = 3.0
-    """flow: shift of the sampling times towards noise."""
+    """Shift of the sampling times towards noise, with objective.name flow."""
     seed: int = 0
-    """Of the pictures' starting noise."""
+    """Seed of the pictures' starting noise."""
 
     def file(self) -> Path:
+        """Path of the prompts' file."""
         return self.prompts if self.prompts.is_absolute() or self.prompts.exists() else CONFIGS / self.prompts
 
 
 class Config(Section):
     name: str
-    """The stage's name: of the YAML file, the DeepSpeed file and the run directory."""
+    """Name of the stage, of its YAML and DeepSpeed files, and of its run directory."""
     run_dir: Path
-    """Where checkpoints, event files and what was used are kept; runs/NAME by default."""
+    """Folder of checkpoints, event files and provenance; runs/NAME by default."""
     steps: Positive
-    """Optimizer steps of the whole stage."""
+    """Number of optimizer steps of the whole stage."""
     seed: int = 0
-    """Of the weights, the data order, and every sample's noise."""
+    """Seed of the initial weights, the data order, and every sample's noise."""
     deterministic: bool = False
-    """Only deterministic kernels, so that a resumed run on GPUs equals an uninterrupted one bit for bit; slower. CPUs' are."""
+    """Use deterministic kernels only: a resumed run on GPUs equals an uninterrupted one bit for bit, but is slower."""
     init_from: str | None = None
-    """Start from another run's newest checkpoint (a run directory, or a name under runs/): weights and EMA."""
+    """Run whose newest checkpoint gives the initial weights and EMA: a run directory, or a name under runs/."""
     carry_moments: bool = False
-    """With init_from: take over the optimizer's moments too."""
+    """Take over the optimizer's moments too, with init_from."""
     model: ModelSection = ModelSection()
     objective: ObjectiveSection = ObjectiveSection()
     data: DataSection
@@ -244,7 +247,7 @@ class Config(Section):
     preview: PreviewSection = PreviewSection()
 
     def problems(self) -> list[str]:
-        """Contradictions between fields that are each valid."""
+        """Lists contradictions between fields that are each valid."""
         found = []
         try:
             backbone = self.model.backbone()
@@ -264,8 +267,8 @@ class Config(Section):
         found += [f"data.{p}" for p in self.data.problems()]
         if self.optimizer.warmup_steps > self.steps:
             found.append(f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is above steps ({self.steps})")
-        if self.guard.after > self.guard.window:
-            found.append(f"guard.after: {self.guard.after} is above guard.window ({self.guard.window})")
+        if self.guard.min_history > self.guard.window:
+            found.append(f"guard.min_history: {self.guard.min_history} is above guard.window ({self.guard.window})")
         if self.carry_moments and not self.init_from:
             found.append("carry_moments: true needs init_from, the run whose moments are taken")
         if self.preview.every and not self.preview.file().is_file():
@@ -284,7 +287,7 @@ def load(name: str, overrides: list[str] | None = None) -> tuple[Config, dict[st
         raise ConfigError(f"no config {name!r}; there are {', '.join(known())}, or give a YAML file's path")
     problems: list[str] = []
     merged, deepspeed_changes = _merge(path, overrides or [], problems)
-    deepspeed = _deepspeed(path.stem, deepspeed_changes, problems)
+    deepspeed = read_deepspeed(DS_CONFIGS / f"{path.stem}.json", deepspeed_changes, problems)
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
@@ -297,8 +300,18 @@ def load(name: str, overrides: list[str] | None = None) -> tuple[Config, dict[st
     return config, deepspeed
 
 
+def upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """Gives the fields of a config that an older run kept their present names."""
+    content = copy.deepcopy(content)
+    if "model" in content:
+        content["model"] = upgrade_fields(content["model"])
+    if "after" in content.get("guard", {}):
+        content["guard"]["min_history"] = content["guard"].pop("after")
+    return content
+
+
 def _contradictions(content: dict[Any, Any], error: ValidationError) -> list[str]:
-    """The contradictions among the fields that are valid; none where a required one is missing or wrong."""
+    """Lists contradictions among the valid fields; none where a required one is missing or wrong."""
     rest = copy.deepcopy(content)
     for wrong in error.errors():
         section: Any = rest
@@ -338,46 +351,28 @@ def _merge(path: Path, overrides: list[str], problems: list[str]) -> tuple[dict[
     return content, changes
 
 
-def _deepspeed(name: str, changes: dict[str, Any], problems: list[str]) -> dict[Any, Any]:
-    """The stage's DeepSpeed JSON with the overrides laid over it."""
-    path = DS_CONFIGS / f"{name}.json"
-    if not path.is_file():
-        problems.append(f"{path}: this stage's DeepSpeed file is missing")
-        return {}
-    if not isinstance(changes, dict):
-        problems.append(f"deepspeed: {changes!r} is no section; override as deepspeed.key=value")
-        changes = {}
-    shipped = json.loads(path.read_text())
-    content = OmegaConf.to_container(OmegaConf.merge(shipped, changes))
-    assert isinstance(content, dict)
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
-        if not isinstance(content.get(key), int) or content[key] < 1:
-            problems.append(f"deepspeed.{key}: {content.get(key)!r} must be a whole number above 0 (in {path})")
-    # DeepSpeed itself ignores what it does not know; the accumulation has a message of its own below.
-    for key in sorted(changes.keys() - DEEPSPEED_KEYS - shipped.keys() - {"gradient_accumulation_steps"}):
-        near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1)
-        problems.append(f"deepspeed.{key}: unknown field" + (f"; did you mean {near[0]!r}?" if near else ""))
-    zero = content.get("zero_optimization")
-    if not isinstance(zero, dict) or zero.get("stage") != 2:
-        problems.append(f"deepspeed.zero_optimization.stage: must be 2 (in {path})")
-    if isinstance(zero, dict) and {"offload_optimizer", "offload_param"} & zero.keys():
-        problems.append(f"deepspeed.zero_optimization: offloading is not supported; leave it out (in {path})")
-    if "gradient_accumulation_steps" in content:
-        problems.append("deepspeed.gradient_accumulation_steps: leave it out; it follows from the batch and the GPUs")
-    return content
+def _section(path: Sequence[Any]) -> type[BaseModel]:
+    """The section of a config at a path of names."""
+    section: type[BaseModel] = Config
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        section = next(a for a in (*get_args(annotation), annotation) if a is not type(None))
+    return section
 
 
 def _explain(error: Any) -> str:
     """One pydantic error as path, problem and mend."""
     where = ".".join(str(part) for part in error["loc"])
+    if where in RENAMED:
+        return f"{where}: is now {RENAMED[where]}"
     if error["type"] == "extra_forbidden":
-        section: type[BaseModel] = Config
-        for part in error["loc"][:-1]:
-            annotation = section.model_fields[part].annotation
-            section = next(a for a in (*get_args(annotation), annotation) if a is not type(None))
+        section = _section(error["loc"][:-1])
         near = difflib.get_close_matches(error["loc"][-1], section.model_fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(section.model_fields)}"
         return f"{where}: unknown field; {hint}"
+    if error["type"] == "model_type":
+        fields_ = ", ".join(f"{where}.{name}" for name in _section(error["loc"]).model_fields)
+        return f"{where}: is a section, not {error['input']!r}; set its fields: {fields_}"
     if error["type"] == "missing":
         return f"{where}: missing; set it in the YAML or as {where}=value"
     return f"{where}: {error['msg']}, not {error['input']!r}"

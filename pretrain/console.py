@@ -1,4 +1,4 @@
-"""What long commands show: a bar on a terminal, plain lines in a log, and no chatter of the libraries."""
+"""Output of the commands: progress as a bar on a terminal or lines in a log, and the libraries silenced."""
 
 from __future__ import annotations
 
@@ -13,30 +13,36 @@ from typing import Protocol
 from tqdm import tqdm
 
 
-def quiet() -> None:
-    """Keeps the libraries' chatter out of the log; their warnings of consequence stay."""
+def silence_libraries() -> None:
+    """Keeps the libraries' routine messages out of the log; errors and other warnings stay."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
     for name in ("DeepSpeed", "streaming"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def log_from_first(rank: int, line: str) -> None:
+    """Prints a line on process 0."""
+    if rank == 0:
+        print(line, flush=True)
+
+
 class Subcommand(Protocol):
-    """A module whose docstring's first paragraph says what it does; `run` returns what is printed."""
+    """Module of one subcommand: its docstring's first paragraph is the help, `run` returns the text to print."""
 
     def arguments(self, parser: argparse.ArgumentParser) -> None: ...
     def run(self, args: argparse.Namespace) -> str: ...
 
 
 def run_one_of(program: str, description: str, modules: Mapping[str, Subcommand], argv: list[str] | None) -> int:
-    """A command of several, each a module by its name; ValueError and OSError become one line. Returns the exit code."""
+    """Runs the subcommand that `argv` names; ValueError and OSError become one line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=description)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in modules.items():
         about = " ".join((module.__doc__ or "").split("\n\n")[0].split())
         module.arguments(commands.add_parser(name, help=about, description=about))
     args = parser.parse_args(argv)
-    quiet()
+    silence_libraries()
     try:
         print(modules[args.command].run(args))
     except (ValueError, OSError) as error:
@@ -46,14 +52,14 @@ def run_one_of(program: str, description: str, modules: Mapping[str, Subcommand]
 
 
 class Progress:
-    """So many of `total` items are done: a bar, or a line after each update where there is no terminal."""
+    """Progress through `total` items: a bar, or a line after each update where there is no terminal."""
 
     def __init__(self, total: int, unit: str):
         self._bar = tqdm(total=total, unit=unit, disable=None)
         self._total, self._unit, self._done = total, unit, 0
 
     def update(self, count: int) -> None:
-        """`count` more are done."""
+        """Adds `count` finished items."""
         self._done += count
         self._bar.update(count)
         if self._bar.disable:

@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pretrain.console import quiet
+from pretrain.console import silence_libraries
 from pretrain.sampling.export_folder import new_folder
 from pretrain.sampling.export_writer import DTYPES, add_export_arguments, write_export
 from pretrain.sampling.trained_run import load_run
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not be there yet")
     add_export_arguments(parser)
     args = parser.parse_args(argv)
-    quiet()
+    silence_libraries()
     try:
         with new_folder(args.out) as writing:
             trained = load_run(args.run, args.weights)

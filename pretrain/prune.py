@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pretrain.console import Progress, quiet
+from pretrain.console import Progress, silence_libraries
 from pretrain.models import DiT
 from pretrain.models.cost import count_parameters
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput, FocusDiTTransformer2DModel
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", help="default: the GPU, or the CPU")
     add_export_arguments(parser)
     args = parser.parse_args(argv)
-    quiet()
+    silence_libraries()
     try:
         with new_folder(args.out) as writing:
             trained = load_run(args.run, args.weights, device_of(args.device))

@@ -26,7 +26,7 @@ from PIL import Image
 from data_prep.common.files import atomic_write
 from data_prep.encoders import fingerprint, working_dtype
 from data_prep.pictures.grids import labelled_grid
-from pretrain.console import Progress, quiet
+from pretrain.console import Progress, silence_libraries
 from pretrain.diffusion import FfnWork
 from pretrain.models.cost import saved_flops
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
@@ -43,7 +43,7 @@ SHOWN = 256  # pictures on the contact sheet and the page
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = parse(argv)
-    quiet()
+    silence_libraries()
     try:
         print(run(args))
     except (ValueError, OSError) as error:

@@ -12,39 +12,37 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 
-from pretrain.checkpoint import reader as checkpoint
-from pretrain.checkpoint.reader import RunState
-from pretrain.checkpoint.restore import restore_weights, resume
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config import Config, geometry, load
-from pretrain.console import quiet
+from pretrain.console import log_from_first, silence_libraries
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
-from pretrain.diffusion import Loss, Objective, StepBudget, draw, measure, step_budget
+from pretrain.diffusion import Objective, step_budget
 from pretrain.distributed import optimizer as optim
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.rendezvous import init_distributed, shutdown
-from pretrain.distributed.world import World, all_gather, barrier
+from pretrain.distributed.world import World
+from pretrain.loss import forward
 from pretrain.models import DiT
-from pretrain.models.focusdit.mask import draw_keep
 from pretrain.monitoring.monitor import Monitor
 from pretrain.monitoring.preview import Preview
-from pretrain.monitoring.provenance import keep_what_is_used
+from pretrain.monitoring.provenance import save_provenance
 from pretrain.resilience import preflight
-from pretrain.resilience.requeue import note_start
-from pretrain.resilience.signals import REQUEUE, Stop
-from pretrain.resilience.spike_guard import SKIPPED, SpikeGuard
-from pretrain.resilience.watchdog import STARTING, WAITING, Watchdog
+from pretrain.resilience.failure import report_failure
+from pretrain.resilience.heartbeat import IN_STEP
+from pretrain.resilience.recovery import Recovery
+from pretrain.resilience.signals import REQUEUE, StopRequest
+from pretrain.resilience.spike_guard import SpikeGuard
+from pretrain.resilience.watchdog import STARTUP_FACTOR, Watchdog
+from pretrain.state import RunState
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,7 @@ class Trainer:
     monitor: Monitor
     preview: Preview
     saver: CheckpointWriter
-    damaged: set[str] = field(default_factory=set)
-    """Shards that proved damaged since the start."""
+    recovery: Recovery
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,10 +69,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Trains a stage; every field of a config can be overridden.")
     parser.add_argument("config", help="a stage's name, or the path of a YAML file")
     parser.add_argument("overrides", nargs="*", help="section.key=value, or deepspeed.key=value")
-    parser.add_argument("--check", action="store_true", help="look at all that the training needs, and do not train")
-    parser.add_argument("--processes", type=int, help="with --check on a login node: the processes it is planned for")
+    parser.add_argument("--check", action="store_true", help="check all that the training needs, and do not train")
+    parser.add_argument("--processes", type=int, help="with --check on a login node: the planned number of processes")
     args = parser.parse_intermixed_args(argv)
-    quiet()
+    silence_libraries()
     stop, watchdog = None, None
     try:
         if args.check:
@@ -84,23 +81,14 @@ def main(argv: list[str] | None = None) -> int:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        stop = Stop(config.checkpoint.time_limit)
-        # The watchdog comes first and says more; a collective's own limit is for what it cannot see.
-        world = init_distributed(timedelta(seconds=2 * STARTING * config.guard.seconds))
-        watchdog = Watchdog(world, config.guard.seconds)
+        stop = StopRequest(config.checkpoint.time_limit)
+        # A collective's own limit is for what the watchdog cannot see: the watchdog comes first, and says more.
+        world = init_distributed(timedelta(seconds=2 * STARTUP_FACTOR * config.guard.seconds))
+        watchdog = Watchdog(world, config.guard.seconds).start()
         preflight.require(config, deepspeed, world)
         stopped = train(build(config, deepspeed, world, stop, watchdog))
     except Exception as error:
-        if os.environ.get("FOCUSDIT_TRACEBACK"):
-            raise
-        if not isinstance(error, ValueError | OSError | RuntimeError):
-            traceback.print_exc()  # a defect: not a line's worth of explanation
-        line, code = watchdog.failed(error) if watchdog else (str(error), 1)
-        rank = os.environ.get("RANK", "0")
-        print(f"train: process {rank}: {line}" if rank != "0" else f"train: {line}", file=sys.stderr, flush=True)
-        if watchdog and world.size > 1:
-            os._exit(code)  # leaving a broken group in good order may wait for the others
-        return code
+        return report_failure(error, watchdog)
     finally:
         if stop:
             stop.close()
@@ -110,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     return REQUEUE if stopped else 0
 
 
-def build(config: Config, deepspeed: dict[str, Any], world: World, stop: Stop, watchdog: Watchdog) -> Trainer:
+def build(config: Config, deepspeed: dict[str, Any], world: World, stop: StopRequest, watchdog: Watchdog) -> Trainer:
     """Wires the parts in the order of the data."""
     accumulation = geometry(deepspeed, world.size)
     deepspeed = {**deepspeed, "gradient_accumulation_steps": accumulation}
@@ -129,229 +117,77 @@ def build(config: Config, deepspeed: dict[str, Any], world: World, stop: Stop, w
     ema = Ema(zero, config.optimizer.ema_decay)
     guard = SpikeGuard(config.guard, world, stop)
     monitor = Monitor(config, backbone, zero)
-    about = {"data": loader.fingerprint, "config": config.model_dump(mode="json")}
-    saver = CheckpointWriter(config, zero, ema, about)
+    run_info = {"data": loader.fingerprint, "config": config.model_dump(mode="json")}
+    saver = CheckpointWriter(config, zero, ema, run_info)
+    log = partial(log_from_first, world.rank)
+    recovery = Recovery(config, loader, zero, ema, guard, watchdog, monitor, saver, log)
     objective = config.objective.build()
-    return Trainer(config, deepspeed, loader, model, zero, ema, objective, guard, watchdog, monitor, preview, saver)
+    return Trainer(
+        config, deepspeed, loader, model, zero, ema, objective, guard, watchdog, monitor, preview, saver, recovery
+    )
 
 
 def train(t: Trainer) -> str | None:
-    """Runs to the last step (None), or until some process is asked to stop (by what)."""
-    config, monitor = t.config, t.monitor
-    progress = begin(t)
-    keep_what_is_used(config, t.deepspeed, t.loader, t.engine.world)  # not of a start that was refused
-    note(t, progress.step)
-    t.watchdog.step = progress.step
-    batches = timed(t, progress)
-    while progress.step < config.steps:
+    """Trains to the last step, or until a process is asked to stop; returns what asked for it, None at the end."""
+    config, recovery = t.config, t.recovery
+    state = recovery.start()
+    save_provenance(config, t.deepspeed, t.loader, t.engine.world)  # not of a start that was refused
+    recovery.record_start(state.step)
+    t.watchdog.step = state.step
+    batches = recovery.batches(state)
+    while state.step < config.steps:
         step_batches = next(batches)
-        progress = replace(train_step(t, step_batches, progress), position=t.loader.position)
-        step, verdict = progress.step, t.guard.verdict
-        t.watchdog.done(step)
+        state = replace(train_step(t, step_batches, state), position=t.loader.position)
+        verdict = t.guard.verdict
+        t.watchdog.finish_step(state.step)
         if verdict.damaged:
-            count_damaged(t, step_batches)
+            recovery.count_damaged_shards(step_batches)
         if verdict.fault:
-            tell_of_fault(t, progress)
-            if progress.health.in_a_row >= config.guard.patience:
-                progress = roll_back(t, progress)
-                batches = timed(t, progress)
+            recovery.report_skipped_step(state)
+            if state.history.in_a_row >= config.guard.patience:
+                state = recovery.roll_back(state)
+                batches = recovery.batches(state)
                 continue
-        last = step == config.steps or verdict.stop > 0
-        if t.preview.due(step):
-            t.watchdog.at("drawing the preview")
-            with monitor.paused():
-                t.preview.draw(t.model, t.ema, monitor, step)
-        if step % config.checkpoint.every == 0 or last:
-            save(t, progress, wait=last)
-        if line := t.saver.report():
-            log(t, line)
-        if verdict.stop and step < config.steps:
-            why = t.guard.stopped_by()
-            log(t, f"stopped by {why} after step {step}; started again, it goes on from there")
-            return why
-    monitor.close()
-    log(t, f"{config.name} is complete: {progress.step} steps, {progress.images} images; {config.run_dir}")
+        if t.preview.due(state.step):
+            t.watchdog.begin("drawing the preview")
+            t.preview.draw(t.model, t.ema, t.monitor, state.step)
+        last = state.step == config.steps or verdict.stop > 0
+        if state.step % config.checkpoint.every == 0 or last:
+            recovery.save(state, wait=last)
+        recovery.log_saved()
+        if verdict.stop and state.step < config.steps:
+            reason = t.guard.stop_reason()
+            recovery.log(f"stopped by {reason} after step {state.step}; started again, it goes on from there")
+            return reason
+    t.monitor.close()
+    recovery.log(f"{config.name} is complete: {state.step} steps, {state.images} images; {config.run_dir}")
     return None
 
 
-def train_step(t: Trainer, batches: list[Batch], progress: RunState) -> RunState:
-    """One optimizer step over this process's micro-batches; `t.guard.verdict` tells whether it was applied."""
+def train_step(t: Trainer, batches: list[Batch], state: RunState) -> RunState:
+    """Takes one optimizer step over this process's micro-batches; `t.guard.verdict` says whether it was applied."""
     zero, window = t.engine, t.config.guard.window
-    lr = optim.learning_rate(progress.step, t.config.steps, t.config.optimizer)
-    t.watchdog.at(WAITING)
-    budget = step_budget(t.model.config, t.objective, t.config.seed, progress.step)
-    t.guard.begin(progress.health, budget.group)
+    lr = optim.learning_rate(state.step, t.config.steps, t.config.optimizer)
+    t.watchdog.begin(IN_STEP)
+    budget = step_budget(t.model.config, t.objective, t.config.seed, state.step)
+    t.guard.begin(state.history, budget.group)
     for host_batch in batches:
         batch = host_batch.to(zero.world.device, zero.dtype)
-        loss = forward(t, batch, budget)
+        loss = forward(zero, t.objective, t.monitor, batch, budget)
         t.guard.add(batch.keys, loss, len(batch.damaged))
         zero.backward(loss.mean)
-        zero.step(lr, t.guard)
+        zero.step(lr, t.guard.judge)
     if zero.applied:
-        t.ema.update(progress.updates)
-    t.monitor.step(progress.step + 1, t.guard.verdict, lr)
+        t.ema.update(state.updates)
+    t.monitor.step(state.step + 1, t.guard.verdict, lr)
+    images = zero.world.size * sum(len(batch.keys) for batch in batches)
     return replace(
-        progress,
-        step=progress.step + 1,
-        updates=progress.updates + zero.applied,
-        images=progress.images + zero.world.size * sum(len(b.keys) for b in batches),
-        health=progress.health.after(t.guard.verdict, window),
+        state,
+        step=state.step + 1,
+        updates=state.updates + zero.applied,
+        images=state.images + images,
+        history=state.history.after(t.guard.verdict, window),
     )
-
-
-def forward(t: Trainer, batch: Batch, step: StepBudget) -> Loss:
-    """A micro-batch's loss. All random numbers of a sample come from its own seed, what is computed from the step."""
-    device, backbone = t.engine.world.device, t.model.config
-    numbers = draw(batch.seeds, batch.mean_BCHW.shape, device)
-    noisy = t.objective.corrupt(
-        batch.latent(numbers.posterior_BCHW), numbers.noise_BCHW, step.narrow(numbers.uniform_B)
-    )
-    keep_KBN = None
-    if backbone.mask != "none" and backbone.mask_dropout:
-        tokens = noisy.noisy_BCHW[0, 0].numel() // backbone.patch**2
-        keep_KBN = draw_keep(batch.seeds, backbone.depth, tokens, backbone.mask_dropout, device)
-    latent_BCHW = noisy.noisy_BCHW.to(t.engine.dtype)
-    conditioning = t.model.condition(noisy.timestep_B, batch.text)
-    prediction = t.engine.forward(latent_BCHW, conditioning, None, keep_KBN, step.budget)
-    loss = measure(prediction.sample_BCHW, noisy)
-    t.monitor.record(batch, loss, prediction.masks_KBN, step.budget)
-    return loss
-
-
-def begin(t: Trainer) -> RunState:
-    """From the run's own newest whole checkpoint, else from another run's weights, else from nothing."""
-    config, world = t.config, t.engine.world
-    if own := checkpoint.newest_intact(config.run_dir, world, lambda line: log(t, line)):
-        progress = take_up(t, own)
-        p = progress.position
-        log(t, f"going on from {own.path}: step {progress.step}, epoch {p.epoch}, its step {p.step_in_epoch}")
-        return progress
-    t.monitor.begin(0, [])
-    if config.init_from is None:
-        log(t, f"starting {config.name} from nothing")
-        return RunState()
-    other = checkpoint.newest_intact(checkpoint.find_run(config.init_from), world, lambda line: log(t, line))
-    if other is None:
-        raise ValueError(f"init_from: {config.init_from} has no complete checkpoint yet; train it first")
-    if other.run_state.step < other.state["config"]["steps"]:
-        done = f"{other.run_state.step} of its {other.state['config']['steps']} steps"
-        log(t, f"WARNING: {config.init_from} is not finished: it has {done}")
-    origins = restore_weights(other, t.engine, t.ema, moments=config.carry_moments)
-    moments = "the optimizer's moments too" if config.carry_moments else "fresh optimizer moments"
-    log(t, f"starting {config.name} from {other.path}: its weights and average, {moments}, data from the start")
-    for line in [*checkpoint.config_changes(other.state, t.saver.run_info), *origins]:
-        log(t, f"  {line}")
-    return RunState(updates=other.run_state.updates if config.carry_moments else 0)
-
-
-def note(t: Trainer, step: int) -> None:
-    """Notes this start; a SLURM job that does not get on is an error on all processes."""
-    problem = None
-    if t.engine.world.rank == 0:
-        try:
-            note_start(t.config.run_dir, step)
-        except RuntimeError as error:
-            problem = str(error)
-    if problem := all_gather(problem, t.engine.world)[0]:
-        raise RuntimeError(problem)
-
-
-def take_up(t: Trainer, own: checkpoint.Checkpoint) -> RunState:
-    """Puts one of the run's own checkpoints back everywhere; those of later steps are set aside."""
-    checkpoint.set_aside_later(t.config.run_dir, own.run_state.step, t.engine.world)
-    progress = resume(own, t.engine, t.ema, t.loader.fingerprint)
-    t.monitor.begin(progress.step, own.totals(t.engine.world))
-    return progress
-
-
-def tell_of_fault(t: Trainer, progress: RunState) -> None:
-    """A skipped step in the log, and with its samples in the run's list."""
-    t.guard.record(t.config.run_dir, progress.step)
-    health, file = progress.health, t.config.run_dir / SKIPPED
-    counted = f"{health.in_a_row} in a row, {health.skipped} in all"
-    log(t, f"WARNING: step {progress.step} was skipped: {t.guard.verdict.fault} ({counted}; its samples: {file})")
-
-
-def count_damaged(t: Trainer, batches: list[Batch]) -> None:
-    """Shards that proved damaged on any process: new ones in the log. Raises RuntimeError beyond data.damaged_shards."""
-    mine = {d.shard: d for batch in reversed(batches) for d in reversed(batch.damaged)}
-    found = {
-        shard: d for some in all_gather(mine, t.engine.world) for shard, d in some.items() if shard not in t.damaged
-    }
-    t.damaged.update(found)
-    count, limit = len(t.damaged), t.config.data.damaged_shards
-    for shard, d in sorted(found.items()):
-        what = f"sample {d.sample} cannot be read ({d.reason}); others stand in"
-        log(t, f"WARNING: {shard}: {what} ({count} of {limit} damaged shards)")
-    if count > limit:
-        raise RuntimeError(
-            f"{count} shards of {t.config.data.path} are damaged, data.damaged_shards allows {limit}: "
-            f"{', '.join(sorted(t.damaged))}; run data_prep/verify.py --repair on the data set"
-        )
-
-
-def roll_back(t: Trainer, progress: RunState) -> RunState:
-    """After too many skipped steps in a row: the last good checkpoint, with other noise and another order of the data.
-
-    Raises:
-        RuntimeError: there is no such checkpoint, or it has been tried often enough.
-    """
-    health, limit = progress.health, t.config.guard.rollbacks
-    what = f"the last {health.in_a_row} steps up to {progress.step} were skipped, the last one because {t.guard.verdict.fault}"
-    where = f"Their samples and losses: {t.config.run_dir / SKIPPED}"
-    if health.rollbacks >= limit:
-        raise RuntimeError(
-            f"{what}, after {health.rollbacks} rollbacks (guard.rollbacks is {limit}). {where}. Look at the data they name "
-            "and at the loss curve, lower optimizer.lr, or start from an older checkpoint by removing the newer ones"
-        )
-    t.saver.wait()
-    good = checkpoint.newest_intact(
-        t.config.run_dir, t.engine.world, lambda line: log(t, line), lambda c: not c.run_state.health.in_a_row
-    )
-    if good is None:
-        raise RuntimeError(f"{what}, and there is no checkpoint to go back to. {where}")
-    back = take_up(t, good)
-    health = replace(back.health, skipped=health.skipped, rollbacks=health.rollbacks + 1)
-    log(
-        t,
-        f"WARNING: {what}; back to {good.path} with other noise and data order ({health.rollbacks} of {limit} rollbacks)",
-    )
-    return replace(back, health=health)
-
-
-def save(t: Trainer, progress: RunState, wait: bool) -> None:
-    """Starts a checkpoint, and finishes it if `wait`: then one that fails is an error, else a warning."""
-    t.watchdog.at("writing a checkpoint")
-    with t.monitor.paused():
-        start = time.perf_counter()
-        t.saver.wait()
-        if line := t.saver.report():
-            log(t, line)
-        t.saver.save(progress, t.monitor.sums())
-        t.monitor.stood_still(progress.step, time.perf_counter() - start)
-        if wait:
-            t.saver.wait()
-            barrier(t.engine.world)
-    if wait and t.saver.error:
-        raise RuntimeError(t.saver.error)
-
-
-def timed(t: Trainer, progress: RunState) -> Iterator[list[Batch]]:
-    """The batches from a position on; the monitor learns how long each was waited for."""
-    t.loader.resume(progress.position, progress.health.rollbacks)
-    batches = iter(t.loader)
-    while True:
-        start = time.perf_counter()
-        t.watchdog.at("reading data")
-        batch = next(batches)
-        t.monitor.waited(time.perf_counter() - start)
-        yield batch
-
-
-def log(t: Trainer, line: str) -> None:
-    """A line from process 0."""
-    if t.engine.world.rank == 0:
-        print(line, flush=True)
 
 
 if __name__ == "__main__":

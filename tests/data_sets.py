@@ -65,6 +65,8 @@ import torch
 from pretrain.config import load
 from pretrain.data.loader import Loader, Position
 from pretrain.distributed.world import World
+from pretrain.data.loader import Loader
+from pretrain.state import DataPosition
 from pretrain.models import preset
 
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -78,7 +80,7 @@ for job in json.load(sys.stdin):
     except ValueError as error:
         said.append(str(error))
         continue
-    loader.resume(Position(*job["start"]))
+    loader.resume(DataPosition(*job["start"]))
     steps = []
     for batches, _ in zip(loader, range(job["steps"])):
         shapes = {tuple(b.mean_BCHW.shape[1:]) for b in batches}

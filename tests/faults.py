@@ -133,7 +133,7 @@ def at_step(step: int, rank: int, what: str) -> None:
             if what == "error":
                 raise ValueError("a fault of its own")
             if what == "sleep":
-                t.watchdog.at("reading data")
+                t.watchdog.begin("reading data")
                 time.sleep(600)
             if what.startswith("SIG"):
                 os.kill(os.getpid(), getattr(signal, what))

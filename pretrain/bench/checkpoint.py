@@ -18,7 +18,7 @@ import torch
 
 from pretrain import train
 from pretrain.bench.timing import model_arguments, side_by_side
-from pretrain.checkpoint.reader import FOLDER, RunState
+from pretrain.checkpoint.reader import FOLDER
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config import load
 from pretrain.data.batch import Batch
@@ -30,9 +30,11 @@ from pretrain.distributed.rendezvous import init_distributed, shutdown
 from pretrain.distributed.world import World
 from pretrain.models import ComputeBudget, DiT, PackedText, preset
 from pretrain.monitoring.monitor import Monitor
-from pretrain.resilience.signals import Stop
+from pretrain.resilience.heartbeat import IN_STEP
+from pretrain.resilience.signals import StopRequest
 from pretrain.resilience.spike_guard import SpikeGuard
-from pretrain.resilience.watchdog import WAITING, Watchdog
+from pretrain.resilience.watchdog import Watchdog
+from pretrain.state import RunState
 
 CAPTION = 40  # tokens
 
@@ -45,7 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     """The table."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        world, stop = init_distributed(), Stop()
+        world, stop = init_distributed(), StopRequest()
         try:
             t, batch = _trainer(args, Path(folder), world, stop)
             lines = _checkpoints(t, batch, args.rounds) + _share(t, batch, args.rounds)
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: Stop) -> tuple[train.Trainer, Batch]:
+def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: StopRequest) -> tuple[train.Trainer, Batch]:
     """A trainer with all its parts but the data, and a batch."""
     config = load("demo_256", [f"run_dir={folder}", "preview.every=0", "steps=1000000", "logging.every=20"])[0]
     backbone = replace(preset(args.preset), depth=args.depth) if args.depth else preset(args.preset)
@@ -73,15 +75,15 @@ def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: Stop) -
     zero = Engine(model, optim.build_optimizer(model, config.optimizer), deepspeed, world)
     ema, guard = Ema(zero, 0.9999), SpikeGuard(config.guard, world, stop)
     monitor = Monitor(config, backbone, zero)
-    monitor.begin(0, [])
+    monitor.resume(0, [])
     side = args.tokens_per_side * backbone.patch
     latent = torch.randn(args.batch, backbone.latent_channels, side, side).half()
     text = PackedText.pack([torch.randn(CAPTION, backbone.text_width).half() for _ in range(args.batch)])
     batch = Batch(tuple(map(str, range(args.batch))), tuple(range(args.batch)), text, latent, None)
     nothing = cast(Any, None)
     saver = CheckpointWriter(config, zero, ema, {})
-    objective, watchdog = config.objective.build(), Watchdog(world, config.guard.seconds)
-    parts: Any = (config, {}, nothing, model, zero, ema, objective, guard, watchdog, monitor, nothing, saver)
+    objective, watchdog = config.objective.build(), Watchdog(world, config.guard.seconds).start()
+    parts: Any = (config, {}, nothing, model, zero, ema, objective, guard, watchdog, monitor, nothing, saver, nothing)
     return train.Trainer(*parts), batch
 
 
@@ -98,7 +100,7 @@ def _checkpoints(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
                 update={"background": background, "keep_last": 1, "keep_every": 0}
             )
             start = time.perf_counter()
-            t.saver.save(progress, t.monitor.sums())
+            t.saver.save(progress, t.monitor.pending_sums())
             if i:
                 alone.append(step)
                 still[background].append(time.perf_counter() - start)
@@ -135,16 +137,16 @@ def _share(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
         """The work of guard, watchdog and monitor in 20 steps."""
         for _ in range(20):
             before = progress[0]
-            t.watchdog.at("reading data")
-            t.watchdog.at(WAITING)
-            t.guard.begin(before.health)
+            t.watchdog.begin("reading data")
+            t.watchdog.begin(IN_STEP)
+            t.guard.begin(before.history)
             t.monitor.record(batch, loss, masks, ComputeBudget())
             t.guard.add(batch.keys, loss)
-            t.guard(squares)
-            t.watchdog.done(before.step + 1)
+            t.guard.judge(squares)
+            t.watchdog.finish_step(before.step + 1)
             t.monitor.step(before.step + 1, t.guard.verdict, 1e-4)
-            health = before.health.after(t.guard.verdict, t.config.guard.window)
-            progress[0] = replace(before, step=before.step + 1, health=health)
+            history = before.history.after(t.guard.verdict, t.config.guard.window)
+            progress[0] = replace(before, step=before.step + 1, history=history)
 
     def step() -> None:
         train.train_step(t, [batch], RunState(step=1))

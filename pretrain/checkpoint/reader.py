@@ -16,7 +16,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,25 +25,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data_prep.common.files import atomic_write
-from pretrain.data.loader import Position
 from pretrain.distributed.partition import Slot
 from pretrain.distributed.world import World, all_gather, barrier, broadcast
-from pretrain.resilience.spike_guard import Health
+from pretrain.state import RunState
 
 FOLDER, LATEST, STATE = "checkpoints", "latest", "state.json"
 FORMAT = 2
 MEND = "remove {} to use the one before"  # of each DamagedCheckpoint
-
-
-@dataclass(frozen=True)
-class RunState:
-    """What a run has done so far: `step` optimizer steps tried, of which AdamW applied `updates`; `images` trained on."""
-
-    step: int = 0
-    updates: int = 0
-    images: int = 0
-    position: Position = field(default_factory=Position)
-    health: Health = field(default_factory=Health)
 
 
 class DamagedCheckpoint(ValueError):
@@ -77,9 +64,8 @@ class Checkpoint:
 
     @property
     def run_state(self) -> RunState:
-        """What the run had done."""
-        p = self.state["progress"]
-        return RunState(p["step"], p["updates"], p["images"], Position(**p["position"]), Health.of(p["health"]))
+        """The run's counters and position."""
+        return RunState.from_json(self.state["progress"])
 
     def totals(self, world: World) -> list[float]:
         """This process's part of the monitor's sums; over all processes they add up to those that were saved by any number."""

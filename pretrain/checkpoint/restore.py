@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.checkpoint.reader import Checkpoint, RunState
+from pretrain.checkpoint.reader import Checkpoint
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine
 from pretrain.models.inheritance import derived_parameters, optional_parameters
 from pretrain.models.mixers.base import DerivedParameter
+from pretrain.state import RunState
 
 Shapes = dict[str, tuple[int, ...]]
 

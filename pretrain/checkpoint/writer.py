@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import threading
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.common.files import atomic_write
-from pretrain.checkpoint.reader import FOLDER, FORMAT, LATEST, STATE, RunState, file_name, sha256, with_hash
+from pretrain.checkpoint.reader import FOLDER, FORMAT, LATEST, STATE, file_name, sha256, with_hash
 from pretrain.config import Config
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.store import DistError, KeyValueStore
 from pretrain.distributed.world import barrier
+from pretrain.state import RunState
 
 # Seconds that process 0 waits for the others' files, which are written at the same time as its own.
 TIMEOUT = 1800.0
@@ -137,7 +137,7 @@ class CheckpointWriter:
         if not problems:
             state = {
                 "format": FORMAT,
-                "progress": asdict(run_state),
+                "progress": run_state.to_json(),
                 "totals": [f["totals"] for f in files],
                 "world": len(ranks),
                 "layout": self.engine.layout,

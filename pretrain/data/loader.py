@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,10 @@ from pretrain.data.shared_memory import remove_stale_names, unique_names
 from pretrain.data.training_set import TrainingSet
 from pretrain.distributed.world import World, once_per_node
 from pretrain.models import DiTConfig
+from pretrain.state import DataPosition
 
 # Added to the seed for each rollback: more than any run has epochs, which are added to it, too.
 ROLLBACK_OFFSET = 1_000_003
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where in the data a run is: complete optimizer steps of an epoch."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
 
 
 class Loader:
@@ -78,7 +70,7 @@ class Loader:
             self.data = TrainingSet(streams, config, self.card, null_text, global_batch // world.size)
         self.steps_per_epoch = sum(self.plan.draws.values()) // global_batch
         self.collate = Collate(micro)
-        self.resume(Position())
+        self.resume(DataPosition())
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -95,14 +87,14 @@ class Loader:
             "global_batch": self.global_batch,
         }
 
-    def resume(self, position: Position, rollbacks: int = 0) -> None:
+    def resume(self, position: DataPosition, rollbacks: int = 0) -> None:
         """Continues at a position of a run with the same fingerprint; after rollbacks with other noise and data order."""
         self.position, self._seed = position, self.config.seed + ROLLBACK_OFFSET * rollbacks
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while True:
             yield from self._epoch()
-            self.position = Position(self.position.epoch + 1, 0)
+            self.position = DataPosition(self.position.epoch + 1, 0)
 
     def _epoch(self) -> Iterator[list[Batch]]:
         done = self.position.step_in_epoch
@@ -123,7 +115,7 @@ class Loader:
         )
         for batches in loader:
             # The position moves before the batch is used: what a step's checkpoint keeps is the step after.
-            self.position = Position(self.position.epoch, self.position.step_in_epoch + 1)
+            self.position = DataPosition(self.position.epoch, self.position.step_in_epoch + 1)
             yield batches
             if self.position.step_in_epoch == self.steps_per_epoch:
                 return  # where processes would have uneven numbers of samples, streaming repeats some: never a step more

@@ -1,7 +1,7 @@
-"""What TensorBoard shows: curves with their unit in the name, sample grids, mask maps.
+"""Curves with their unit in the name, sample grids and mask maps for TensorBoard, and the log line of each logging step.
 
 Between logging steps figures only add up on the device; at a logging step they are summed over the processes and read once.
-Process 0 writes. A resumed run takes up the curves where its checkpoint was; points after it are purged.
+Process 0 writes. A resumed run continues the curves at its checkpoint's step; points after it are purged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pretrain.distributed.engine import Engine
 from pretrain.distributed.world import all_reduce
 from pretrain.models import ComputeBudget, DiTConfig
 from pretrain.models.cost import grid_of, training_flops
-from pretrain.resilience.spike_guard import StepVerdict
+from pretrain.state import StepVerdict
 
 # Dense bf16 peaks of the data sheets, in TFLOP/s, by a part of the device's name.
 PEAK_TFLOPS = {
@@ -56,8 +56,17 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 @dataclass
-class Totals:
-    """Sums since the last logging step: tensors on the device, and the host's own."""
+class Sums:
+    """Sums of this process since the last logging step.
+
+    Attributes:
+        loss: of the micro-batches' mean losses [1], on the device like the next three.
+        bin_loss, bin_count: samples' losses and their number by bin of the timestep [logging.timestep_bins].
+        masks: mean of each block's query mask [blocks].
+        micro_batches, images, flops: work of this process.
+        wait_s: seconds for which training waited for data.
+        skipped, steps: optimizer steps, the same on all processes.
+    """
 
     loss: Tensor
     bin_loss: Tensor
@@ -72,11 +81,12 @@ class Totals:
 
     @property
     def on_device(self) -> list[Tensor]:
+        """The tensors, in the order of a checkpoint."""
         return [self.loss, self.bin_loss, self.bin_count, self.masks]
 
 
-# Totals' fields on the host: those that add up over processes, and those that all processes count alike.
-SHARED, ALIKE = ("micro_batches", "images", "flops", "wait_s"), ("skipped", "steps")
+# Fields of Sums on the host: those that differ between processes, and those that are the same on all.
+PER_PROCESS, COMMON = ("micro_batches", "images", "flops", "wait_s"), ("skipped", "steps")
 
 
 class Monitor:
@@ -88,74 +98,80 @@ class Monitor:
         peak = config.logging.peak_tflops or peak_tflops(self.world.device, engine.dtype)
         self.peak = peak * 1e12 * self.world.size
         self.grid = grid_of(backbone, config.data.resolution)
-        self.totals, self.since = self._zeros(), time.perf_counter()
+        self.sums, self.since = self._zeros(), time.perf_counter()
 
-    def begin(self, step: int, sums: list[float]) -> None:
-        """Goes on after this step, with the sums that `sums` gave there ([] for none); later points of the curves are purged."""
+    def resume(self, step: int, saved: list[float]) -> None:
+        """Continues the curves after a step; later points are purged.
+
+        Args:
+            saved: the `pending_sums` of a checkpoint of that step; [] for none.
+        """
         if self.writer is not None:
             self.close()
         if self.world.rank == 0:
             self.writer = self._open(purge_step=step + 1 if step else None)
-        self.totals, self.since = self._zeros(), time.perf_counter()
-        if sums:
-            t = self.totals
-            sizes = [len(total) for total in t.on_device]
-            *host, seconds = sums[sum(sizes) :]
-            for total, values in zip(t.on_device, torch.tensor(sums[: sum(sizes)]).split(sizes), strict=True):
-                total.copy_(values)
-            vars(t).update({name: type(getattr(t, name))(v) for name, v in zip(SHARED + ALIKE, host, strict=True)})
+        self.sums, self.since = self._zeros(), time.perf_counter()
+        if saved:
+            s = self.sums
+            sizes = [len(tensor) for tensor in s.on_device]
+            *host, seconds = saved[sum(sizes) :]
+            for tensor, values in zip(s.on_device, torch.tensor(saved[: sum(sizes)]).split(sizes), strict=True):
+                tensor.copy_(values)
+            vars(s).update(
+                {name: type(getattr(s, name))(v) for name, v in zip(PER_PROCESS + COMMON, host, strict=True)}
+            )
             self.since -= seconds
 
-    def sums(self) -> list[float]:
-        """What has added up since the last logging step, for a checkpoint; what was written is safe on disk after it.
+    def pending_sums(self) -> list[float]:
+        """The sums since the last logging step, for a checkpoint; the points before them are flushed to disk.
 
-        Over all processes they sum up to the run's, so process 0 alone tells what all count alike.
+        A checkpoint adds them up over all processes, so process 0 alone counts what is the same on all.
         """
         self._put(lambda writer: writer.flush())
-        t, first = self.totals, self.world.rank == 0
-        alike = [float(getattr(t, name)) if first else 0.0 for name in ALIKE]
+        s, first = self.sums, self.world.rank == 0
+        common = [float(getattr(s, name)) if first else 0.0 for name in COMMON]
         seconds = time.perf_counter() - self.since if first else 0.0
-        return [*torch.cat(t.on_device).tolist(), *(float(getattr(t, name)) for name in SHARED), *alike, seconds]
+        return [*torch.cat(s.on_device).tolist(), *(float(getattr(s, name)) for name in PER_PROCESS), *common, seconds]
 
-    def _zeros(self) -> Totals:
+    def _zeros(self) -> Sums:
         def zeros(n: int) -> Tensor:
             return torch.zeros(n, device=self.world.device)
 
         bins = self.config.logging.timestep_bins
-        return Totals(zeros(1), zeros(bins), zeros(bins), zeros(self.backbone.depth))
+        return Sums(zeros(1), zeros(bins), zeros(bins), zeros(self.backbone.depth))
 
-    def waited(self, seconds: float) -> None:
-        """Time that the step waited for data."""
-        self.totals.wait_s += seconds
+    def add_data_wait(self, seconds: float) -> None:
+        """Adds the time that a step waited for data."""
+        self.sums.wait_s += seconds
 
     @torch.no_grad()
     def record(self, batch: Batch, loss: Loss, masks_KBN: Tensor | None, budget: ComputeBudget) -> None:
-        """Adds one micro-batch, without asking the device for anything."""
-        t = self.totals
-        bins = len(t.bin_loss)
-        place = (loss.timestep_B * (bins / 1000)).long().clamp(0, bins - 1)
-        t.loss += loss.mean.detach()
-        t.bin_loss.index_add_(0, place, loss.per_sample_B)
-        t.bin_count.index_add_(0, place, torch.ones_like(loss.per_sample_B))
+        """Adds one micro-batch, without waiting for the device."""
+        s = self.sums
+        bins = len(s.bin_loss)
+        bin_B = (loss.timestep_B * (bins / 1000)).long().clamp(0, bins - 1)
+        s.loss += loss.mean.detach()
+        s.bin_loss.index_add_(0, bin_B, loss.per_sample_B)
+        s.bin_count.index_add_(0, bin_B, torch.ones_like(loss.per_sample_B))
         if masks_KBN is not None:
-            t.masks += masks_KBN.detach().float().mean(dim=(1, 2))
-        t.micro_batches += 1
-        t.images += len(batch.keys)
-        t.flops += training_flops(self.backbone, len(batch.keys), self.grid, sum(batch.text.lengths), budget)
+            s.masks += masks_KBN.detach().float().mean(dim=(1, 2))
+        s.micro_batches += 1
+        s.images += len(batch.keys)
+        s.flops += training_flops(self.backbone, len(batch.keys), self.grid, sum(batch.text.lengths), budget)
 
     def step(self, step: int, verdict: StepVerdict, lr: float) -> None:
-        """After optimizer step number `step` (from 1); writes at logging steps. All processes call it."""
-        self.totals.steps += 1
-        self.totals.skipped += verdict.fault is not None
+        """Counts optimizer step number `step` (from 1), and writes at logging steps. All processes call it."""
+        self.sums.steps += 1
+        self.sums.skipped += verdict.fault is not None
         if step % self.config.logging.every == 0 or step == self.config.steps:
             self._write(step, verdict, lr)
-            self.totals, self.since = self._zeros(), time.perf_counter()
+            self.sums, self.since = self._zeros(), time.perf_counter()
 
     def _write(self, step: int, verdict: StepVerdict, lr: float) -> None:
-        t = self.totals
-        host = torch.tensor([t.micro_batches, t.images, t.flops / 1e12, t.wait_s], device=self.world.device)
-        sums = all_reduce(torch.cat([*t.on_device, host]), self.world)
-        bins, blocks = len(t.bin_loss), len(t.masks)
+        s = self.sums
+        host = torch.tensor([s.micro_batches, s.images, s.flops / 1e12, s.wait_s], device=self.world.device)
+        sums = all_reduce(torch.cat([*s.on_device, host]), self.world)
+        bins, blocks = len(s.bin_loss), len(s.masks)
         loss, bin_loss, bin_count, masks, host = sums.cpu().split([1, bins, bins, blocks, 4])
         if self.world.rank != 0:
             return
@@ -165,10 +181,10 @@ class Monitor:
             "train/loss": loss.item() / micro,
             "train/gradient_norm": verdict.norm,
             "train/learning_rate": lr,
-            "train/steps_skipped": float(t.skipped),
+            "train/steps_skipped": float(s.skipped),
             "speed/images_per_s": images / seconds,
             "speed/tokens_per_s": images * math.prod(self.grid) / seconds,
-            "speed/step_s": seconds / t.steps,
+            "speed/step_s": seconds / s.steps,
             "speed/data_wait_percent": 100 * wait / self.world.size / seconds,
             "speed/mfu_percent": 100 * tflops * 1e12 / (seconds * self.peak),
         }
@@ -182,7 +198,7 @@ class Monitor:
             scalars["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         for tag, value in scalars.items():
             self._put(lambda writer, tag=tag, value=value: writer.add_scalar(tag, value, step))  # type: ignore[misc]
-        eta = (self.config.steps - step) * seconds / t.steps
+        eta = (self.config.steps - step) * seconds / s.steps
         print(
             f"step {step}/{self.config.steps}  loss {scalars['train/loss']:.4f}  norm {scalars['train/gradient_norm']:.2f}  "
             f"lr {lr:.2e}  {scalars['speed/images_per_s']:.1f} images/s  MFU {scalars['speed/mfu_percent']:.0f}%  "
@@ -191,20 +207,22 @@ class Monitor:
         )
 
     def image(self, tag: str, image: Image.Image, step: int) -> None:
+        """Writes a picture."""
         self._put(lambda writer: writer.add_image(tag, np.asarray(image), step, dataformats="HWC"))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves what is done within it (checkpoints, previews) out of the speed."""
+        """Excludes the time spent within it (checkpoints, previews) from the speed."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
 
-    def stood_still(self, step: int, seconds: float) -> None:
-        """Training waited so long for a checkpoint."""
+    def record_checkpoint_pause(self, step: int, seconds: float) -> None:
+        """Writes for how long training stood still for a checkpoint."""
         self._put(lambda writer: writer.add_scalar("speed/checkpoint_stop_s", seconds, step))
 
     def close(self) -> None:
+        """Closes the event file."""
         self._put(lambda writer: writer.close())
         self.writer = None
 
@@ -212,7 +230,7 @@ class Monitor:
         return SummaryWriter(str(self.config.run_dir / "tensorboard"), purge_step=purge_step, flush_secs=10)
 
     def _put(self, write: Callable[[SummaryWriter], object]) -> None:
-        """Writes, on process 0. On a full disk points are lost, training is not: a new file is tried at the next one."""
+        """Writes on process 0. On a full disk points are lost but training goes on: the next point tries a new file."""
         if self.world.rank != 0:
             return
         try:
@@ -226,6 +244,7 @@ class Monitor:
 
 
 def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds, such as 1:05:09."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}"

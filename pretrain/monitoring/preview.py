@@ -1,7 +1,7 @@
-"""While training: pictures of fixed prompts with the averaged weights, and where the query masks look.
+"""Preview while training: pictures of fixed prompts with the averaged weights, and a map of the query masks.
 
 The prompts are encoded once, by the data set's own text encoder, and kept in the run directory, so that a restart needs no
-text encoder. Each process draws its share; process 0 decodes.
+text encoder. Each process draws some of the pictures; process 0 decodes them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pretrain.schedulers import build_scheduler, set_timesteps
 
 
 class Preview:
-    """Draws the preview prompts; nothing where `preview.every` is 0."""
+    """Draws the preview prompts every `preview.every` steps; 0 switches it off."""
 
     def __init__(self, config: Config, card: Card, data: Path, world: World):
         p = config.preview
@@ -37,11 +37,11 @@ class Preview:
         self.vae: Vae | None = None
         if p.every:
             self.prompts = read_prompts(p.file())
-            self.texts = self._encoded()
+            self.texts = self._embeddings()
             self.null = PackedText.pack([load_null_text(data)])
 
-    def _encoded(self) -> list[torch.Tensor]:
-        """The prompts' embeddings, from the run directory, or encoded now by process 0."""
+    def _embeddings(self) -> list[torch.Tensor]:
+        """The prompts' embeddings [M, E] from the run directory; process 0 encodes them if they are not there yet."""
         words = "\n".join([self.card.fingerprint, *self.prompts])
         path = self.config.run_dir / f"preview_text_{hashlib.sha256(words.encode()).hexdigest()[:12]}.safetensors"
         if self.world.rank == 0 and not path.exists():
@@ -54,11 +54,16 @@ class Preview:
         return [t for _, t in sorted(load_file(path).items())]
 
     def due(self, step: int) -> bool:
+        """True where a preview follows step number `step`: every `preview.every` steps, and after the last one."""
         every = self.config.preview.every
         return bool(every) and (step % every == 0 or step == self.config.steps)
 
     def draw(self, model: DiT, ema: Ema, monitor: Monitor, step: int) -> None:
-        """Writes the sample grid and the first prompt's mask map. All processes call it."""
+        """Writes the sample grid and the first prompt's mask map, outside of the training's speed. All processes call it."""
+        with monitor.paused():
+            self._draw(model, ema, monitor, step)
+
+    def _draw(self, model: DiT, ema: Ema, monitor: Monitor, step: int) -> None:
         mine = list(range(len(self.prompts)))[self.world.rank :: self.world.size]
         drawn = {}
         with ema.applied():
@@ -79,7 +84,7 @@ class Preview:
 
     @torch.no_grad()
     def _generate(self, model: DiT, mine: list[int]) -> Generated:
-        """The latents of the prompts with these numbers."""
+        """Draws the latents of the prompts with these numbers."""
         p, weight = self.config.preview, model.final.proj.weight
         side = self.config.data.resolution // DOWNSAMPLE
         noise = start_noise([p.seed + i for i in mine], (model.config.latent_channels, side, side)).to(weight.device)

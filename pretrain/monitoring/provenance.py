@@ -1,4 +1,4 @@
-"""What a run was started with, kept in its directory: config, DeepSpeed's, environment, and the data set's card."""
+"""Provenance of a run, kept in its directory: config, DeepSpeed's config, environment, and the data set's card."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pretrain.data.loader import Loader
 from pretrain.distributed.world import World, barrier
 
 
-def keep_what_is_used(config: Config, deepspeed: dict[str, Any], loader: Loader, world: World) -> None:
-    """Writes the resolved config, DeepSpeed's, the environment and the data set's card into the run directory."""
+def save_provenance(config: Config, deepspeed: dict[str, Any], loader: Loader, world: World) -> None:
+    """Writes the resolved config, DeepSpeed's config, the environment and the data set's card into the run directory."""
     if world.rank == 0:
         run = config.run_dir
         atomic_write(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
@@ -33,7 +33,7 @@ def keep_what_is_used(config: Config, deepspeed: dict[str, Any], loader: Loader,
 
 
 def environment(world: World) -> dict[str, Any]:
-    """Where and with what a run was started."""
+    """Command, code, versions, processes, device and SLURM job of this start."""
     packages = ("torch", "deepspeed", "mosaicml-streaming", "transformers", "diffusers")
     return {
         "argv": sys.argv,
@@ -47,7 +47,7 @@ def environment(world: World) -> dict[str, Any]:
 
 
 def _git(*words: str) -> str | None:
-    """What git says of this code; None outside a checkout."""
+    """Output of git in this code's checkout; None outside of one."""
     here = os.path.dirname(os.path.abspath(__file__))
     try:
         return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()

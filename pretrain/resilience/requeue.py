@@ -1,6 +1,6 @@
-"""The starts of a Slurm job, so that one that comes back without getting on is not requeued for ever.
+"""Log of a SLURM job's starts, and an end to a job that is requeued again and again without progress.
 
-RUN/starts.jsonl   one line a start: the job, how often it was requeued, the step it begins at, when and where
+RUN/starts.jsonl   one line a start: job, number of requeues, first step, time, host
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from data_prep.common.files import atomic_write
 STARTS = "starts.jsonl"
 
 
-def note_start(run_dir: Path, step: int, stalls: int = 2) -> None:
-    """Notes that process 0 of a run begins at `step`; outside of Slurm it does nothing.
+def record_start(run_dir: Path, step: int, stalls: int = 2) -> None:
+    """Records that a SLURM job starts the run at `step`; does nothing outside of SLURM. Process 0 calls it.
 
     Raises:
-        RuntimeError: this Slurm job has begun at the same step after each of its last `stalls` requeues, too.
+        RuntimeError: the job has started at the same step after each of its last `stalls` requeues, too.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
@@ -37,8 +37,8 @@ def note_start(run_dir: Path, step: int, stalls: int = 2) -> None:
     text = before + json.dumps(start) + "\n"
     run_dir.mkdir(parents=True, exist_ok=True)
     atomic_write(path, text)
-    mine = [s for s in map(json.loads, text.splitlines()) if s["job"] == job]
-    last = mine[-1 - stalls :]
+    starts = [s for s in map(json.loads, text.splitlines()) if s["job"] == job]
+    last = starts[-1 - stalls :]
     if len(last) > stalls and {s["step"] for s in last} == {step}:
         times = ", ".join(f"{s['time']} on {s['host']}" for s in last)
         raise RuntimeError(

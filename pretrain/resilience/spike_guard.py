@@ -1,12 +1,12 @@
-"""Steps that would harm the model are not applied: what all processes learn of a step before its update.
+"""Spike guard: skips optimizer steps that would harm the model, with one verdict for all processes.
 
-One sum over the processes at the end of a step carries the loss, the gradient's norm, whether anyone was asked to stop, and
-whether anyone read damaged data. So the verdict is the same everywhere, and costs no further wait for the device: DeepSpeed's
-own check of the gradients, which this one replaces, waited, too.
+One sum over the processes at the end of a step carries the loss, the gradient's norm, the number of processes that were asked
+to stop, and of those that read damaged data. So all processes come to the same verdict, without another wait for the device:
+it takes the place of DeepSpeed's own check of the gradients, which waits for the device, too.
 
-A step is skipped where its loss or its gradient is not finite, or lies beyond a robust bound: `deviations` times the spread
-above the median of the last steps, both of the logarithm (spread: 1.4826 × the median distance from the median), and never
-below twice the median. Skipped steps do not count into the bound.
+A step is skipped where its loss or gradient is not finite or lies above a robust bound on the last applied steps of its
+group: `deviations` times the spread above the median, both of the logarithm (spread: 1.4826 × the median distance from the
+median), and never below twice the median. Skipped steps do not count into the bound.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import statistics
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,122 +25,82 @@ from pretrain.config import GuardSection
 from pretrain.diffusion import Loss
 from pretrain.distributed.engine import GradientCheck
 from pretrain.distributed.world import World, all_gather, all_reduce
-from pretrain.resilience.signals import Stop, reason
+from pretrain.resilience.signals import StopRequest, reason
+from pretrain.state import StepHistory, StepVerdict
 
 SKIPPED = "skipped_steps.jsonl"
 
 
-@dataclass(frozen=True)
-class Health:
-    """What is remembered of a run's steps; in each checkpoint, so that a resumed run judges as an uninterrupted one.
-
-    Attributes:
-        losses, norms, bins: of the last applied steps, the newest last; a step is judged by those of its own bin.
-        skipped: steps so far that were not applied; `in_a_row` of them without an applied one since.
-        rollbacks: returns to a checkpoint so far; each goes on with other noise and another order of the data.
-    """
-
-    losses: tuple[float, ...] = ()
-    norms: tuple[float, ...] = ()
-    bins: tuple[int, ...] = ()
-    skipped: int = 0
-    in_a_row: int = 0
-    rollbacks: int = 0
-
-    @classmethod
-    def of(cls, kept: dict[str, Any]) -> Health:
-        """From a checkpoint's JSON."""
-        return cls(**kept | {name: tuple(kept[name]) for name in ("losses", "norms", "bins")})
-
-    def after(self, verdict: StepVerdict, window: int) -> Health:
-        """With one step more; of each bin the last `window` are kept."""
-        if verdict.fault:
-            return replace(self, skipped=self.skipped + 1, in_a_row=self.in_a_row + 1)
-        steps = [*zip(self.losses, self.norms, self.bins, strict=True), (verdict.loss, verdict.norm, verdict.bin)]
-        of_bin = [i for i, (_, _, bin_) in enumerate(steps) if bin_ == verdict.bin]
-        for i in reversed(of_bin[:-window]):
-            del steps[i]
-        losses, norms, bins = zip(*steps, strict=True)
-        return replace(self, losses=losses, norms=norms, bins=bins, in_a_row=0)
-
-    def of_bin(self, values: tuple[float, ...], bin_: int) -> tuple[float, ...]:
-        """Those of the losses or norms that are of this bin's steps."""
-        return tuple(value for value, of in zip(values, self.bins, strict=True) if of == bin_)
-
-
-@dataclass(frozen=True)
-class StepVerdict:
-    """What all processes know of a step: its mean loss, its gradient's norm before clipping, and why it was skipped, if it was.
-
-    `stop` and `damaged` are the numbers of processes that were asked to stop, and that read damaged data; `bin` is that of the
-    noise levels, where all of a step's lie in one (pretrain/diffusion/step_budget.py).
-    """
-
-    loss: float
-    norm: float
-    fault: str | None = None
-    stop: int = 0
-    damaged: int = 0
-    bin: int = 0
-
-
 @dataclass
-class _Micro:
-    """The micro-batches of this process's step so far; losses stay on the device."""
+class _MicroBatches:
+    """Micro-batches of this process in the current step; losses stay on the device."""
 
     keys: list[tuple[str, ...]] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
-    mean: Tensor | None = None
+    loss_sum: Tensor | None = None
     damaged: int = 0
 
 
 class SpikeGuard:
-    """Judges each step. `begin`, `add` for each micro-batch, then the engine calls it; `verdict` is the last step's."""
+    """Judges each optimizer step: `begin`, `add` for each micro-batch, then `judge`, which the engine calls.
 
-    def __init__(self, config: GuardSection, world: World, stop: Stop):
+    Attributes:
+        verdict: the last step's, equal on all processes.
+    """
+
+    def __init__(self, config: GuardSection, world: World, stop: StopRequest):
         self.config, self.world, self.stop = config, world, stop
         self.verdict = StepVerdict(math.nan, math.nan)
-        self._health, self._micro, self._bin = Health(), _Micro(), 0
+        self._history, self._group, self._step = StepHistory(), 0, _MicroBatches()
 
-    def begin(self, health: Health, bin_: int = 0) -> None:
-        """A step begins, whose noise levels lie in this bin."""
-        self._health, self._micro, self._bin = health, _Micro(), bin_
+    def begin(self, history: StepHistory, group: int = 0) -> None:
+        """Begins a step that is compared with the steps of the same group in `history`."""
+        self._history, self._group, self._step = history, group, _MicroBatches()
 
     def add(self, keys: tuple[str, ...], loss: Loss, damaged: int = 0) -> None:
-        """One micro-batch of it."""
-        m = self._micro
-        m.keys.append(keys)
-        m.losses.append(loss.per_sample_B)
-        m.mean = loss.mean.detach() if m.mean is None else m.mean + loss.mean.detach()
-        m.damaged += damaged
+        """Adds a micro-batch: its samples' keys, its loss, and the number of its samples that could not be read."""
+        step = self._step
+        step.keys.append(keys)
+        step.losses.append(loss.per_sample_B)
+        step.loss_sum = loss.mean.detach() if step.loss_sum is None else step.loss_sum + loss.mean.detach()
+        step.damaged += damaged
 
-    def __call__(self, squared_norm: Tensor) -> GradientCheck:
-        """Whether the step may be applied, from this process's share of the gradient's squared norm (fp64)."""
-        m = self._micro
-        assert m.mean is not None
-        told = torch.tensor([len(m.losses), self.stop.code != 0, m.damaged != 0], dtype=torch.float64)
-        sums = torch.cat([m.mean.double()[None], squared_norm[None], told.to(squared_norm.device, non_blocking=True)])
+    def judge(self, squared_norm: Tensor) -> GradientCheck:
+        """Decides whether the step is applied. All processes call it.
+
+        Args:
+            squared_norm: squared L2 norm of this process's share of the gradient, fp64 [].
+        """
+        step = self._step
+        assert step.loss_sum is not None
+        counts = torch.tensor([len(step.losses), self.stop.code != 0, step.damaged != 0], dtype=torch.float64)
+        sums = torch.cat(
+            [step.loss_sum.double()[None], squared_norm[None], counts.to(squared_norm.device, non_blocking=True)]
+        )
         loss_sum, squares, micros, stop, damaged = all_reduce(sums, self.world).tolist()
         norm = math.sqrt(squares) if squares >= 0 else math.nan
-        verdict = StepVerdict(loss_sum / micros, norm, None, int(stop), int(damaged), self._bin)
+        verdict = StepVerdict(loss_sum / micros, norm, None, int(stop), int(damaged), self._group)
         self.verdict = replace(verdict, fault=self._fault(verdict))
         return GradientCheck(sums[1].sqrt().float(), self.verdict.fault is None)
 
     def _fault(self, verdict: StepVerdict) -> str | None:
-        h = self._health
-        for name, value, last in (("loss", verdict.loss, h.losses), ("gradient's norm", verdict.norm, h.norms)):
-            before = h.of_bin(last, verdict.bin)
+        """Says why a step must be skipped; None for a healthy one."""
+        history, group, deviations = self._history, verdict.group, self.config.deviations
+        for name, value, earlier in (
+            ("loss", verdict.loss, history.losses_of(group)),
+            ("gradient's norm", verdict.norm, history.norms_of(group)),
+        ):
             if not math.isfinite(value):
                 return f"the {name} is {value}"
-            enough = len(before) >= self.config.after and self.config.deviations > 0
-            if enough and value > (most := bound(before, self.config.deviations)):
-                return f"the {name} is {value:.4g}, more than {most:.4g}, the bound after the last {len(before)} steps"
+            bounded = len(earlier) >= self.config.min_history and deviations > 0
+            if bounded and value > (most := bound(earlier, deviations)):
+                return f"the {name} is {value:.4g}, more than {most:.4g}, the bound after the last {len(earlier)} steps"
         return None
 
-    def record(self, run_dir: Path, step: int) -> None:
-        """Appends a skipped step to the run's list, with every sample's key and loss. All processes call it."""
-        losses = torch.cat(self._micro.losses).tolist()
-        keys = [key for keys in self._micro.keys for key in keys]
+    def record_skipped(self, run_dir: Path, step: int) -> None:
+        """Appends the skipped step to RUN/skipped_steps.jsonl, with every sample's key and loss. All processes call it."""
+        losses = torch.cat(self._step.losses).tolist()
+        keys = [key for keys in self._step.keys for key in keys]
         everyone = all_gather(list(zip(keys, losses, strict=True)), self.world)
         if self.world.rank == 0:
             samples = [{"key": key, "loss": _number(loss)} for some in everyone for key, loss in some]
@@ -160,18 +119,17 @@ class SpikeGuard:
             except OSError as error:  # a full disk does not stop training
                 print(f"WARNING: {run_dir / SKIPPED} cannot be written ({error}): {json.dumps(line)}", flush=True)
 
-    def stopped_by(self) -> str:
-        """Who was asked to stop, and by what. All processes call it."""
+    def stop_reason(self) -> str:
+        """Names what asked for a stop, and the processes that it asked. All processes call it."""
         codes = all_gather(self.stop.code, self.world)
-        asked = {reason(code) for code in codes if code}
+        reasons = {reason(code) for code in codes if code}
         ranks = [rank for rank, code in enumerate(codes) if code]
-        return (
-            f"{' and '.join(sorted(asked))} (process {', '.join(map(str, ranks[:8]))}{', …' if len(ranks) > 8 else ''})"
-        )
+        named = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
+        return f"{' and '.join(sorted(reasons))} (process {named})"
 
 
 def bound(values: tuple[float, ...], deviations: float) -> float:
-    """The largest value that the last ones, all above 0, let expect."""
+    """The largest plausible next value after `values`, all above 0."""
     logs = [math.log(max(v, 1e-30)) for v in values]
     centre = statistics.median(logs)
     spread = 1.4826 * statistics.median(abs(v - centre) for v in logs)
@@ -179,5 +137,5 @@ def bound(values: tuple[float, ...], deviations: float) -> float:
 
 
 def _number(value: float) -> float | str:
-    """JSON has no nan and no infinity."""
+    """A number for JSON, which has no nan and no infinity."""
     return value if math.isfinite(value) else str(value)

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from data_prep.encoders import TextEncoder, Vae, working_dtype
 from data_prep.schema import Card
 from pretrain.checkpoint import reader as checkpoint
-from pretrain.config import Config
+from pretrain.config import Config, upgrade
 from pretrain.models import DiT
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
 from pretrain.schedulers import build_scheduler
@@ -43,7 +43,7 @@ def load_run(run: Path, weights: str = "ema", device: torch.device | str = "cpu"
     if found is None:
         raise ValueError(f"{run} has no complete checkpoint yet; train it first")
     found.verify()
-    config = Config.model_validate(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    config = Config.model_validate(upgrade(OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))))  # type: ignore[arg-type]
     card = Card.load(run)
     model = DiT(config.model.backbone())
     model.load_state_dict(found.parameters(weights))

@@ -94,7 +94,7 @@ def test_a_second_signal_stops_at_once(words, tmp_path: Path) -> None:
 def test_the_limit_of_time_stops_after_a_checkpoint(words, straight, train, tmp_path: Path) -> None:
     stopped = train("demo_256", *words, "checkpoint.time_limit=1e-9", "checkpoint.every=100", processes=2, check=False)
     assert stopped.codes == [REQUEUE, REQUEUE]
-    assert "stopped by the limit of time (checkpoint.time_limit) (process 0, 1) after step 1" in stopped.output
+    assert "stopped by the time limit (checkpoint.time_limit) (process 0, 1) after step 1" in stopped.output
     train("demo_256", *words, processes=2)
     assert same_state(tmp_path / "run", straight)
 
@@ -206,13 +206,13 @@ def test_a_nan_on_one_process_skips_the_step_on_all_and_records_its_samples(word
     assert len({s["key"] for s in skipped["samples"]}) == 4
     found = newest(tmp_path / "run")
     assert found is not None
-    assert (found.run_state.step, found.run_state.updates, found.run_state.health.skipped) == (8, 7, 1)
+    assert (found.run_state.step, found.run_state.updates, found.run_state.history.skipped) == (8, 7, 1)
     assert all(value.isfinite().all() for value in found.parameters("master").values())
     assert scalars(tmp_path / "run", "train/steps_skipped")[4] == 1
 
 
 def test_a_spike_is_skipped(words, train, tmp_path: Path) -> None:
-    words = [*words, "guard.window=6", "guard.after=4"]
+    words = [*words, "guard.window=6", "guard.min_history=4"]
     finished = train("demo_256", *words, processes=2, before=partial(bad_losses, {7: SPIKE}, 0))
     assert "step 7 was skipped: the loss is" in finished.output
     assert "the bound after the last 6 steps" in finished.output
@@ -220,7 +220,7 @@ def test_a_spike_is_skipped(words, train, tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_skips_what_an_uninterrupted_one_skips(words, train, tmp_path: Path) -> None:
-    words = [w for w in words if not w.startswith("run_dir")] + ["guard.window=6", "guard.after=4"]
+    words = [w for w in words if not w.startswith("run_dir")] + ["guard.window=6", "guard.min_history=4"]
     spike, straight, halves = partial(bad_losses, {7: SPIKE}, 0), tmp_path / "straight", tmp_path / "halves"
     train("demo_256", *words, f"run_dir={straight}", processes=2, before=spike)
     log = tmp_path / "log"
@@ -255,7 +255,7 @@ def test_after_a_rollback_the_run_finishes_and_its_curve_has_no_doubled_point(wo
     found = newest(tmp_path / "run")
     assert found is not None
     assert (found.run_state.step, found.run_state.updates) == (8, 8)
-    assert (found.run_state.health.rollbacks, found.run_state.health.skipped) == (1, 2)
+    assert (found.run_state.history.rollbacks, found.run_state.history.skipped) == (1, 2)
     assert list(scalars(tmp_path / "run", "train/loss")) == list(range(1, 9))
 
 

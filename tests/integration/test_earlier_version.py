@@ -74,10 +74,10 @@ def test_the_run_loads_with_its_settings_under_todays_names() -> None:
 def test_its_checkpoint_says_what_the_run_had_done() -> None:
     found = Checkpoint(EARLIER / "run" / "checkpoints" / "step_00000003")
     found.verify()
-    state = found.progress
+    state = found.run_state
     assert (state.step, state.updates, state.images) == (3, 3, 12)
-    assert len(state.health.losses) == len(state.health.groups) == 3
-    assert set(state.health.groups) <= {0, 1, 2, 3}
+    assert len(state.history.losses) == len(state.history.groups) == 3
+    assert set(state.history.groups) <= {0, 1, 2, 3}
 
 
 def test_a_new_run_starts_from_it(data_set: Path, train, tmp_path: Path) -> None:

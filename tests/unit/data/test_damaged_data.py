@@ -25,9 +25,10 @@ from streaming.base.format.mds.reader import MDSReader
 from data_prep import schema as shards
 from data_prep.common import mds
 from pretrain.data.batch import Batch
-from pretrain.data.loader import Loader, Position
+from pretrain.data.loader import Loader
 from pretrain.data.shard_reader import Shard, UnreadableSample
 from pretrain.data.shared_memory import FIRST, remove_stale_names
+from pretrain.state import DataPosition
 
 SET = "a/256"
 
@@ -169,7 +170,7 @@ def test_only_what_is_damaged_is_replaced(
     stood_in = []
     for epoch in (0, 1):
         expected, batches = epoch_of(before), epoch_of(loader)
-        assert loader.position == Position(epoch, 5)
+        assert loader.position == DataPosition(epoch, 5)
         pairs = list(zip(slots(expected), slots(batches), strict=True))
         assert all((was == now) == (was[0] not in lost) for was, now in pairs)
         assert not lost & {key for _, (key, _) in pairs}, "nothing damaged is trained on"
@@ -196,7 +197,7 @@ def test_a_shard_that_goes_in_mid_epoch(workers: int, whole: Path, root: Path) -
         batches += step
         if loader.position.step_in_epoch == 1:
             gone.unlink()
-    assert loader.position == Position(0, 5)
+    assert loader.position == DataPosition(0, 5)
     for was, now in zip(slots(epoch_of(before)), slots(batches), strict=True):
         assert was == now or was[0] in lost
     assert damages_of(batches) or workers
@@ -281,7 +282,7 @@ def test_shards_damaged_at_the_origin(workers: int, compression: str | None, who
         flip(file, int(places(file)[3]) + 999)
     loader = loader_of(root, f"data.cache={tmp_path}/cache", f"data.workers={workers}", "data.timeout=60")
     batches = epoch_of(loader)
-    assert loader.position == Position(0, 5)
+    assert loader.position == DataPosition(0, 5)
     assert {d.shard for d in damages_of(batches)} == set(damaged)
     lost = {*keys_in(whole, 0), *(keys_in(whole, 2) if compression else keys_in(whole, 2)[3:4])}
     for was, now in zip(slots(epoch_of(loader_of(whole))), slots(batches), strict=True):
@@ -316,14 +317,14 @@ def test_two_loaders_share_no_names(root: Path) -> None:
     one, other = loader_of(root), loader_of(root)
     numbers = {loader.data._shm_prefix_int for loader in (one, other)}
     assert len(numbers) == 2 and min(numbers) >= FIRST
-    one.resume(Position(0, 2))
+    one.resume(DataPosition(0, 2))
     rest = epoch_of(other)[4:]
     for step, expected in zip(one, (rest[i : i + 2] for i in range(0, 6, 2)), strict=False):
         assert slots(step) == slots(expected)
         assert {"locals", "barrier", "shard_states"} <= names(one) and "resume" not in names(one)
         if one.position.step_in_epoch == 5:
             break
-    assert one.position == Position(0, 5)
+    assert one.position == DataPosition(0, 5)
 
 
 @pytest.fixture

@@ -26,9 +26,10 @@ from data_prep.shapes import draw, scenes
 from pretrain.bench.__main__ import main as bench
 from pretrain.config import load
 from pretrain.data.epoch_plan import plan_epoch
-from pretrain.data.loader import Loader, Position
+from pretrain.data.loader import Loader
 from pretrain.data.location import DataLocation, check_shards
 from pretrain.data.streaming_private import times_before
+from pretrain.state import DataPosition
 
 # ---- what an epoch draws ----
 
@@ -146,7 +147,7 @@ def test_what_is_drawn_has_the_proportions(tmp_path: Path) -> None:
     assert {n for key, n in repeats.items() if key.startswith("a")} == {1}
     seeds = [seed for batch in first for seed in batch.seeds]
     assert len(set(seeds)) == len(seeds)
-    assert loader.position == Position(0, 21)
+    assert loader.position == DataPosition(0, 21)
     second = {key for batch in epoch_of(loader) for key in batch.keys if key.startswith("a")}
     assert second != {key for key in repeats if key.startswith("a")}
     # The same weights in other words are the same order; other weights are not.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import SMALL
 
-from pretrain.resilience.requeue import STARTS, note_start
+from pretrain.resilience.requeue import STARTS, record_start
 
 
 @pytest.fixture
@@ -28,14 +28,14 @@ def job(monkeypatch: pytest.MonkeyPatch):
 def begin(job, run: Path, number: str, steps: list[int], **how: int) -> None:
     for restart, step in enumerate(steps):
         job(number, restart)
-        note_start(run, step, **how)
+        record_start(run, step, **how)
 
 
 def test_three_starts_at_one_step_are_no_progress(job, tmp_path: Path) -> None:
     begin(job, tmp_path / "run", "7", [400, 400])
     job("7", 2)
     with pytest.raises(RuntimeError, match=r"^no progress: job 7 has started 3 times at step 400 \(.*, .*, .*\); see"):
-        note_start(tmp_path / "run", 400)
+        record_start(tmp_path / "run", 400)
     lines = [json.loads(line) for line in (tmp_path / "run" / STARTS).read_text().splitlines()]
     assert [(s["job"], s["restart"], s["step"]) for s in lines] == [("7", 0, 400), ("7", 1, 400), ("7", 2, 400)]
 
@@ -47,20 +47,20 @@ def test_a_job_that_gets_on_may_start_for_ever(job, tmp_path: Path) -> None:
 def test_the_number_of_starts_is_the_callers(job, tmp_path: Path) -> None:
     begin(job, tmp_path, "7", [5, 5, 5], stalls=3)
     with pytest.raises(RuntimeError, match="started 4 times"):
-        note_start(tmp_path, 5, stalls=3)
+        record_start(tmp_path, 5, stalls=3)
 
 
 def test_a_job_submitted_anew_counts_anew(job, tmp_path: Path) -> None:
     begin(job, tmp_path, "7", [5, 5])
     begin(job, tmp_path, "8", [5, 5])
     with pytest.raises(RuntimeError, match="job 8 has started 3 times"):
-        note_start(tmp_path, 5)
+        record_start(tmp_path, 5)
 
 
-def test_outside_of_slurm_nothing_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_outside_of_slurm_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     for _ in range(5):
-        note_start(tmp_path, 3)
+        record_start(tmp_path, 3)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,11 +1,12 @@
-"""Which steps are skipped: the bound against a plain reference, and what is remembered."""
+"""Which steps are skipped: the bound against a plain reference, and its groups."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
-from dataclasses import asdict
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import torch
 from pretrain.config import GuardSection
 from pretrain.diffusion import Loss
 from pretrain.distributed.world import World
-from pretrain.resilience.spike_guard import Health, SpikeGuard, StepVerdict, bound
+from pretrain.resilience.spike_guard import SKIPPED, SpikeGuard, bound
+from pretrain.state import StepHistory, StepVerdict
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -25,13 +27,13 @@ class Unasked:
     code = 0.0
 
 
-def judge(guard: SpikeGuard, health: Health, loss: float, norm: float) -> StepVerdict:
-    guard.begin(health)
+def judge(guard: SpikeGuard, history: StepHistory, loss: float, norm: float) -> StepVerdict:
+    guard.begin(history)
     for part in (0.5, 1.5):  # two micro-batches
         value = torch.tensor(loss * part)
         guard.add(("a", "b"), Loss(value, value.expand(2), torch.zeros(2)))
-    look = guard(torch.tensor(norm**2, dtype=torch.float64))
-    assert look.admitted == (guard.verdict.fault is None)
+    check = guard.judge(torch.tensor(norm**2, dtype=torch.float64))
+    assert check.admitted == (guard.verdict.fault is None)
     return guard.verdict
 
 
@@ -59,54 +61,64 @@ def test_below_twice_the_median_nothing_is_a_spike() -> None:
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
 def test_what_is_not_finite_is_skipped_from_the_first_step_on(loss: float, norm: float) -> None:
-    verdict = judge(made(), Health(), loss, norm)
+    verdict = judge(made(), StepHistory(), loss, norm)
     assert verdict.fault in (f"the loss is {loss}", f"the gradient's norm is {norm}")
 
 
 def test_loss_and_norm_are_means_over_micro_batches() -> None:
-    verdict = judge(made(), Health(), 3.0, 4.0)
+    verdict = judge(made(), StepHistory(), 3.0, 4.0)
     assert (verdict.loss, verdict.norm, verdict.fault) == (3.0, 4.0, None)
 
 
 def test_a_spike_needs_enough_steps_before_it() -> None:
-    guard = made(after=10, window=20)
+    guard = made(min_history=10, window=20)
     steps = (1.0,) * 9
-    assert judge(guard, Health(steps, steps, (0,) * len(steps)), 100.0, 1.0).fault is None
+    assert judge(guard, StepHistory(steps, steps, (0,) * len(steps)), 100.0, 1.0).fault is None
     steps = (1.0,) * 10
     assert "the loss is 100, more than 2, the bound after the last 10 steps" in str(
-        judge(guard, Health(steps, steps, (0,) * len(steps)), 100.0, 1.0).fault
+        judge(guard, StepHistory(steps, steps, (0,) * len(steps)), 100.0, 1.0).fault
     )
-    assert "the gradient's norm is 50" in str(judge(guard, Health(steps, steps, (0,) * len(steps)), 1.0, 50.0).fault)
-    assert judge(made(after=10, deviations=0), Health(steps, steps, (0,) * len(steps)), 100.0, 50.0).fault is None
+    assert "the gradient's norm is 50" in str(
+        judge(guard, StepHistory(steps, steps, (0,) * len(steps)), 1.0, 50.0).fault
+    )
+    assert (
+        judge(made(min_history=10, deviations=0), StepHistory(steps, steps, (0,) * len(steps)), 100.0, 50.0).fault
+        is None
+    )
 
 
-def test_a_step_is_judged_by_those_of_its_own_bin() -> None:
-    """FlexDiT's steps lie in one bin of the noise level each: a rare bin of high losses is no spike."""
-    guard = made(after=10, window=20)
-    health = Health((1.0,) * 20 + (40.0,) * 10, (1.0,) * 30, (0,) * 20 + (3,) * 10)
-    for bin_, loss, spike in ((3, 40.0, False), (0, 40.0, True), (3, 90.0, True), (1, 90.0, False)):
-        guard.begin(health, bin_)
+def test_a_step_is_judged_by_those_of_its_own_group() -> None:
+    """A rare group whose losses are always high is no spike."""
+    guard = made(min_history=10, window=20)
+    history = StepHistory((1.0,) * 20 + (40.0,) * 10, (1.0,) * 30, (0,) * 20 + (3,) * 10)
+    for group, loss, spike in ((3, 40.0, False), (0, 40.0, True), (3, 90.0, True), (1, 90.0, False)):
+        guard.begin(history, group)
         guard.add(("a",), Loss(torch.tensor(loss), torch.tensor([loss]), torch.zeros(1)))
-        guard(torch.tensor(1.0, dtype=torch.float64))
-        assert (guard.verdict.fault is not None) == spike, (bin_, loss)
+        guard.judge(torch.tensor(1.0, dtype=torch.float64))
+        assert (guard.verdict.fault is not None) == spike, (group, loss)
 
 
-def test_of_each_bin_the_last_steps_are_kept() -> None:
-    health = Health()
-    for i in range(12):
-        health = health.after(StepVerdict(float(i), float(i), bin=i % 3 if i < 9 else 0), window=2)
-    assert health.bins == (1, 2, 1, 2, 0, 0) and health.losses == (4.0, 5.0, 7.0, 8.0, 10.0, 11.0)
-    assert health.of_bin(health.losses, 1) == (4.0, 7.0)
+def test_the_micro_batches_losses_and_keys_are_listed_for_a_skipped_step(tmp_path: Path) -> None:
+    guard = made()
+    judge(guard, StepHistory(), math.inf, 3.0)
+    guard.record_skipped(tmp_path, 7)
+    line = json.loads((tmp_path / SKIPPED).read_text())
+    assert (line["step"], line["why"], line["loss"], line["gradient_norm"]) == (7, "the loss is inf", "inf", 3.0)
+    assert line["samples"] == [{"key": key, "loss": "inf"} for key in ("a", "b", "a", "b")]
 
 
-def test_skipped_steps_do_not_count_into_the_bound() -> None:
-    health = Health((1.0, 2.0), (3.0, 4.0), (0, 0), skipped=1)
-    health = health.after(StepVerdict(99.0, 99.0, "a spike"), window=2)
-    assert (health.losses, health.skipped, health.in_a_row) == ((1.0, 2.0), 2, 1)
-    health = health.after(StepVerdict(5.0, 6.0), window=2)
-    assert (health.losses, health.norms, health.skipped, health.in_a_row) == ((2.0, 5.0), (4.0, 6.0), 2, 0)
+def test_who_asked_for_a_stop_is_counted_and_named() -> None:
+    guard = made()
+    assert judge(guard, StepHistory(), 1.0, 1.0).stop == 0
+    guard.stop.code = float(signal.SIGTERM)  # type: ignore[misc]
+    assert judge(guard, StepHistory(), 1.0, 1.0).stop == 1
+    assert guard.stop_reason() == "SIGTERM (process 0)"
 
 
-def test_health_survives_a_checkpoint_exactly() -> None:
-    health = Health((0.1, 1 / 3), (math.pi, 2e-300), (0, 3), 3, 1, 2)
-    assert Health.of(json.loads(json.dumps(asdict(health)))) == health
+def test_damaged_samples_are_counted_by_process() -> None:
+    guard = made()
+    guard.begin(StepHistory())
+    for damaged in (2, 3):
+        guard.add(("a",), Loss(torch.tensor(1.0), torch.ones(1), torch.zeros(1)), damaged)
+    guard.judge(torch.tensor(1.0, dtype=torch.float64))
+    assert guard.verdict.damaged == 1
