@@ -15,8 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from pretrain.checkpoint.export_folder import new_folder
 from pretrain.console import silence_libraries
-from pretrain.sampling.export_folder import new_folder
 from pretrain.sampling.export_writer import DTYPES, add_export_arguments, write_export
 from pretrain.sampling.trained_run import load_run
 

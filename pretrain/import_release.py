@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from pretrain.checkpoint.export_folder import WEIGHTS, differences, new_folder, read_json, tensor_shapes
 from pretrain.models import DiT, DiTConfig
 from pretrain.models.release import convert, layout, read_config
 from pretrain.pipeline import FocusDiTTransformer2DModel
-from pretrain.sampling.export_folder import WEIGHTS, differences, new_folder, read_json, tensor_shapes
 
 
 def load_release(folder: Path, ignore: Sequence[str] = ()) -> DiT:

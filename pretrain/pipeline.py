@@ -38,6 +38,7 @@ from data_prep.encoders import (
     read_text_model,
     read_vae,
 )
+from pretrain.checkpoint.export_folder import check_export, check_transformer, only_safetensors, read_backbone
 from pretrain.diffusion import FfnWork, Guidance, choose_rule, generate
 from pretrain.models import (
     ComputeBudget,
@@ -51,7 +52,6 @@ from pretrain.models import (
 )
 from pretrain.models.block import Block
 from pretrain.models.mixers.mediators import Mediators
-from pretrain.sampling.export_folder import check_export, check_transformer, only_safetensors, read_backbone
 from pretrain.schedulers import set_timesteps
 
 logger = logging.get_logger(__name__)

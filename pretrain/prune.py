@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pretrain.checkpoint.export_folder import new_folder
 from pretrain.console import Progress, silence_libraries
 from pretrain.models import DiT
 from pretrain.models.cost import count_parameters
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput, FocusDiTTransformer2DModel
 from pretrain.sampling.device import device_of
-from pretrain.sampling.export_folder import new_folder
 from pretrain.sampling.export_writer import DTYPES, add_export_arguments, write_export
 from pretrain.sampling.pictures import side_by_side
 from pretrain.sampling.plots import plot_mask_means

@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pretrain.console import Progress
 from pretrain.diffusion import Guidance, start_noise
 from pretrain.diffusion.switching import FIRST, change
-from pretrain.models.budget import default_budget
+from pretrain.models.budgets import default_budget
 from pretrain.models.cost import count_flops
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
 from pretrain.sampling.device import device_of

@@ -2,9 +2,9 @@
 
 Letters: B images (or captions), S timesteps, D width, h heads, L a caption's tokens, d a head's width.
 
-Two parts make it, for the same forward pass. In training `StepConditioning` makes each block's keys and values when the block
-is reached, so that with `recompute` they are recomputed like the block's other activations: kept for all blocks at once they
-would take as much memory as the blocks' inputs. In sampling `CachedConditioning` has them from caches, which are made once:
+Two parts make it, for the same forward pass. In training `StepConditioning` (dit.py) makes each block's keys and values when
+the block is reached, so that with `recompute` they are recomputed like the block's other activations: kept for all blocks at
+once they would take as much memory as the blocks' inputs. In sampling `CachedConditioning` has them from caches, made once:
 `TextCache` once per prompt, `TimeCache` once per sampling step.
 """
 
@@ -12,15 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-from pretrain.models.budget import ComputeBudget, common_budget
-from pretrain.models.text import PackedText
-
-if TYPE_CHECKING:
-    from pretrain.models.dit import DiT
+from pretrain.models.budget import ComputeBudget
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class Conditioning(Protocol):
         ...
 
 
-# ---- sampling: from caches ----
+# ---- for sampling: from caches ----
 
 
 @dataclass(frozen=True)
@@ -159,38 +155,3 @@ class CachedConditioning:
 
     def default_budget(self) -> ComputeBudget:
         return self.time.budget
-
-
-# ---- training: made for one step ----
-
-
-@dataclass(frozen=True)
-class StepConditioning:
-    """One timestep and one caption for each image, made by `DiT.condition`; each block's part when it is reached.
-
-    Attributes:
-        text: the projected captions [M, D]; None for a backbone without text.
-    """
-
-    dit: DiT
-    timestep_B: Tensor
-    time_BD: Tensor
-    modulation_B6D: Tensor
-    text: PackedText | None
-
-    def __len__(self) -> int:
-        return len(self.timestep_B)
-
-    def for_block(self, index: int) -> BlockConditioning:
-        block, mask = self.dit.block(index), None
-        if block.query_mask is not None:
-            mask = block.query_mask.embed_time(self.time_BD, self.timestep_B)
-        text: KeysValues = ()
-        if block.cross_attention is not None and self.text is not None:
-            text = block.cross_attention.padded(self.text)
-        return BlockConditioning(self.modulation_B6D, mask, text)
-
-    def default_budget(self) -> ComputeBudget:
-        """Asks the device for the timesteps, where a method leaves a choice. Raises ValueError where the images' differ in it."""
-        config = self.dit.config
-        return common_budget(config, (self.timestep_B / 1000).tolist()) if config.open_methods else ComputeBudget()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from pretrain.models.embeddings import ROTARY_PARTS, Scale
 from pretrain.models.focusdit import ffn, mask
 from pretrain.models.grids import Grid
 from pretrain.models.mixers import ATTENTIONS, DENSITIES
-from pretrain.models.mixers.base import Method
+from pretrain.models.mixers.base import Attention, Density, Method
 from pretrain.models.mixers.flexdit import FlexDiTSection
 from pretrain.models.mixers.mediators import MediatorsSection
+
+M = TypeVar("M", bound=Method)
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,18 @@ class DiTConfig:
     """Numbers of the blocks whose FFN was pruned away; their query masks stay, as the next blocks read them."""
 
     @property
-    def methods(self) -> tuple[Method, ...]:
+    def methods(self) -> tuple[Attention, Density]:
         """The methods that mix image tokens, bound to this shape."""
-        return ATTENTIONS[self.attention](self), DENSITIES[self.density](self)
+        return self._bind(ATTENTIONS[self.attention]), self._bind(DENSITIES[self.density])
 
     @property
     def open_methods(self) -> tuple[Method, ...]:
         """The methods that leave a choice to the compute budget."""
         return tuple(method for method in self.methods if method.choices)
+
+    def _bind(self, method: type[M]) -> M:
+        section = getattr(self, method.section_name) if method.section_name else None
+        return method(self.width, self.heads, self.depth, section)
 
     def problems(self) -> list[str]:
         """Everything that keeps this shape from being built, each with the mend."""
@@ -88,9 +95,9 @@ class DiTConfig:
         if self.text_width < 0:
             found.append(f"text_width: {self.text_width} must be the text encoder's width, or 0 for no text")
         if self.attention in ATTENTIONS:
-            found += ATTENTIONS[self.attention](self).problems()
+            found += self._bind(ATTENTIONS[self.attention]).problems()
         if self.density in DENSITIES:
-            found += DENSITIES[self.density](self).problems()
+            found += self._bind(DENSITIES[self.density]).problems()
         return found + self._position_problems() + self._ffn_problems()
 
     def _position_problems(self) -> list[str]:
@@ -129,7 +136,7 @@ class DiTConfig:
 RENAMED_FIELDS = {"split": ("flexdit", "split"), "sparsity": ("flexdit", "sparsity")}
 
 
-def upgrade_fields(fields: dict) -> dict:
+def upgrade_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of a `DiTConfig` as an earlier version wrote them, in today's form."""
     upgraded = {name: value for name, value in fields.items() if name not in RENAMED_FIELDS}
     if isinstance(upgraded.get("mediators"), list | tuple):

@@ -17,7 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pretrain.models.budget import ComputeBudget, every_budget
+from pretrain.models.budget import ComputeBudget
+from pretrain.models.budgets import every_budget
 from pretrain.models.config import DiTConfig
 from pretrain.models.dit import DiT
 from pretrain.models.embeddings import TimeEmbed
@@ -62,6 +63,13 @@ def _mixers(c: DiTConfig) -> list[TokenMixer]:
     return [_on_meta(c).block(index).mixer for index in range(c.depth)]
 
 
+def _vocabulary_sizes(c: DiTConfig) -> list[int]:
+    """The entries that each block's tokens query, the shared expert's included; 0 where the block's FFN was pruned away."""
+    shared = c.shared_width * c.width if c.ffn == "shared" else 0
+    sizes = [ffn.local_size(c.ffn, c.width, c.shared_width, block, c.depth) for block in range(c.depth)]
+    return [0 if block in c.removed_ffns else size + shared for block, size in enumerate(sizes)]
+
+
 def count_parameters(c: DiTConfig) -> Parameters:
     """The parameters of `DiT(c)`, counted on the meta device."""
 
@@ -98,7 +106,7 @@ def count_flops(c: DiTConfig, grid: Grid, text_tokens: float, budget: ComputeBud
     tokens = block_tokens(c, grid, budget)
     if c.text_width:
         attention += sum(n * 2 * D * D + L * 2 * D * D + 2 * n * L * D for n in tokens)
-    query_mask = sum(mask.macs(c, n) for n in tokens)
+    query_mask = sum(mask.macs(c.mask, c.width, c.mask_hidden, n) for n in tokens)
     ffns = sum(n * flops for n, flops in zip(tokens, ffn_flops(c), strict=True))
     rest: float = 2 * N * c.latent_channels * c.patch**2 * D + TimeEmbed.frequencies * D + D * D + 6 * D * D
     if c.text_width:
@@ -119,7 +127,7 @@ def block_tokens(c: DiTConfig, grid: Grid, budget: ComputeBudget) -> list[int]:
 
 def ffn_flops(c: DiTConfig) -> list[int]:
     """FLOPs of each block's FFN for one token, the shared expert's part included."""
-    return [4 * c.width * size for size in ffn.total_sizes(c)]
+    return [4 * c.width * size for size in _vocabulary_sizes(c)]
 
 
 def saved_flops(c: DiTConfig, kept_SK: Tensor, tokens_SK: Tensor) -> Tensor:
@@ -150,7 +158,7 @@ def count_activations(
     D, N, L = c.width, math.prod(grid), text_tokens
     tokens = block_tokens(c, grid, budget)
     blocks: list[float] = []
-    for mixer, n, size in zip(_mixers(c), tokens, ffn.total_sizes(c), strict=True):
+    for mixer, n, size in zip(_mixers(c), tokens, _vocabulary_sizes(c), strict=True):
         kept: float = mixer.kept_vectors(grid, budget) * D
         if c.text_width:
             kept += 3 * n * D + 2 * L * D

@@ -32,13 +32,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.models.block import Block, Shared
-from pretrain.models.budget import ComputeBudget, default_budget
-from pretrain.models.conditioning import (
-    Conditioning,
-    StepConditioning,
-    TextCache,
-    TimeCache,
-)
+from pretrain.models.budget import ComputeBudget
+from pretrain.models.budgets import check_budget, common_budget, default_budget
+from pretrain.models.conditioning import BlockConditioning, Conditioning, KeysValues, TextCache, TimeCache
 from pretrain.models.config import DiTConfig
 from pretrain.models.embeddings import (
     PatchEmbed,
@@ -51,7 +47,6 @@ from pretrain.models.embeddings import (
 from pretrain.models.focusdit import ffn
 from pretrain.models.focusdit.skip import Skip
 from pretrain.models.grids import Grid, spread
-from pretrain.models.mixers import make_mixers
 from pretrain.models.mixers.base import CoarseGrid, Modulation, Positions, TokenState
 from pretrain.models.text import PackedText
 
@@ -70,6 +65,38 @@ class Prediction:
         if not self.masks:
             return None
         return torch.stack([spread(m_BN[..., None], grid, self.grid)[..., 0] for m_BN, grid in self.masks])
+
+
+@dataclass(frozen=True)
+class StepConditioning:
+    """One timestep and one caption for each image, made by `DiT.condition`; each block's part is made when it is reached.
+
+    Attributes:
+        text: the projected captions [M, D]; None for a backbone without text.
+    """
+
+    dit: DiT
+    timestep_B: Tensor
+    time_BD: Tensor
+    modulation_B6D: Tensor
+    text: PackedText | None
+
+    def __len__(self) -> int:
+        return len(self.timestep_B)
+
+    def for_block(self, index: int) -> BlockConditioning:
+        block, mask = self.dit.block(index), None
+        if block.query_mask is not None:
+            mask = block.query_mask.embed_time(self.time_BD, self.timestep_B)
+        text: KeysValues = ()
+        if block.cross_attention is not None and self.text is not None:
+            text = block.cross_attention.padded(self.text)
+        return BlockConditioning(self.modulation_B6D, mask, text)
+
+    def default_budget(self) -> ComputeBudget:
+        """Asks the device for the timesteps, where a method leaves a choice. Raises ValueError where the images' differ in it."""
+        config = self.dit.config
+        return common_budget(config, (self.timestep_B / 1000).tolist()) if config.open_methods else ComputeBudget()
 
 
 class FinalLayer(nn.Module):
@@ -111,7 +138,9 @@ class DiT(nn.Module):
         self.time_modulation = nn.Linear(D, 6 * D)
         self.text_projection = TextProjection(config.text_width, D) if config.text_width else None
         self.shared_expert = ffn.Vocabulary(D, config.shared_width * D, bias=False) if config.ffn == "shared" else None
-        self.blocks = nn.ModuleList(Block(config, index, mixer) for index, mixer in enumerate(make_mixers(config)))
+        attention, density = config.methods
+        mixers = density.mixers(attention.mixer)
+        self.blocks = nn.ModuleList(Block(config, index, mixer) for index, mixer in enumerate(mixers))
         self.final = FinalLayer(config)
         self.initialise()
 
@@ -213,7 +242,7 @@ class DiT(nn.Module):
         if self.config.absolute == "sincos":
             scale = self.config.position_scale
             x_BND = x_BND + sincos_positions(grid, self.config.width, scale, x_BND.device, x_BND.dtype)
-        budget = conditioning.default_budget() if budget is None else budget.check(self.config)
+        budget = conditioning.default_budget() if budget is None else check_budget(self.config, budget)
         shared = Shared(self._positions(grid, budget, x_BND), self.shared_expert, skip)
         keep_KBN = None if keep_KBN is None else keep_KBN.to(x_BND.dtype)
         state = TokenState(x_BND, grid, x_BND.new_ones(x_BND.shape[0], x_BND.shape[1], 1))

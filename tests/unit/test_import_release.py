@@ -8,9 +8,9 @@ import torch
 from release_double import ReleasedFocusDiT, write_release
 from safetensors.torch import load_file, save_file
 
+from pretrain.checkpoint.export_folder import WEIGHTS
 from pretrain.import_release import main
 from pretrain.pipeline import FocusDiTTransformer2DModel
-from pretrain.sampling.export_folder import WEIGHTS
 
 TIMES = torch.tensor([0.7, 500.9, 999.99])
 

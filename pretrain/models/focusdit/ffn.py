@@ -10,13 +10,8 @@ Letters: B images, N tokens, D width. A vocabulary of size C is Linear(D, C), GE
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from pretrain.models.config import DiTConfig
 
 LAYOUTS = ("uniform", "shared", "tapered")
 
@@ -47,15 +42,3 @@ def local_size(layout: str, width: int, shared_width: int, block: int, depth: in
         step = 2 * width // max((depth - 1) // 2, 1)
         return 3 * width + min(block, depth - 1 - block) * step
     raise ValueError(f"unknown FFN layout {layout!r}; the layouts are {', '.join(LAYOUTS)}")
-
-
-def local_sizes(c: DiTConfig) -> list[int]:
-    """The entries of each block's own expert; 0 where its FFN was pruned away."""
-    sizes = [local_size(c.ffn, c.width, c.shared_width, block, c.depth) for block in range(c.depth)]
-    return [0 if block in c.removed_ffns else size for block, size in enumerate(sizes)]
-
-
-def total_sizes(c: DiTConfig) -> list[int]:
-    """The entries that each block's tokens query, the shared expert's included; 0 where its FFN was pruned away."""
-    shared = c.shared_width * c.width if c.ffn == "shared" else 0
-    return [size + shared if size else 0 for size in local_sizes(c)]

@@ -16,14 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from pretrain.models.config import DiTConfig
 
 KINDS = ("none", "release", "adaln_single")
 OPTIONAL_PARAMETERS = (".query_mask.",)  # they come and go with the setting
@@ -94,9 +90,9 @@ def draw_keep(seeds: Sequence[int], depth: int, tokens: int, dropout: float, dev
     return keep_BKN.transpose(0, 1) / (1 - dropout)
 
 
-def macs(c: DiTConfig, tokens: int) -> int:
+def macs(kind: str, width: int, hidden: tuple[int, ...], tokens: int) -> int:
     """Multiply-adds of one block's query mask for one image with this many tokens; 0 without query masks."""
-    if c.mask == "none":
+    if kind == "none":
         return 0
-    time = 2 * c.width**2 if c.mask == "release" else 0
-    return tokens * sum(inputs * outputs for inputs, outputs in pairwise((c.width, *c.mask_hidden, 1))) + time
+    time = 2 * width**2 if kind == "release" else 0
+    return tokens * sum(inputs * outputs for inputs, outputs in pairwise((width, *hidden, 1))) + time

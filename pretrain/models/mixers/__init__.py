@@ -4,22 +4,10 @@
 tokens each block computes. Any attention goes with any density.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from pretrain.models.mixers.base import Attention, Density, TokenMixer
+from pretrain.models.mixers.base import Attention, Density
 from pretrain.models.mixers.flexdit import FlexDiT
 from pretrain.models.mixers.full import Dense, FullAttention
 from pretrain.models.mixers.mediators import Mediators
 
-if TYPE_CHECKING:
-    from pretrain.models.config import DiTConfig
-
 ATTENTIONS: dict[str, type[Attention]] = {method.name: method for method in (FullAttention, Mediators)}
 DENSITIES: dict[str, type[Density]] = {method.name: method for method in (Dense, FlexDiT)}
-
-
-def make_mixers(config: DiTConfig) -> list[TokenMixer]:
-    """New token mixers for all blocks of a backbone, from bottom to top."""
-    return DENSITIES[config.density](config).mixers(ATTENTIONS[config.attention](config).mixer)

@@ -13,19 +13,15 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.budget import ComputeBudget
 from pretrain.models.embeddings import Rotary
 from pretrain.models.grids import Grid
-
-if TYPE_CHECKING:
-    from pretrain.models.budget import ComputeBudget
-    from pretrain.models.config import DiTConfig
-
 
 # ---- a block's part ----
 
@@ -147,7 +143,10 @@ class DerivedParameter:
 
 
 class Method:
-    """A way for image tokens to exchange information, bound to a backbone's shape.
+    """A way for image tokens to exchange information, bound to a backbone's shape and its own settings.
+
+    Args:
+        section: the value of the `DiTConfig` field that `section_name` names; None without one.
 
     Attributes:
         name: its name in `DiTConfig.attention` or `DiTConfig.density`, and in a `ComputeBudget`.
@@ -156,11 +155,12 @@ class Method:
     """
 
     name: ClassVar[str]
+    section_name: ClassVar[str | None] = None
     optional_parameters: ClassVar[tuple[str, ...]] = ()
     derived_parameters: ClassVar[Mapping[str, DerivedParameter]] = {}
 
-    def __init__(self, config: DiTConfig):
-        self.config = config
+    def __init__(self, width: int, heads: int, depth: int, section: Any = None):
+        self.width, self.heads, self.depth, self.section = width, heads, depth, section
 
     def problems(self) -> list[str]:
         """All that keeps the backbone from being built, each as `field: problem and mend`."""

@@ -188,7 +188,7 @@ class SparseMixer(FullMixer):
     """Full attention on the coarser grid."""
 
     def __init__(self, method: FlexDiT):
-        super().__init__(method.config.width, method.config.heads)
+        super().__init__(method.width, method.heads)
         self.method = method
 
     def grid(self, tokens: Grid, budget: ComputeBudget) -> Grid:
@@ -204,7 +204,7 @@ class GenerateMixer(TokenMixer):
     def __init__(self, method: FlexDiT):
         super().__init__()
         self.method = method
-        self.attention = CrossScaleAttention(method.config.width, method.config.heads)
+        self.attention = CrossScaleAttention(method.width, method.heads)
 
     def mix(self, state: TokenState, modulation: Modulation, positions: Positions) -> tuple[TokenState, Tensor]:
         cells = positions.coarse[FlexDiT.name]
@@ -216,7 +216,7 @@ class GenerateMixer(TokenMixer):
         return self.method.cells(tokens, budget)
 
     def macs(self, tokens: Grid, budget: ComputeBudget) -> int:
-        D, cells = self.method.config.width, self.method.cells(tokens, budget)
+        D, cells = self.method.width, self.method.cells(tokens, budget)
         N, n = math.prod(tokens), math.prod(cells)
         pooled = D + 1  # the tokens, and the query mask of the block before
         return (n * 2 + N * 2) * D * D + 2 * n * N * D + pooling_macs(tokens, cells) * pooled
@@ -233,9 +233,9 @@ class RecoverMixer(TokenMixer):
 
     def __init__(self, method: FlexDiT):
         super().__init__()
-        D = method.config.width
+        D = method.width
         self.method = method
-        self.attention = CrossScaleAttention(D, method.config.heads)
+        self.attention = CrossScaleAttention(D, method.heads)
         self.from_sparse, self.from_dense = nn.Linear(D, D), nn.Linear(D, D)
         self.extra = {"from_sparse": self.from_sparse, "from_dense": self.from_dense}
 
@@ -253,7 +253,7 @@ class RecoverMixer(TokenMixer):
         return back, self.attention(modulation(y_BND), positions.tokens, modulation(state.x_BND), rotary)
 
     def macs(self, tokens: Grid, budget: ComputeBudget) -> int:
-        D, N = self.method.config.width, math.prod(tokens)
+        D, N = self.method.width, math.prod(tokens)
         n = math.prod(self.method.cells(tokens, budget))
         return (N * 2 + n * 2) * D * D + 2 * n * N * D + 2 * N * D * D
 
@@ -267,7 +267,8 @@ class RecoverMixer(TokenMixer):
 class FlexDiT(Density):
     """Fewer tokens in the middle blocks. Its choice is the bin of the noise level."""
 
-    name = "flexdit"
+    name = section_name = "flexdit"
+    section: FlexDiTSection
     optional_parameters = (".from_sparse.", ".from_dense.")
     derived_parameters: ClassVar[Mapping[str, DerivedParameter]] = {
         ".self_attention.value.": DerivedParameter(".self_attention.qkv.", 2, 3, "the last third of qkv's")
@@ -280,17 +281,17 @@ class FlexDiT(Density):
     def mixers(self, dense: Callable[[], TokenMixer]) -> list[TokenMixer]:
         make: dict[str, Callable[[], TokenMixer]] = {
             DENSE: dense,
-            POOLING: lambda: PoolingMixer(self.config.width),
+            POOLING: lambda: PoolingMixer(self.width),
             GENERATE: lambda: GenerateMixer(self),
             SPARSE: lambda: SparseMixer(self),
             RECOVER: lambda: RecoverMixer(self),
         }
-        return [make[role]() for role in roles(self.config.depth, self.config.flexdit.split)]
+        return [make[role]() for role in roles(self.depth, self.section.split)]
 
     def problems(self) -> list[str]:
-        found, section = [], self.config.flexdit
+        found, section = [], self.section
         try:
-            split_of(self.config.depth, section.split)
+            split_of(self.depth, section.split)
         except ValueError as error:
             found.append(f"flexdit.split: {error}")
         if len(section.sparsity) != 2 or not 0 < section.sparsity[0] <= section.sparsity[1] < 1:
@@ -317,7 +318,7 @@ class FlexDiT(Density):
         return TrainingChoice(bin_, (edges[bin_], edges[bin_ + 1]))
 
     def coarse_grid(self, tokens: Grid, choice: int) -> Grid:
-        return sparse_grid(tokens, self.config.flexdit.sparsity, choice)
+        return sparse_grid(tokens, self.section.sparsity, choice)
 
     def cells(self, tokens: Grid, budget: ComputeBudget) -> Grid:
         """The coarser grid in a budget."""

@@ -66,7 +66,7 @@ class FullAttention(Attention):
     name = "full"
 
     def mixer(self) -> TokenMixer:
-        return FullMixer(self.config.width, self.config.heads)
+        return FullMixer(self.width, self.heads)
 
 
 class Dense(Density):
@@ -75,4 +75,4 @@ class Dense(Density):
     name = "dense"
 
     def mixers(self, dense: Callable[[], TokenMixer]) -> list[TokenMixer]:
-        return [dense() for _ in range(self.config.depth)]
+        return [dense() for _ in range(self.depth)]

@@ -131,15 +131,16 @@ class MediatorMixer(TokenMixer):
 class Mediators(Attention):
     """Mediators in the blocks that hold all tokens. Its choice is their number n."""
 
-    name = "mediators"
+    name = section_name = "mediators"
+    section: MediatorsSection
     optional_parameters = (".gather_bias.", ".spread_bias.", ".self_attention.local.")
 
     @property
     def choices(self) -> tuple[int, ...]:
-        return self.config.mediators.numbers
+        return self.section.numbers
 
     def mixer(self) -> TokenMixer:
-        return MediatorMixer(self.config.width, self.config.heads, self.choices)
+        return MediatorMixer(self.width, self.heads, self.choices)
 
     def problems(self) -> list[str]:
         found = []

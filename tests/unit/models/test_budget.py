@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.models import DiT, DiTConfig, Effort, PackedText
-from pretrain.models.budget import depends_on_time
+from pretrain.models.budgets import depends_on_time
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.models import DiT, DiTConfig, Effort, PackedText, Skip
-from pretrain.models.budget import depends_on_time
+from pretrain.models.budgets import depends_on_time
 from pretrain.models.focusdit.mask import draw_keep
 
 pytestmark = pytest.mark.usefixtures("one_thread")

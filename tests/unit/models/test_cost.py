@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.models import PRESETS, DiT, DiTConfig, Effort, PackedText
 from pretrain.models import __main__ as printed
-from pretrain.models.budget import depends_on_time
+from pretrain.models.budgets import depends_on_time
 from pretrain.models.compare import METHODS, PUBLISHED
 from pretrain.models.cost import (
     count_activations,

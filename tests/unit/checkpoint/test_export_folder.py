@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.encoders import Vae
+from pretrain.checkpoint.export_folder import check_export, check_transformer, differences, tensor_shapes
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
-from pretrain.sampling.export_folder import check_export, check_transformer, differences, tensor_shapes
 
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
