@@ -73,7 +73,7 @@ def start_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    predict: Callable[[Tensor, float], Tensor],
+    predict: Callable[[Tensor, Tensor, float], Tensor],
     noise_BCHW: Tensor,
     scheduler: Any,
     on_step: OnStep | None = None,
@@ -81,7 +81,7 @@ def sample(
 ) -> Tensor:
     """Follows the scheduler's timesteps from noise [B, C, H, W] to latents of the same shape, in fp32.
 
-    `predict(latent, t)` is the (guided) backbone at noise level t in 0..1; the scheduler has had its timesteps set.
+    `predict(latent, timestep, t)` is the (guided) backbone, t = timestep / 1000; the scheduler has had its timesteps set.
     """
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     noise = {"generator": generator} if takes_generator else {}
@@ -90,7 +90,7 @@ def sample(
         scheduler.set_begin_index(0)  # else the first step asks the device for it
     times = [t / 1000 for t in scheduler.timesteps.tolist()]
     for i, timestep in enumerate(scheduler.timesteps):
-        prediction = predict(latent, times[i]).float()
+        prediction = predict(latent, timestep, times[i]).float()
         latent = scheduler.step(prediction, timestep, latent, **noise, return_dict=False)[0]
         if on_step is not None:
             changed = on_step(i, timestep, latent)
@@ -112,19 +112,21 @@ class StepwiseBackbone:
         skip: Skip | None,
         keep_masks: bool,
         rule: BudgetRule | None,
+        levels: Sequence[float],
     ):
         self.backbone, self.times, self.pictures, self.dtype = backbone, times, pictures, dtype
         self.skip, self.keep_masks = skip, keep_masks
         self.schedule = None if rule is None else BudgetSchedule(rule, pictures)
+        self.levels = levels
         self.steps = 0
         self.budgets_SB: list[list[ComputeBudget]] = []
         self._masks: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._tokens: list[list[int]] = []
 
-    def __call__(self, latent: Tensor, t: float, captions: TextCache) -> Tensor:
+    def __call__(self, latent: Tensor, timestep: Tensor, captions: TextCache) -> Tensor:
         """The next step's prediction, for the pictures with text, and after them, with guidance, for those without."""
-        prediction = self._predict(latent, t, captions)
+        prediction = self._predict(latent, captions)
         self.steps += 1
         if self.keep_masks and (masks_KBN := prediction.masks_KBN) is not None:
             self._masks.append(masks_KBN[:, : self.pictures].transpose(0, 1).clone())
@@ -133,12 +135,12 @@ class StepwiseBackbone:
             self._tokens.append([m_BN.numel() for m_BN, _ in prediction.masks])
         return prediction.sample_BCHW
 
-    def _predict(self, latent: Tensor, t: float, captions: TextCache) -> Prediction:
+    def _predict(self, latent: Tensor, captions: TextCache) -> Prediction:
         """One forward pass, or one for each budget among the pictures."""
         inputs, time = latent.to(self.dtype), self.times[self.steps]
         budgets = [time.budget] * self.pictures
         if self.schedule is not None:
-            budgets = self.schedule.next(t, latent[: self.pictures])
+            budgets = self.schedule.next(self.levels[self.steps], latent[: self.pictures])
         self.budgets_SB.append(budgets)
         budgets = budgets * (len(latent) // self.pictures)
         different = list(dict.fromkeys(budgets))
@@ -202,7 +204,8 @@ def generate(
         generator: of a stochastic scheduler's noise.
         rule: each picture's compute budget at each step; by default that of the noise level.
     """
-    stepwise = StepwiseBackbone(backbone, times, len(text), dtype, skip, keep_masks, rule)
+    levels = [] if rule is None else (scheduler.timesteps / 1000).tolist()
+    stepwise = StepwiseBackbone(backbone, times, len(text), dtype, skip, keep_masks, rule, levels)
     latent = sample(Guided(stepwise, text, null, guidance), noise_BCHW, scheduler, on_step, generator)
     timesteps = tuple(scheduler.timesteps.tolist()[: stepwise.steps])
     return Generated(latent, timesteps, stepwise.masks_BSKN(), stepwise.work(), tuple(map(tuple, stepwise.budgets_SB)))

@@ -12,9 +12,9 @@ from faults import at_step
 from support import SMALL, scalars, state_of
 
 from pretrain.checkpoint.reader import newest
-from pretrain.diffusion.step_budget import step_effort
+from pretrain.diffusion import step_budget
 from pretrain.export import main as export
-from pretrain.models import DiTConfig
+from pretrain.models import ComputeBudget, DiTConfig
 from pretrain.pipeline import FocusDiTPipeline
 from pretrain.sampling.trained_run import load_run
 
@@ -37,18 +37,17 @@ def together(data_set: Path, train, tmp_path_factory: pytest.TempPathFactory) ->
     return run_dir
 
 
-def efforts(run_dir: Path) -> set[tuple[int | None, int | None]]:
+def budgets(run_dir: Path) -> set[ComputeBudget]:
     trained = load_run(run_dir)
     config: DiTConfig = trained.pipeline.transformer.dit.config
-    steps = (step_effort(config, trained.config.objective.build(), trained.config.seed, s).effort for s in range(8))
-    return {(e.mediators, e.bin) for e in steps}
+    return {step_budget(config, trained.config.objective.build(), trained.config.seed, s).budget for s in range(8)}
 
 
 def test_killed_and_gone_on_in_another_number_of_processes(
     together: Path, data_set: Path, train, tmp_path: Path
 ) -> None:
     """Killed, then resumed: bitwise the uninterrupted run on as many processes, and the same losses on another number."""
-    assert len(efforts(together)) >= 4
+    assert len(budgets(together)) >= 4
     words = (*ALL, "steps=8", "guard.seconds=5", f"data.path={data_set}", f"run_dir={tmp_path / 'two'}")
     killed = train("demo_256", *words, processes=2, check=False, before=partial(at_step, 5, 1, "SIGKILL"))
     assert -9 in killed.codes
@@ -100,7 +99,7 @@ def test_a_dense_models_weights_start_all_three(data_set: Path, train, tmp_path:
     ("words", "problem"),
     [
         (("model.density=dense",), "blocks.0.self_attention.qkv.weight: there not there, here (384, 128)"),
-        (("model.mediators=[4]",), "with other settings, whose moments fit this one's parameters in part only"),
+        (("model.mediators.numbers=[4]",), "with other settings, whose moments fit this one's parameters in part only"),
     ],
 )
 def test_a_run_does_not_go_on_as_another_combination(words, problem, together: Path, data_set: Path, train) -> None:

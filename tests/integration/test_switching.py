@@ -20,15 +20,16 @@ from pretrain import prune, sample
 from pretrain.analyze.__main__ import main as analyze
 from pretrain.diffusion import FfnWork
 from pretrain.models import DiT, preset
-from pretrain.models.budgets import Effort
+from pretrain.models.budgets import default_budget
 from pretrain.models.cost import block_tokens, saved_flops
+from pretrain.models.mixers.mediators import MediatorsSection
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput, FocusDiTTransformer2DModel
 from pretrain.schedulers import build_scheduler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # 16 tokens at 128 px: the sparse grids are of 2 × 2 at t < ½, then 2 × 2 and 1 × 1.
-BASE = replace(preset("dit_tiny_deep"), mask="adaln_single", mediators=(1, 4, 16))
+BASE = replace(preset("dit_tiny_deep"), mask="adaln_single", mediators=MediatorsSection((1, 4, 16)))
 KINDS: dict[str, dict[str, Any]] = {
     "mediators": {"attention": "mediators"},
     "flexdit": {"density": "flexdit"},
@@ -82,15 +83,15 @@ def test_switching_leaves_the_sample_finite_and_deterministic(pipe):
     assert first.query_masks.shape == (3, STEPS, 8, 16)
     assert torch.equal(first.query_masks, again.query_masks)
     levels_S = [1 - s / STEPS for s in range(STEPS)]
-    efforts = [Effort.at(config, t) for t in levels_S]
-    assert len(set(efforts)) > 2
+    budgets = [default_budget(config, t) for t in levels_S]
+    assert len(set(budgets)) > 2
     if config.attention == "mediators":
-        assert first.mediators_BS.tolist() == [[effort.mediators for effort in efforts]] * 3
+        assert first.mediators_BS.tolist() == [[budget.get("mediators") for budget in budgets]] * 3
     else:
         assert first.mediators_BS is None
     work = first.ffn_work
     assert isinstance(work, FfnWork)
-    assert work.tokens_SK.tolist() == [[6 * n for n in block_tokens(config, (4, 4), e)] for e in efforts]
+    assert work.tokens_SK.tolist() == [[6 * n for n in block_tokens(config, (4, 4), b)] for b in budgets]
     assert (work.kept_SK <= work.tokens_SK).all() and 0 < work.kept_SK.sum() < work.tokens_SK.sum()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backbones import predict
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
@@ -23,7 +24,9 @@ from support import ROOT, levels, same_pictures
 from torch import Tensor
 
 from data_prep.encoders import decode_latents
-from pretrain.models import DiT, DiTConfig, PackedText, preset
+from pretrain.models import CachedConditioning, DiT, DiTConfig, PackedText, preset
+from pretrain.models.mixers.flexdit import FlexDiTSection
+from pretrain.models.mixers.mediators import MediatorsSection
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
 from pretrain.schedulers import FlowMatchEulerMaruyamaScheduler, build_scheduler
 
@@ -467,7 +470,7 @@ def test_called_as_diffusers_transformers_are(pipe, lengths):
     embeds, mask = padded(captions)
     given = None if len(set(lengths)) == 1 else mask
     got = pipe.transformer(noise(0, 1, 2), embeds, timestep, encoder_attention_mask=given)
-    expected = pipe.transformer.dit(noise(0, 1, 2), timestep, PackedText.pack(captions))
+    expected = predict(pipe.transformer.dit, noise(0, 1, 2), timestep, PackedText.pack(captions))
     assert torch.equal(got.sample, expected.sample_BCHW)
     assert got.query_masks.shape == (2, 3, 4)
     assert torch.equal(got.query_masks, expected.masks_KBN)
@@ -485,11 +488,14 @@ def test_one_timestep_for_all(pipe):
 
 
 @torch.no_grad()
-def test_what_was_read_once_is_what_was_given(pipe):
+def test_caches_are_what_they_were_made_of(pipe):
     captions = texts(5, 1, 3)
     embeds, mask = padded(captions)
-    read = pipe.transformer.read(PackedText.pack(captions))
-    got = pipe.transformer(noise(0, 1, 2), read, 300.0)
+    (time,) = pipe.transformer.embed_times(torch.tensor([300.0]))
+    conditioning = CachedConditioning(time, pipe.transformer.encode_text(PackedText.pack(captions)))
+    got = pipe.transformer(noise(0, 1, 2), conditioning=conditioning)
+    with pytest.raises(ValueError, match="give encoder_hidden_states and timestep, or conditioning"):
+        pipe.transformer(noise(0, 1, 2), embeds)
     torch.testing.assert_close(got.sample, pipe.transformer(noise(0, 1, 2), embeds, 300.0, mask).sample)
 
 
@@ -521,15 +527,15 @@ def test_saved_and_loaded_bit_by_bit(pipe, tmp_path, options):
     ],
 )
 def test_every_kind_of_backbone_saved_and_loaded(mask, attention, density, text_width, tmp_path):
-    split = (1, 1, 1, 1) if density == "flexdit" else None
-    choices = {"mask": mask, "attention": attention, "density": density, "split": split, "text_width": text_width}
+    choices = {"mask": mask, "attention": attention, "density": density, "text_width": text_width}
     config = DiTConfig(
         width=16,
         heads=2,
         depth=6,
         patch=2,
         latent_channels=4,
-        mediators=(1, 4),
+        mediators=MediatorsSection((1, 4)),
+        flexdit=FlexDiTSection(split=(1, 1, 1, 1)),
         mask_hidden=(8,),
         ffn="shared",
         **choices,
@@ -544,7 +550,7 @@ def test_every_kind_of_backbone_saved_and_loaded(mask, attention, density, text_
     text = torch.randn(2, 3, 6)
     for timestep in (100.0, 900.0):
         given = noise(0, 1, size=12), timestep, PackedText.pack(list(text))
-        expected = dit(given[0], torch.full((2,), timestep), given[2])
+        expected = predict(dit, given[0], torch.full((2,), timestep), given[2])
         got = again(given[0], text, timestep)
         assert torch.equal(got.sample, expected.sample_BCHW)
         assert (got.query_masks is None) if mask == "none" else torch.equal(got.query_masks, expected.masks_KBN)
@@ -553,7 +559,14 @@ def test_every_kind_of_backbone_saved_and_loaded(mask, attention, density, text_
 def test_diffusers_knows_every_kind_of_block():
     """It compiles them one by one, and never splits one between devices."""
     config = DiTConfig(
-        width=16, heads=2, depth=6, patch=2, latent_channels=4, text_width=6, density="flexdit", split=(1, 1, 1, 1)
+        width=16,
+        heads=2,
+        depth=6,
+        patch=2,
+        latent_channels=4,
+        text_width=6,
+        density="flexdit",
+        flexdit=FlexDiTSection(split=(1, 1, 1, 1)),
     )
     for attention in ("full", "mediators"):
         names = {type(block).__name__ for block in DiT(replace(config, attention=attention)).blocks}

@@ -9,6 +9,7 @@ import torch
 
 from pretrain.checkpoint.restore import map_parameters
 from pretrain.models import DiT, DiTConfig
+from pretrain.models.mixers.mediators import MediatorsSection
 
 DENSE = DiTConfig(width=48, heads=2, depth=8, patch=2, latent_channels=3, text_width=20, mask_hidden=(8, 4))
 MASKED = replace(DENSE, mask="adaln_single")
@@ -45,16 +46,18 @@ def test_flexdit_from_a_dense_model():
 
 
 def test_mediators_and_masks_from_a_plain_model():
-    found = made(replace(MASKED, attention="mediators", mediators=(4,)), DENSE)
+    found = made(replace(MASKED, attention="mediators", mediators=MediatorsSection((4,))), DENSE)
     assert not found.problems
     kinds = {name.split(".", 2)[2].split(".")[0] for name in found.fresh}
     assert kinds == {"query_mask", "self_attention"}
     assert not any("qkv" in name or "out" in name for name in found.fresh)
-    assert len(found.fresh) == len(shapes(replace(MASKED, attention="mediators", mediators=(4,)))) - len(shapes(DENSE))
+    assert len(found.fresh) == len(
+        shapes(replace(MASKED, attention="mediators", mediators=MediatorsSection((4,))))
+    ) - len(shapes(DENSE))
 
 
 def test_a_plain_model_from_one_with_mediators_leaves_them_behind():
-    found = made(DENSE, replace(MASKED, attention="mediators", mediators=(4,)))
+    found = made(DENSE, replace(MASKED, attention="mediators", mediators=MediatorsSection((4,))))
     assert not found.problems and not found.fresh
     assert found.left and all(line.endswith("left behind") for line in found.describe()[1:])
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from backbones import predict
 
 from pretrain.diffusion import Guidance, Guided
-from pretrain.models import DiT, DiTConfig, PackedText, TextMemory
+from pretrain.models import CachedConditioning, DiT, DiTConfig, PackedText, TextCache
 
 TEXT = PackedText.pack([torch.full((2, 1), 3.0), torch.full((4, 1), 5.0)])
 NULL = PackedText.pack([torch.full((1, 1), -1.0)])
@@ -89,9 +90,9 @@ def test_refuses_an_interval_that_is_none(interval):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("read", [False, True])
-def test_around_a_real_backbone(read):
-    """One batch of both halves equals two passes; with captions as they are, or as the backbone read them."""
+@pytest.mark.parametrize("cached", [False, True])
+def test_around_a_real_backbone(cached):
+    """One batch of both halves equals two passes; with captions as they are, or as the backbone encoded them."""
     torch.manual_seed(0)
     model = DiT(DiTConfig(width=16, heads=2, depth=2, patch=2, latent_channels=3, text_width=1, mask="adaln_single"))
     model.double().eval()
@@ -100,11 +101,18 @@ def test_around_a_real_backbone(read):
     latent, timestep = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.tensor(400.0)
     text, null = TEXT.to("cpu", torch.float64), NULL.to("cpu", torch.float64)
 
-    def backbone(latent: torch.Tensor, timestep: torch.Tensor, text: PackedText | TextMemory) -> torch.Tensor:
-        return model(latent, timestep, text).sample_BCHW
+    def plain(latent: torch.Tensor, timestep: torch.Tensor, text: PackedText) -> torch.Tensor:
+        return predict(model, latent, timestep, text).sample_BCHW
 
-    with_text, without = (backbone(latent, timestep.expand(2), half) for half in (text, null * 2))
+    def from_caches(latent: torch.Tensor, timestep: torch.Tensor, text: TextCache) -> torch.Tensor:
+        (time,) = model.embed_times(timestep[:1])
+        return model(latent, CachedConditioning(time, text)).sample_BCHW
+
+    with_text, without = (plain(latent, timestep.expand(2), half) for half in (text, null * 2))
     assert (with_text - without).abs().max() > 1e-3
-    captions = (model.read(text), model.read(null)) if read else (text, null)
-    got = Guided(backbone, *captions, Guidance(4.0))(latent, timestep, 0.4)
+    if cached:
+        guided = Guided(from_caches, model.encode_text(text), model.encode_text(null), Guidance(4.0))
+    else:
+        guided = Guided(plain, text, null, Guidance(4.0))
+    got = guided(latent, timestep, 0.4)
     torch.testing.assert_close(got, without + 4.0 * (with_text - without))

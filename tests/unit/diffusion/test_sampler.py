@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import backbones
 import numpy as np
 import pytest
 import torch
@@ -18,18 +19,19 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.diffusion import (
+    BudgetRule,
     EpsilonPrediction,
     Guidance,
     RectifiedFlow,
-    Rule,
     choose_rule,
     generate,
     sample,
     start_noise,
+    switching,
 )
-from pretrain.diffusion import switching as mediators
 from pretrain.diffusion.switching import change
-from pretrain.models import DiT, DiTConfig, PackedText, Prediction, Skip, TextMemory
+from pretrain.models import CachedConditioning, ComputeBudget, DiT, DiTConfig, PackedText, Prediction, Skip
+from pretrain.models.mixers.mediators import MediatorsSection
 from pretrain.schedulers import build_scheduler, set_timesteps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -290,9 +292,9 @@ def trained(mask: str = "adaln_single", ffn: str = "uniform", **more: Any) -> Di
     return model
 
 
-def memories(model: DiT, text: PackedText, null: PackedText, scheduler: Any) -> tuple[Any, Any, Any]:
-    """What the backbone is asked for once per prompt."""
-    return model.read(text), model.read(null), model.read_times(scheduler.timesteps)
+def caches(model: DiT, text: PackedText, null: PackedText, scheduler: Any) -> tuple[Any, Any, Any]:
+    """The backbone's work that is done once per prompt."""
+    return model.encode_text(text), model.encode_text(null), model.embed_times(scheduler.timesteps)
 
 
 @torch.no_grad()
@@ -301,12 +303,14 @@ def test_generate_is_the_loop_around_the_guided_backbone():
     model, (text, null), noise = trained(), texts(), start_noise([5, 6, 7], (4, 6, 8))
 
     def predict(x: torch.Tensor, timestep: torch.Tensor, t: float) -> torch.Tensor:
-        with_text, without = (model(x, timestep.expand(3), half).sample_BCHW for half in (text, null * 3))
+        with_text, without = (
+            backbones.predict(model, x, timestep.expand(3), half).sample_BCHW for half in (text, null * 3)
+        )
         return without + (3.0 if 0.4 <= t <= 0.9 else 1.0) * (with_text - without)
 
     expected = sample(predict, noise, scheduled("flow", 6))
     scheduler, guidance = scheduled("flow", 6), Guidance(3.0, (0.4, 0.9))
-    drawn = generate(model, *memories(model, text, null, scheduler), noise, scheduler, guidance, torch.float32)
+    drawn = generate(model, *caches(model, text, null, scheduler), noise, scheduler, guidance, torch.float32)
     torch.testing.assert_close(drawn.latent_BCHW, expected, rtol=1e-3, atol=1e-3)
     assert drawn.masks_BSKN is drawn.work is None
 
@@ -318,7 +322,7 @@ def test_generate_draws_each_picture_from_its_own_seed_and_caption(objective):
 
     def drawn(text: PackedText, seeds: list[int], scale: float = 3.0) -> Any:
         scheduler = scheduled(objective, 4, 3.0)
-        given = *memories(model, text, null, scheduler), start_noise(seeds, (4, 6, 8)), scheduler
+        given = *caches(model, text, null, scheduler), start_noise(seeds, (4, 6, 8)), scheduler
         return generate(model, *given, Guidance(scale), torch.float32, keep_masks=True)
 
     together = drawn(text, [5, 6, 7])
@@ -339,19 +343,19 @@ def test_generate_draws_each_picture_from_its_own_seed_and_caption(objective):
 
 @torch.no_grad()
 def test_generate_with_a_backbone_that_predicts_0_gives_the_noise_back():
-    """In fp32, whatever the backbone computes in; it gets `dtype`, and nothing is remade of captions that were read."""
+    """In fp32, whatever the backbone computes in; it gets `dtype`, and nothing is made again of captions that were encoded."""
     model, (text, null), noise = trained().bfloat16(), texts(), start_noise([5, 6, 7], (4, 6, 8))
     scheduler = scheduled("flow", 4, 3.0)
-    read = memories(model, text.to(CPU, torch.bfloat16), null.to(CPU, torch.bfloat16), scheduler)
+    cached = caches(model, text.to(CPU, torch.bfloat16), null.to(CPU, torch.bfloat16), scheduler)
 
-    def backbone(latent: torch.Tensor, times: Any, text: TextMemory, skip: Skip | None, **more: Any) -> Prediction:
+    def backbone(latent: torch.Tensor, given: CachedConditioning, skip: Skip | None, **more: Any) -> Prediction:
         assert latent.dtype == torch.bfloat16
-        assert (len(latent), len(text), skip, more) == (6, 6, None, {"effort": None})
-        assert text.blocks[0][0][0].data_ptr() == read[0].blocks[0][0][0].data_ptr()
-        prediction = model(latent, times, text, skip)
+        assert (len(latent), len(given), skip, more) == (6, 6, None, {"budget": ComputeBudget()})
+        assert given.text.blocks[0][0].keys.data_ptr() == cached[0].blocks[0][0].keys.data_ptr()
+        prediction = model(latent, given, skip)
         return replace(prediction, sample_BCHW=torch.zeros_like(prediction.sample_BCHW))
 
-    drawn = generate(backbone, *read, noise, scheduler, Guidance(3.0), torch.bfloat16, keep_masks=True)
+    drawn = generate(backbone, *cached, noise, scheduler, Guidance(3.0), torch.bfloat16, keep_masks=True)
     assert torch.equal(drawn.latent_BCHW, noise)
     assert drawn.masks_BSKN.dtype == torch.float32
 
@@ -366,7 +370,7 @@ def test_generate_stops_where_a_step_says_so():
         return None if i == 1 else latent
 
     scheduler = scheduled("flow", 4)
-    given = *memories(model, text, null, scheduler), noise, scheduler, Guidance(3.0), torch.float32
+    given = *caches(model, text, null, scheduler), noise, scheduler, Guidance(3.0), torch.float32
     drawn = generate(model, *given, Skip(0.5), keep_masks=True, on_step=on_step)
     assert len(latents) == 2
     assert torch.equal(drawn.latent_BCHW, latents[-1])
@@ -381,7 +385,7 @@ def test_generate_stops_where_a_step_says_so():
 def test_the_work_counted_is_what_the_ffns_were_given(unit, ffn):
     """Both halves where there is guidance, at t = ⅚, ⅔ and ½; against what the masks and hooks say."""
     model, (text, null), noise = trained("release", ffn), texts(), start_noise([5, 6, 7], (4, 6, 8))
-    plain = model(noise, torch.full((3,), 500.0), text).masks_KBN
+    plain = backbones.predict(model, noise, torch.full((3,), 500.0), text).masks_KBN
     skip = Skip((plain if unit == "token" else plain.mean(-1)).quantile(0.45).item(), unit)
     rows, masks = [], []
     for block in model.blocks:
@@ -394,7 +398,7 @@ def test_the_work_counted_is_what_the_ffns_were_given(unit, ffn):
         return prediction
 
     scheduler = scheduled("flow", 6)
-    given = *memories(model, text, null, scheduler), noise, scheduler, Guidance(3.0, (0.4, 0.9))
+    given = *caches(model, text, null, scheduler), noise, scheduler, Guidance(3.0, (0.4, 0.9))
     work = generate(backbone, *given, torch.float32, skip).work
     assert work.tokens_SK[:, 0].tolist() == [36, 72, 72, 72, 36, 36]
     assert work.kept_SK.tolist() == [[step.get(block.ffn, 0) for block in model.blocks] for step in rows]
@@ -433,7 +437,7 @@ def waits_in_the_loop(
     where: str = "",
     sampler: str = "ode",
     model: DiT | None = None,
-    rule: Rule | None = None,
+    rule: BudgetRule | None = None,
 ) -> set[str]:
     """The operations that wait for the device, from the backbone's first call to the last step's end."""
     model, (text, null), recorder, marks = model or trained("release", "shared"), texts(), Recorder(), []
@@ -451,9 +455,9 @@ def waits_in_the_loop(
         return latent
 
     scheduler = scheduled(objective, 4, 3.0, sampler)
-    given = *memories(model, text, null, scheduler), start_noise([5, 6, 7], (4, 6, 8)), scheduler
+    given = *caches(model, text, null, scheduler), start_noise([5, 6, 7], (4, 6, 8)), scheduler
     with recorder:
-        generate(backbone, *given, Guidance(3.0, (0.0, 0.8)), torch.float32, skip, True, on_step, mediators=rule)
+        generate(backbone, *given, Guidance(3.0, (0.0, 0.8)), torch.float32, skip, True, on_step, rule=rule)
     assert len(marks) == 2 * 4
     loop = recorder.names[marks[0] : marks[-1]]
     assert loop.count("addmm") > 4, "the backbone's products are seen"
@@ -468,8 +472,8 @@ def test_without_skip_nothing_in_the_loop_waits_for_the_device(objective, sample
 def test_of_the_mediators_rules_one_alone_asks_for_the_changes(monkeypatch):
     """Only there is something to wait for, which the recorder does not see on a CPU."""
     asked_for = []
-    monkeypatch.setattr(mediators, "change", lambda after, before: asked_for.append(1) or change(after, before))
-    model = trained("release", "shared", attention="mediators", mediators=(1, 4))
+    monkeypatch.setattr(switching, "change", lambda after, before: asked_for.append(1) or change(after, before))
+    model = trained("release", "shared", attention="mediators", mediators=MediatorsSection((1, 4)))
     for asked in ({}, {"mediators": 4}):
         assert waits_in_the_loop("flow", model=model, rule=choose_rule(model.config, **asked)) == set()
     assert asked_for == []

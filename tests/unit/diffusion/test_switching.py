@@ -1,4 +1,4 @@
-"""How many mediators each picture has at each step: the rules, and batches whose pictures differ in it.
+"""The rules for each picture's budget at each step, and batches whose pictures differ in it.
 
 Letters: B images, S sampling steps, K blocks, N tokens.
 """
@@ -15,27 +15,43 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.diffusion import Fixed, Generated, Guidance, Rule, Switching, choose_rule, generate, start_noise
-from pretrain.diffusion.switching import ByLevel, change
-from pretrain.models import DiT, DiTConfig, PackedText, Skip
+from pretrain.diffusion import BudgetRule, Fixed, Generated, Guidance, Switching, choose_rule, generate, start_noise
+from pretrain.diffusion.switching import change
+from pretrain.models import ComputeBudget, DiT, DiTConfig, PackedText, Skip
+from pretrain.models.budgets import default_budget
+from pretrain.models.mixers.flexdit import FlexDiTSection
+from pretrain.models.mixers.mediators import MediatorsSection
 from pretrain.schedulers import build_scheduler, set_timesteps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = DiTConfig(
-    width=16, heads=2, depth=2, patch=1, latent_channels=4, text_width=5, attention="mediators", mediators=(1, 4, 9)
+    width=16,
+    heads=2,
+    depth=2,
+    patch=1,
+    latent_channels=4,
+    text_width=5,
+    attention="mediators",
+    mediators=MediatorsSection((1, 4, 9)),
 )
 FULL = replace(CONFIG, attention="full")
-BOTH = replace(CONFIG, mask="adaln_single", density="flexdit", depth=6, split=(1, 1, 1, 1), sparsity=(0.3, 0.6))
+BOTH = replace(
+    CONFIG,
+    mask="adaln_single",
+    density="flexdit",
+    depth=6,
+    flexdit=FlexDiTSection(split=(1, 1, 1, 1), sparsity=(0.3, 0.6)),
+)
 SIZE = (4, 4, 6)
 
 
 # ---- the rules ----
 
 
-def numbers(rule: Rule, changes: Sequence[float]) -> list[int | None]:
+def numbers(rule: BudgetRule, changes: Sequence[float]) -> list[int | None]:
     """The numbers before the first change, after it, and so on."""
-    return [rule.effort(0.5, changes[:i]).mediators for i in range(len(changes) + 1)]
+    return [rule.budget(0.5, changes[:i]).get("mediators") for i in range(len(changes) + 1)]
 
 
 @pytest.mark.parametrize(
@@ -57,11 +73,11 @@ def test_switching_never_goes_back(changes, expected):
 
 def test_switching_between_any_number_of_numbers():
     changes = [1, 1, 1, 0.8, 0.6, 0.4, 0.2]
-    two, four = (replace(CONFIG, mediators=m) for m in ((4, 9), (1, 4, 9, 16)))
+    two, four = (replace(CONFIG, mediators=MediatorsSection(m)) for m in ((4, 9), (1, 4, 9, 16)))
     assert numbers(Switching(two, (0.7,)), changes) == [4, 4, 4, 4, 4, 9, 9, 9]
     assert numbers(Switching(four, (0.9, 0.5, 0.3)), changes) == [1, 1, 1, 1, 4, 4, 9, 16]
     assert numbers(Switching(four, (0.9, 2.0, 0.3)), changes) == [1, 1, 1, 1, 9, 9, 9, 16]
-    assert numbers(Switching(replace(CONFIG, mediators=(4,)), ()), changes) == [4] * 8
+    assert numbers(Switching(replace(CONFIG, mediators=MediatorsSection((4,))), ()), changes) == [4] * 8
 
 
 def test_change_is_of_each_picture():
@@ -72,20 +88,19 @@ def test_change_is_of_each_picture():
 
 
 def test_the_rule_asked_for():
-    assert choose_rule(CONFIG) == ByLevel(CONFIG)
+    assert choose_rule(CONFIG) is None, "the backbone's default"
     assert choose_rule(CONFIG, 4) == Fixed(CONFIG, 4)
     assert choose_rule(CONFIG, rho=[0.9, 0.5]) == Switching(CONFIG, (0.9, 0.5))
     assert choose_rule(FULL) is None
-    assert [ByLevel(CONFIG).effort(t, ()).mediators for t in (1.0, 0.6, 0.1)] == [1, 4, 9]
 
 
 @pytest.mark.parametrize(
     ("config", "asked", "mend"),
     [
-        (FULL, {"mediators": 4}, "mediators: 4, but this model has full attention"),
+        (FULL, {"mediators": 4}, "mediators: 4, but this model .full attention"),
         (FULL, {"rho": [0.5]}, "mediator ρ 0.5: this model has full attention; leave them out"),
-        (CONFIG, {"mediators": 16}, "mediators: 16 is none of 1, 4, 9, for which"),
-        (CONFIG, {"mediators": 0}, "mediators: 0 is none of 1, 4, 9, for which"),
+        (CONFIG, {"mediators": 16}, "mediators: 16 is none of 1, 4, 9, which this model can do"),
+        (CONFIG, {"mediators": 0}, "mediators: 0 is none of 1, 4, 9, which this model can do"),
         (CONFIG, {"rho": [0.5]}, r"mediator ρ 0.5: expected 2, one fewer than the model's .* \(1, 4, 9\)"),
         (CONFIG, {"rho": [0.9, 0.8, 0.7]}, "mediator ρ 0.9, 0.8, 0.7: expected 2, one fewer"),
         (CONFIG, {"rho": []}, r"mediator ρ \(none\): expected 2, one fewer"),
@@ -121,7 +136,7 @@ CAPTIONS = [torch.randn(n, 5, generator=torch.Generator().manual_seed(n)).double
 
 @torch.no_grad()
 def draw(
-    model: Any, rule: Rule | None, pictures: Sequence[int] = range(4), sampler: str = "ode", **more: Any
+    model: Any, rule: BudgetRule | None, pictures: Sequence[int] = range(4), sampler: str = "ode", **more: Any
 ) -> Generated:
     """Some of four pictures, by eight equal steps."""
     scheduler = build_scheduler("flow", 1.0, sampler)
@@ -133,30 +148,35 @@ def draw(
     scales = torch.tensor([1.0, 0.2, 4.0, 0.5])[list(pictures), None, None, None]
     noise = start_noise(pictures, SIZE) * scales
     asked = {"guidance": Guidance(3.0, (0.0, 0.7)), "dtype": torch.float64, **more}
-    times = model.read_times(scheduler.timesteps)
-    return generate(model, model.read(text), model.read(null), times, noise, scheduler, mediators=rule, **asked)
+    times = model.embed_times(scheduler.timesteps)
+    return generate(
+        model, model.encode_text(text), model.encode_text(null), times, noise, scheduler, rule=rule, **asked
+    )
 
 
 SWITCHING = Switching(BOTH, (0.7, 0.45))
 
 
+def mediators_BS(drawn: Generated) -> list[list[int | None]]:
+    """The number of mediators of each picture at each step."""
+    return [[budget.get("mediators") for budget in steps] for steps in zip(*drawn.budgets_SB, strict=True)]
+
+
 def test_the_default_is_the_backbones(model):
-    """As asked for by no rule at all, and told."""
-    got, plain = draw(model, ByLevel(BOTH)), draw(model, None)
-    assert torch.equal(got.latent_BCHW, plain.latent_BCHW)
-    assert plain.mediators_BS is None
-    assert got.mediators_BS is not None
-    assert got.mediators_BS.tolist() == [[1, 1, 1, 4, 4, 4, 9, 9]] * 4  # at t = 1, 7/8, …, 1/8
+    """Without a rule the noise level decides, at t = 1, 7/8, …, 1/8; the result says so."""
+    drawn = draw(model, None)
+    assert mediators_BS(drawn) == [[1, 1, 1, 4, 4, 4, 9, 9]] * 4
+    assert drawn.budgets_SB == tuple((default_budget(BOTH, 1 - s / 8),) * 4 for s in range(8))
 
 
 def test_a_fixed_number_is_what_the_backbone_is_asked_for(model, monkeypatch):
     """It leaves the density to the noise level."""
     asked = []
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *a, **k: asked.append(k["effort"]) or forward(*a, **k))
+    monkeypatch.setattr(model, "forward", lambda *a, **k: asked.append(k["budget"]) or forward(*a, **k))
     drawn = draw(model, Fixed(BOTH, 4))
-    assert [(effort.mediators, effort.bin) for effort in asked] == [(4, b) for b in (3, 3, 3, 2, 2, 1, 1, 0)]
-    assert drawn.mediators_BS is not None and (drawn.mediators_BS == 4).all()
+    assert asked == [ComputeBudget.of(mediators=4, flexdit=b) for b in (3, 3, 3, 2, 2, 1, 1, 0)]
+    assert mediators_BS(drawn) == [[4] * 8] * 4
     assert not torch.equal(drawn.latent_BCHW, draw(model, Fixed(BOTH, 9)).latent_BCHW)
 
 
@@ -164,8 +184,7 @@ def test_pictures_of_a_batch_switch_each_by_its_own_changes(model):
     """The numbers are those that the rule gives for the changes that a watcher measures."""
     trail = [start_noise(range(4), SIZE) * torch.tensor([1.0, 0.2, 4.0, 0.5])[:, None, None, None]]
     drawn = draw(model, SWITCHING, on_step=lambda i, timestep, latent: trail.append(latent) or latent)
-    assert drawn.mediators_BS is not None
-    schedules = drawn.mediators_BS.tolist()
+    schedules = mediators_BS(drawn)
     assert len({tuple(s) for s in schedules}) > 2, "the pictures differ"
     assert {n for s in schedules for n in s} == {1, 4, 9}
     for b, schedule in enumerate(schedules):
@@ -181,20 +200,21 @@ def test_a_picture_does_not_depend_on_its_batch(model, sampler, scale):
         return draw(model, SWITCHING, pictures, sampler, keep_masks=True, guidance=Guidance(scale, (0.0, 0.7)))
 
     whole = drawn(0, 1, 2, 3)
-    assert whole.mediators_BS is not None and (whole.mediators_BS != whole.mediators_BS[0]).any()
+    assert len({tuple(row) for row in mediators_BS(whole)}) > 1
     for some in ([1], [3], [3, 1], [2, 0, 1]):
         part = drawn(*some)
-        for name in ("latent_BCHW", "masks_BSKN", "mediators_BS"):
+        assert mediators_BS(part) == [mediators_BS(whole)[b] for b in some]
+        for name in ("latent_BCHW", "masks_BSKN"):
             torch.testing.assert_close(getattr(part, name), getattr(whole, name)[some], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", [ByLevel(BOTH), SWITCHING])
+@pytest.mark.parametrize("rule", [None, SWITCHING])
 def test_two_drawings_are_equal_bit_for_bit(model, rule):
     first, again = (draw(model, rule, keep_masks=True, skip=Skip(0.8), sampler="sde") for _ in range(2))
     assert first.latent_BCHW.isfinite().all()
     assert torch.equal(first.latent_BCHW, again.latent_BCHW)
     assert first.masks_BSKN is not None and torch.equal(first.masks_BSKN, again.masks_BSKN)
-    assert first.mediators_BS is not None and torch.equal(first.mediators_BS, again.mediators_BS)
+    assert first.budgets_SB == again.budgets_SB
 
 
 @pytest.mark.parametrize("unit", ["token", "layer"])
@@ -230,9 +250,7 @@ def test_the_work_of_a_divided_batch_is_the_sum_of_its_parts(model, unit):
 def test_a_step_can_stop_it_or_give_other_latents(model):
     """The changes are those of the latents that the sampling goes on with."""
     stopped = draw(model, SWITCHING, on_step=lambda i, timestep, latent: None if i == 2 else latent)
-    assert stopped.mediators_BS is not None
-    assert stopped.mediators_BS.shape == (4, 3)
+    assert [len(row) for row in mediators_BS(stopped)] == [3] * 4
     start = start_noise(range(4), SIZE)
     still = draw(model, SWITCHING, on_step=lambda i, timestep, latent: start + (i + 1 if i < 3 else 3))
-    assert still.mediators_BS is not None
-    assert still.mediators_BS[0].tolist()[-3:] == [9, 9, 9], "it stands still from the fourth step on"
+    assert mediators_BS(still)[0][-3:] == [9, 9, 9], "it stands still from the fourth step on"

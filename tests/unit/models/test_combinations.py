@@ -8,11 +8,13 @@ from itertools import product
 
 import pytest
 import torch
+from backbones import predict
 from torch import Tensor
 
-from pretrain.models import DiT, DiTConfig, Effort, PackedText, Skip
-from pretrain.models.budgets import depends_on_time
+from pretrain.models import ComputeBudget, DiT, DiTConfig, PackedText, Skip
 from pretrain.models.focusdit.mask import draw_keep
+from pretrain.models.mixers.flexdit import FlexDiTSection
+from pretrain.models.mixers.mediators import MediatorsSection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,9 +25,8 @@ SMALL = DiTConfig(
     patch=2,
     latent_channels=3,
     text_width=10,
-    mediators=(1, 4),
-    sparsity=(0.3, 0.8),
-    split=(1, 1, 1, 1),
+    mediators=MediatorsSection((1, 4)),
+    flexdit=FlexDiTSection(split=(1, 1, 1, 1), sparsity=(0.3, 0.8)),
     mask_hidden=(16, 8),
 )
 MASKS, FFNS = ("none", "adaln_single", "release"), ("uniform", "shared", "tapered")
@@ -39,7 +40,7 @@ def build(mask: str, ffn: str, attention: str, density: str) -> DiT:
     torch.manual_seed(0)
     config = replace(SMALL, mask=mask, ffn=ffn, attention=attention, density=density)
     if density == "dense":
-        config = replace(config, depth=2, split=None)
+        config = replace(config, depth=2)
     model = DiT(config).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -60,16 +61,18 @@ def keep_of(model: DiT) -> Tensor:
     return draw_keep(range(2), model.config.depth, GRID[0] * GRID[1], 0.3, torch.device("cpu"))
 
 
-def efforts(model: DiT) -> list[Effort]:
+def budgets(model: DiT) -> list[ComputeBudget]:
     """One for each number of mediators."""
     config = model.config
-    numbers = config.mediators if config.attention == "mediators" else (None,)
-    return [Effort(n, 2 if config.density == "flexdit" else None) for n in numbers]
+    rest = {"flexdit": 2} if config.density == "flexdit" else {}
+    if config.attention != "mediators":
+        return [ComputeBudget.of(**rest)]
+    return [ComputeBudget.of(mediators=n, **rest) for n in config.mediators.numbers]
 
 
-def gradients(model: DiT, keep: Tensor | None, effort: Effort) -> list[Tensor | None]:
+def gradients(model: DiT, keep: Tensor | None, budget: ComputeBudget) -> list[Tensor | None]:
     model.zero_grad(set_to_none=True)
-    model(*inputs(), keep_KBN=keep, effort=effort).sample_BCHW.square().mean().backward()
+    predict(model, *inputs(), keep_KBN=keep, budget=budget).sample_BCHW.square().mean().backward()
     return [p.grad for p in model.parameters()]
 
 
@@ -78,8 +81,8 @@ def gradients(model: DiT, keep: Tensor | None, effort: Effort) -> list[Tensor | 
 def test_every_parameter_learns(mask, ffn, attention, density):
     """Each number of mediators has tables of its own."""
     model = build(mask, ffn, attention, density)
-    for effort in efforts(model):
-        model(*inputs(), effort=effort).sample_BCHW.square().mean().backward()
+    for budget in budgets(model):
+        predict(model, *inputs(), budget=budget).sample_BCHW.square().mean().backward()
     still = {n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0}
     # A softmax over one mediator is 1 whatever its bias.
     assert still == {n for n, _ in model.named_parameters() if ".spread_bias.1." in n}
@@ -90,10 +93,10 @@ def test_every_parameter_learns(mask, ffn, attention, density):
 def test_recompute_changes_no_gradient(mask, ffn, attention, density):
     """Also with dropout."""
     model = build(mask, ffn, attention, density)
-    keep, effort = None if mask == "none" else keep_of(model), efforts(model)[-1]
-    kept = gradients(model, keep, effort)
+    keep, budget = None if mask == "none" else keep_of(model), budgets(model)[-1]
+    kept = gradients(model, keep, budget)
     model.recompute = True
-    for before, after in zip(kept, gradients(model, keep, effort), strict=True):
+    for before, after in zip(kept, gradients(model, keep, budget), strict=True):
         if before is None or after is None:
             assert before is after, "other numbers' tables have no gradient"
         else:
@@ -107,7 +110,7 @@ def test_masks_are_of_all_tokens_and_dropped_where_they_are_made(mask, attention
     model = build(mask, "uniform", attention, density)
     K, N = model.config.depth, GRID[0] * GRID[1]
     for keep in (None, keep_of(model)):
-        got = model(*inputs(), keep_KBN=keep)
+        got = predict(model, *inputs(), keep_KBN=keep)
         assert got.masks_KBN.shape == (K, 2, N)
         for block, (mask_BN, grid) in enumerate(got.masks):
             on_sparse = density == "flexdit" and block in SPARSE
@@ -121,13 +124,13 @@ def test_masks_are_of_all_tokens_and_dropped_where_they_are_made(mask, attention
 @pytest.mark.parametrize(("attention", "density"), NEIGHBOURS)
 def test_skipping_leaves_out_what_the_masks_on_each_grid_say(attention, density, unit):
     model, (latent, timestep, text) = build("release", "shared", attention, density), inputs()
-    plain = model(latent, timestep, text)
-    assert torch.equal(model(latent, timestep, text, Skip(0.0, unit)).sample_BCHW, plain.sample_BCHW)
+    plain = predict(model, latent, timestep, text)
+    assert torch.equal(predict(model, latent, timestep, text, Skip(0.0, unit)).sample_BCHW, plain.sample_BCHW)
     judged = torch.cat([m.flatten() if unit == "token" else m.mean(-1) for m, _ in plain.masks])
     skip, rows = Skip(judged.quantile(0.4).item(), unit), [0] * model.config.depth
     for i, block in enumerate(model.blocks):
         block.ffn.register_forward_pre_hook(lambda _, a, i=i: rows.__setitem__(i, a[0].flatten(0, -2).shape[0]))
-    got = model(latent, timestep, text, skip)
+    got = predict(model, latent, timestep, text, skip)
     kept = [
         sum(
             int((image > skip.threshold).sum()) if unit == "token" else len(image) * int(image.mean() >= skip.threshold)
@@ -147,10 +150,10 @@ def test_a_result_does_not_depend_on_neighbours(attention, density, rotary):
     model, (latent, timestep, text) = build("adaln_single", "shared", attention, density), inputs()
     other = DiT(replace(model.config, rotary=rotary, absolute="sincos", position_scale=(2.0, 0.5))).double()
     other.load_state_dict(model.state_dict())
-    together = other(latent, timestep, text)
-    assert not torch.allclose(together.sample_BCHW, model(latent, timestep, text).sample_BCHW)
+    together = predict(other, latent, timestep, text)
+    assert not torch.allclose(together.sample_BCHW, predict(model, latent, timestep, text).sample_BCHW)
     for b in range(2):
-        alone = other(latent[b : b + 1], timestep[b : b + 1], PackedText.pack([text.captions()[b]]))
+        alone = predict(other, latent[b : b + 1], timestep[b : b + 1], PackedText.pack([text.captions()[b]]))
         torch.testing.assert_close(alone.sample_BCHW, together.sample_BCHW[b : b + 1])
         torch.testing.assert_close(alone.masks_KBN, together.masks_KBN[:, b : b + 1])
 
@@ -160,10 +163,10 @@ def test_it_trains_in_bf16(attention, density):
     exact, half = (build("adaln_single", "shared", attention, density) for _ in range(2))
     half.to(torch.bfloat16)
     latent, timestep, text = inputs()
-    effort = efforts(exact)[-1]
+    budget = budgets(exact)[-1]
     with torch.no_grad():
-        expected = exact(latent, timestep, text, effort=effort).sample_BCHW
-    got = half(latent.bfloat16(), timestep, text.to("cpu", torch.bfloat16), effort=effort).sample_BCHW
+        expected = predict(exact, latent, timestep, text, budget=budget).sample_BCHW
+    got = predict(half, latent.bfloat16(), timestep, text.to("cpu", torch.bfloat16), budget=budget).sample_BCHW
     assert got.dtype == torch.bfloat16
     assert (got.double() - expected).norm() < 0.2 * expected.norm()
     got.square().mean().backward()
@@ -179,9 +182,9 @@ def test_ffns_are_pruned_from_blocks_of_every_role(dropped):
     assert {int(name.split(".")[1]) for name in rest.unexpected_keys} == set(dropped)
     for block in dropped:
         whole.blocks[block]._vocabulary = lambda shared: torch.zeros_like
-    torch.testing.assert_close(pruned(*inputs()).sample_BCHW, whole(*inputs()).sample_BCHW)
+    torch.testing.assert_close(predict(pruned, *inputs()).sample_BCHW, predict(whole, *inputs()).sample_BCHW)
 
 
 def test_only_the_neighbours_depend_on_time():
-    found = {(a, d): depends_on_time(build("none", "uniform", a, d).config) for a, d in NEIGHBOURS}
-    assert [pair for pair, depends in found.items() if not depends] == [("full", "dense")]
+    found = {(a, d): build("none", "uniform", a, d).config.open_methods for a, d in NEIGHBOURS}
+    assert [pair for pair, methods in found.items() if not methods] == [("full", "dense")]

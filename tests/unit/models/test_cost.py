@@ -6,14 +6,15 @@ from itertools import product
 
 import pytest
 import torch
+from backbones import predict
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.models import PRESETS, DiT, DiTConfig, Effort, PackedText
+from pretrain.models import PRESETS, CachedConditioning, ComputeBudget, DiT, DiTConfig, PackedText
 from pretrain.models import __main__ as printed
-from pretrain.models.budgets import depends_on_time
+from pretrain.models.budgets import default_budget
 from pretrain.models.compare import METHODS, PUBLISHED
 from pretrain.models.cost import (
     count_activations,
@@ -21,18 +22,19 @@ from pretrain.models.cost import (
     count_parameters,
     ffn_flops,
     grid_of,
-    reading_flops,
+    text_flops,
     training_flops,
 )
-from pretrain.models.mixers.flexdit import BINS, DENSE, roles
+from pretrain.models.mixers.flexdit import BINS, DENSE, FlexDiTSection, roles
+from pretrain.models.mixers.mediators import MediatorsSection
 
 SMALL = DiTConfig(
     width=48, heads=2, depth=5, patch=2, latent_channels=3, text_width=20, shared_width=3, mask_hidden=(16, 8, 4)
 )
 KINDS = list(product(("none", "release", "adaln_single"), ("uniform", "shared", "tapered")))
 IMAGES, CAPTION = 2, 7
-MEDIATORS = {"attention": "mediators", "mediators": (4, 9)}
-FLEXDIT = {"density": "flexdit", "depth": 6, "split": (1, 1, 1, 1)}
+MEDIATORS = {"attention": "mediators", "mediators": MediatorsSection((4, 9))}
+FLEXDIT = {"density": "flexdit", "depth": 6, "flexdit": FlexDiTSection(split=(1, 1, 1, 1))}
 NEIGHBOURS = [{}, MEDIATORS, FLEXDIT, MEDIATORS | FLEXDIT]
 
 
@@ -55,10 +57,11 @@ def inputs(
     return latent, torch.zeros(images, device=device), PackedText.pack(captions)
 
 
-def efforts_of(config: DiTConfig) -> list[Effort]:
-    """Every one that a model has a choice of."""
-    numbers = config.mediators if config.attention == "mediators" else (None,)
-    return [Effort(n, i) for n in numbers for i in (range(BINS) if config.density == "flexdit" else (None,))]
+def budgets_of(config: DiTConfig) -> list[ComputeBudget]:
+    """Every budget that a model has a choice of."""
+    names = [method.name for method in config.open_methods]
+    choices = product(*(method.choices for method in config.open_methods))
+    return [ComputeBudget(tuple(zip(names, some, strict=True))) for some in choices]
 
 
 def assert_parameters_are_counted(config: DiTConfig) -> None:
@@ -86,18 +89,18 @@ def test_flops_of_a_forward_and_a_training_step(mask, ffn, removed):
     config = replace(SMALL, mask=mask, ffn=ffn, removed_ffns=removed)
     model = on_meta(config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        output = model(*inputs(config, 4, 6)).sample_BCHW
+        output = predict(model, *inputs(config, 4, 6)).sample_BCHW
         forward = counter.get_total_flops()
         assert forward == IMAGES * count_flops(config, (4, 6), CAPTION).total
 
         modules = counter.get_flop_counts()
         by_part = {
             part: sum(sum(flops.values()) for name, flops in modules.items() if name.endswith(f".{part}"))
-            for part in ("self_attention", "cross_attention", "query_mask", "time_linear", "ffn", "shared_expert")
+            for part in ("self_attention", "cross_attention", "kv", "query_mask", "time_linear", "ffn", "shared_expert")
         }
         output.sum().backward()
     counted = count_flops(config, (4, 6), CAPTION)
-    assert by_part["self_attention"] + by_part["cross_attention"] == IMAGES * counted.attention
+    assert by_part["self_attention"] + by_part["cross_attention"] + by_part["kv"] == IMAGES * counted.attention
     assert by_part["ffn"] + by_part["shared_expert"] == IMAGES * counted.ffn
     assert by_part["query_mask"] + by_part["time_linear"] == IMAGES * counted.query_mask
 
@@ -109,43 +112,46 @@ def test_flops_of_a_forward_and_a_training_step(mask, ffn, removed):
     ("mask", "ffn", "text_width"), [("none", "shared", 0), ("release", "uniform", 20), ("adaln_single", "tapered", 0)]
 )
 @pytest.mark.parametrize("neighbours", NEIGHBOURS)
-def test_every_combination_and_effort(neighbours, mask, ffn, text_width):
-    """Parameters, and the FLOPs of each effort; without an effort, their mean, as each falls on as many noise levels."""
+def test_every_combination_and_budget(neighbours, mask, ffn, text_width):
+    """Parameters, and the FLOPs of each budget; without a budget, their mean, as each falls on as many noise levels."""
     config = replace(SMALL, mask=mask, ffn=ffn, text_width=text_width, **neighbours)
-    model, by_effort = DiT(config), []  # on the CPU, where so small a model is faster than on the meta device
+    model, by_budget = DiT(config), []  # on the CPU, where so small a model is faster than on the meta device
     assert count_parameters(config).total == sum(p.numel() for p in model.parameters())
     assert count_parameters(config).ffn == parameters_of(model, "ffn", "shared_expert")
-    for effort in efforts_of(config):
+    for budget in budgets_of(config):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(*inputs(config, 6, 8, device="cpu"), effort=effort)
-        counted = count_flops(config, (6, 8), CAPTION, effort)
-        by_effort.append(counted.total)
-        assert counter.get_total_flops() == IMAGES * counted.total, effort
+            predict(model, *inputs(config, 6, 8, device="cpu"), budget=budget)
+        counted = count_flops(config, (6, 8), CAPTION, budget)
+        by_budget.append(counted.total)
+        assert counter.get_total_flops() == IMAGES * counted.total, budget
         modules = counter.get_flop_counts()
         for part, names in {"ffn": ("ffn", "shared_expert"), "query_mask": ("query_mask", "time_linear")}.items():
             found = sum(sum(f.values()) for name, f in modules.items() if name.endswith(tuple(f".{n}" for n in names)))
             assert found == IMAGES * getattr(counted, part)
-    if depends_on_time(config):
-        levels = [Effort.at(config, (i + 0.5) / 24) for i in range(24)]
+    if config.open_methods:
+        levels = [default_budget(config, (i + 0.5) / 24) for i in range(24)]
         mean = sum(count_flops(config, (6, 8), CAPTION, e).total for e in levels) / 24
         assert count_flops(config, (6, 8), CAPTION).total == pytest.approx(mean, abs=2)
-        assert set(levels) <= set(efforts_of(config))
-        assert min(by_effort) <= mean <= max(by_effort)
+        assert set(levels) <= set(budgets_of(config))
+        assert min(by_budget) <= mean <= max(by_budget)
     else:
-        assert by_effort == [count_flops(config, (6, 8), CAPTION).total]
+        assert by_budget == [count_flops(config, (6, 8), CAPTION).total]
 
 
 @pytest.mark.parametrize("text_width", [20, 0])
-def test_flops_of_reading_the_text(text_width):
-    """What `DiT.read` does apart is what a forward pass on read text lacks."""
+def test_flops_of_encoding_the_text(text_width):
+    """`DiT.encode_text` does what a forward pass on encoded text lacks; likewise for the time, which all images share."""
     config = replace(SMALL, text_width=text_width)
     model, (latent, timestep, text) = on_meta(config), inputs(config, 4, 6)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as reading:
-        memory = model.read(text)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as encoding:
+        cache = model.encode_text(text)
+    with FlopCounterMode(display=False) as embedding:
+        (time,) = model.embed_times(timestep[:1])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as rest:
-        model(latent, timestep, memory)
-    assert reading.get_total_flops() == IMAGES * reading_flops(config, CAPTION)
-    assert reading.get_total_flops() + rest.get_total_flops() == IMAGES * count_flops(config, (4, 6), CAPTION).total
+        model(latent, CachedConditioning(time, cache))
+    assert encoding.get_total_flops() == IMAGES * text_flops(config, CAPTION)
+    parts = encoding.get_total_flops() + IMAGES * embedding.get_total_flops() + rest.get_total_flops()
+    assert parts == IMAGES * count_flops(config, (4, 6), CAPTION).total
 
 
 class Largest(TorchDispatchMode):
@@ -170,19 +176,19 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("neighbours", NEIGHBOURS[1:])
 def test_linear_attention_forms_no_matrix_of_all_tokens_by_all_tokens(neighbours):
     """Even where full attention does (torch's plain kernel), and through the backward pass; with its other kernels none does."""
-    config = replace(SMALL, width=32, sparsity=(0.9, 0.96), mask="adaln_single", **neighbours)
+    section = FlexDiTSection(FLEXDIT["flexdit"].split, (0.9, 0.96))
+    config = replace(SMALL, width=32, mask="adaln_single", **neighbours | {"flexdit": section})
     rows = columns = 32
     matrix = (rows * columns) ** 2  # of one head; the largest of the rest is under a half
-    role_of = roles(config.density, config.depth, config.split)
+    role_of = roles(config.depth, config.flexdit.split) if config.density == "flexdit" else (DENSE,) * config.depth
     for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
-        for effort in efforts_of(config)[:: BINS - 1]:
+        for budget in budgets_of(config)[:: BINS - 1]:
             model = DiT(config)
             if kernel == SDPBackend.FLASH_ATTENTION:  # on CPUs it knows no gradient of the biases
                 model.requires_grad_(False)
             with sdpa_kernel(kernel), Largest(model) as seen:
-                model(
-                    *inputs(config, rows, columns, images=1, device="cpu"), effort=effort
-                ).sample_BCHW.sum().backward()
+                given = inputs(config, rows, columns, images=1, device="cpu")
+                predict(model, *given, budget=budget).sample_BCHW.sum().backward()
             whole = {block for block, numel in seen.found.items() if numel >= matrix}
             dense = {block for block, role in enumerate(role_of) if role == DENSE}
             full = kernel == SDPBackend.MATH and config.attention == "full"
@@ -191,21 +197,24 @@ def test_linear_attention_forms_no_matrix_of_all_tokens_by_all_tokens(neighbours
 
 
 @pytest.mark.parametrize(
-    ("changes", "effort"),
+    ("changes", "budget"),
     [
-        ({"mask": "release", "ffn": "shared"}, Effort()),
-        ({"text_width": 0, "removed_ffns": (1, 3), "mask": "adaln_single"}, Effort()),
-        ({"attention": "mediators"}, Effort(4)),
-        ({"attention": "mediators"}, Effort(64)),
-        (FLEXDIT, Effort(bin=0)),
-        (FLEXDIT, Effort(bin=3)),
-        (FLEXDIT | {"attention": "mediators", "mask": "release", "ffn": "tapered"}, Effort(16, 2)),
+        ({"mask": "release", "ffn": "shared"}, ComputeBudget()),
+        ({"text_width": 0, "removed_ffns": (1, 3), "mask": "adaln_single"}, ComputeBudget()),
+        ({"attention": "mediators"}, ComputeBudget.of(mediators=4)),
+        ({"attention": "mediators"}, ComputeBudget.of(mediators=64)),
+        (FLEXDIT, ComputeBudget.of(flexdit=0)),
+        (FLEXDIT, ComputeBudget.of(flexdit=3)),
+        (
+            FLEXDIT | {"attention": "mediators", "mask": "release", "ffn": "tapered"},
+            ComputeBudget.of(mediators=16, flexdit=2),
+        ),
     ],
 )
 @pytest.mark.usefixtures("one_thread")
-def test_activations_are_what_autograd_keeps(changes, effort):
+def test_activations_are_what_autograd_keeps(changes, budget):
     """bf16 and a kernel that forms no N×N matrix, as on a GPU. What the second image of a batch adds is an image's."""
-    config = replace(SMALL, width=128, heads=4, depth=4, text_width=64, mediators=(4, 16, 64))
+    config = replace(SMALL, width=128, heads=4, depth=4, text_width=64, mediators=MediatorsSection((4, 16, 64)))
     config = replace(config, **changes)
     model = DiT(config).bfloat16()
     for name, parameter in model.named_parameters():
@@ -228,17 +237,17 @@ def test_activations_are_what_autograd_keeps(changes, effort):
                 timestep,
                 text.to("cpu", torch.bfloat16).with_tokens(text.tokens_ME.detach().bfloat16()),
             )
-            output = model(*given, effort=effort).sample_BCHW
+            output = predict(model, *given, budget=budget).sample_BCHW
         assert output.dtype == torch.bfloat16
         return sum(storage.nbytes() for storage in storages.values())
 
-    assert count_activations(config, (16, 16), 20, effort) == pytest.approx(kept_of(2) - kept_of(1), rel=0.03)
+    assert count_activations(config, (16, 16), 20, budget) == pytest.approx(kept_of(2) - kept_of(1), rel=0.03)
 
 
-def test_activations_of_the_most_expensive_effort_and_with_recomputing():
+def test_activations_of_the_most_expensive_budget_and_with_recomputing():
     config = replace(SMALL, **(MEDIATORS | FLEXDIT))
-    each = [count_activations(config, (6, 8), CAPTION, effort) for effort in efforts_of(config)]
-    levels = [count_activations(config, (6, 8), CAPTION, Effort.at(config, (i + 0.5) / 24)) for i in range(24)]
+    each = [count_activations(config, (6, 8), CAPTION, budget) for budget in budgets_of(config)]
+    levels = [count_activations(config, (6, 8), CAPTION, default_budget(config, (i + 0.5) / 24)) for i in range(24)]
     assert count_activations(config, (6, 8), CAPTION) == max(levels) <= max(each)
     base = PRESETS["dit_1b"]
     whole, less = (count_activations(base, (32, 32), 120, recompute=recompute) for recompute in (False, True))
@@ -251,7 +260,7 @@ def test_ffn_flops_of_each_block(ffn, removed):
     """Against the counter, block by block; the shared expert's are spread over the blocks that use it."""
     config = replace(SMALL, ffn=ffn, removed_ffns=removed)
     with FlopCounterMode(display=False) as counter:
-        on_meta(config)(*inputs(config, 4, 6))
+        predict(on_meta(config), *inputs(config, 4, 6))
     modules, tokens = counter.get_flop_counts(), IMAGES * 4 * 6
     used = [block for block in range(config.depth) if block not in removed]
     shared = sum(modules.get("DiT.shared_expert", {}).values()) // len(used)
@@ -331,14 +340,14 @@ def test_the_printed_table(capsys, monkeypatch):
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda p: f"{p.model.strip()}_{p.resolution}")
 def test_published_figures(published):
-    """Within 3% by the formula, which gives what forward passes count with the first and the last effort."""
+    """Within 3% by the formula, which gives what forward passes count with the first and the last budget."""
     config, grid = published.config, grid_of(published.config, published.resolution)
     model, caption = on_meta(config), published.text_tokens or 1
-    for effort in efforts_of(config)[:: BINS - 1]:
+    for budget in budgets_of(config)[:: BINS - 1]:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(*inputs(config, *grid, images=1, caption=caption), effort=effort)
-        assert counter.get_total_flops() == count_flops(config, grid, published.text_tokens, effort).total
-    every = [count_flops(config, grid, published.text_tokens, effort).total / 2e9 for effort in efforts_of(config)]
+            predict(model, *inputs(config, *grid, images=1, caption=caption), budget=budget)
+        assert counter.get_total_flops() == count_flops(config, grid, published.text_tokens, budget).total
+    every = [count_flops(config, grid, published.text_tokens, budget).total / 2e9 for budget in budgets_of(config)]
     assert published.counted() == pytest.approx(sum(every) / len(every), rel=1e-9)
     assert published.counted() == pytest.approx(published.gmacs, rel=0.03)
 
@@ -352,7 +361,9 @@ def test_where_the_published_figures_contradict_each_other():
     D2 = large.config.width**2 / 1e9
     assert large.counted() + 2 * 2 * (1024 - 1) * D2 == pytest.approx(235.1, abs=0.05)
     assert small.counted() + 1 * 2 * (256 - 1) * D2 == pytest.approx(70.4, abs=0.05)
-    assert replace(small, config=replace(small.config, split=None)).counted() == pytest.approx(68.25, abs=0.005)
+    assert replace(small, config=replace(small.config, flexdit=FlexDiTSection())).counted() == pytest.approx(
+        68.25, abs=0.005
+    )
     sparse = sum(side**2 for side in (10, 9, 8, 6)) / 4
     assert 4 * (1024 - sparse) * D2 / large.counted() == pytest.approx(0.022, abs=5e-4)
 
@@ -363,7 +374,7 @@ def test_the_printed_comparison(capsys, monkeypatch):
     printed.main()
     small, odd, large, notes, published = capsys.readouterr().out.split("\n\n")
     assert "100 px is not divisible by 8" in odd
-    assert small.count("not at 96 px: mediators: 64 (8 × 8) do not fit 6 × 6 tokens") == 3
+    assert small.count("not at 96 px: mediators.numbers: 64 (8 × 8) do not fit 6 × 6 tokens") == 3
     assert "baseline" in small and "80 tokens" in notes
     rows = large.splitlines()[3:]
     base = PRESETS["dit_1b"]
@@ -374,7 +385,10 @@ def test_the_printed_comparison(capsys, monkeypatch):
         assert f"{count_parameters(config).total / 1e6:.1f}M" in row
         assert f"{flops[name] / 1e9:.1f} G" in row and f"{flops[name] / flops['baseline']:.3f}" in row
         assert row.endswith(f"{count_activations(config, (32, 32), 80) / 2**30:.2f} GiB")
-    each = [count_flops(replace(base, attention="mediators"), (32, 32), 80, Effort(n)).total for n in (4, 16, 64)]
+    each = [
+        count_flops(replace(base, attention="mediators"), (32, 32), 80, ComputeBudget.of(mediators=n)).total
+        for n in (4, 16, 64)
+    ]
     assert rows[3].split()[-5:-2] == [f"{f / flops['baseline']:.3f}" for f in each]
     assert flops["mediators"] / flops["baseline"] == pytest.approx(0.92, abs=0.005), "7 to 8% fewer"
     for p in PUBLISHED:

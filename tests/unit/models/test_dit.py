@@ -10,11 +10,12 @@ from itertools import combinations, product
 import pytest
 import torch
 import torch.nn.functional as F
+from backbones import predict, predict_cached
 from torch import Tensor
 
-from pretrain.models import DiT, DiTConfig, PackedText
-from pretrain.models.block import TokenState
+from pretrain.models import CachedConditioning, DiT, DiTConfig, PackedText
 from pretrain.models.focusdit.mask import draw_keep
+from pretrain.models.mixers.base import TokenState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,7 +119,7 @@ def test_the_adaln_single_backbone_against_the_reference(norm_eps):
     """`norm_eps` is of the blocks' LayerNorms, not of the last one: large enough to tell beside large tokens."""
     model, (latent, _, text) = build(replace(PLAIN, norm_eps=norm_eps)), inputs()
     timestep = torch.tensor([3.5, 0.0, 11.0])  # small: the sinusoids' angles are made in fp32
-    got = model(latent, timestep, text)
+    got = predict(model, latent, timestep, text)
     assert got.masks_KBN is None
     assert got.sample_BCHW.std() > 0.1
     for b in range(3):
@@ -136,13 +137,13 @@ def test_with_masks_of_ones_it_is_the_plain_dit(mask, ffn):
     assert not rest.missing_keys
     assert all(".query_mask." in name for name in rest.unexpected_keys)
     given = inputs()
-    masked, expected = focus(*given), plain(*given).sample_BCHW
+    masked, expected = predict(focus, *given), predict(plain, *given).sample_BCHW
     assert not torch.allclose(masked.sample_BCHW, expected)
     assert masked.masks_KBN.shape == (3, 3, 24)
 
     for block in focus.blocks:
         block.query_mask.last.linear.bias.fill_(1e3)
-    ones = focus(*given)
+    ones = predict(focus, *given)
     assert (ones.masks_KBN == 1).all()
     torch.testing.assert_close(ones.sample_BCHW, expected, rtol=0, atol=0)
 
@@ -154,11 +155,11 @@ def test_masks_of_zeros_silence_the_ffn(mask):
     model, given = build(replace(PLAIN, mask=mask, ffn="shared")), inputs()
     for block in model.blocks:
         block.query_mask.last.linear.bias.fill_(-1e3)
-    before = model(*given)
+    before = predict(model, *given)
     assert (before.masks_KBN == 0).all()
     for parameter in [*model.shared_expert.parameters(), *(p for b in model.blocks for p in b.ffn.parameters())]:
         parameter.add_(1)
-    assert torch.equal(model(*given).sample_BCHW, before.sample_BCHW)
+    assert torch.equal(predict(model, *given).sample_BCHW, before.sample_BCHW)
 
 
 @torch.no_grad()
@@ -168,7 +169,7 @@ def test_each_block_gives_its_mask_to_the_next_and_the_first_gets_ones(mask):
     model, given, seen = build(replace(PLAIN, mask=mask)), inputs(), []
     for block in model.blocks:
         block.query_mask.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
-    masks_KBN = model(*given).masks_KBN
+    masks_KBN = predict(model, *given).masks_KBN
     assert (seen[0] == 1).all()
     for block in (1, 2):
         assert torch.equal(seen[block].squeeze(-1), masks_KBN[block - 1])
@@ -181,7 +182,7 @@ def test_gradients_flow_from_mask_to_mask():
     for block in model.blocks:
         torch.nn.init.zeros_(block.ffn.value.weight)
         torch.nn.init.zeros_(block.ffn.value.bias)
-    model(*inputs()).masks_KBN[-1].sum().backward()
+    predict(model, *inputs()).masks_KBN[-1].sum().backward()
     assert all(p.grad.abs().max() > 0 for p in model.blocks[0].query_mask.parameters())
 
 
@@ -199,7 +200,7 @@ def test_the_shared_layout_is_the_uniform_one_with_common_entries(shared_width):
                 [state[f"blocks.{i}.ffn.{name}"], entries], dim=1 if name == "value.weight" else 0
             )
     uniform.load_state_dict(state)
-    torch.testing.assert_close(shared(*inputs()).sample_BCHW, uniform(*inputs()).sample_BCHW)
+    torch.testing.assert_close(predict(shared, *inputs()).sample_BCHW, predict(uniform, *inputs()).sample_BCHW)
 
 
 @torch.no_grad()
@@ -209,7 +210,7 @@ def test_the_query_mask_reads_the_cross_attentions_output():
     block = model.blocks[0]
     block.cross_attention.register_forward_hook(lambda _, a, out: seen.update(before=a[0], cross=out))
     block.query_mask.register_forward_pre_hook(lambda _, a: seen.update(mask=a[0]))
-    model(*inputs())
+    predict(model, *inputs())
     assert torch.equal(seen["mask"], seen["before"] + seen["cross"])
 
 
@@ -217,57 +218,61 @@ def test_the_query_mask_reads_the_cross_attentions_output():
 @pytest.mark.parametrize(("mask", "ffn"), KINDS)
 def test_a_result_does_not_depend_on_batch_order_or_neighbours(mask, ffn):
     model, given = build(replace(PLAIN, mask=mask, ffn=ffn)), inputs()
-    together = model(*given).sample_BCHW
-    turned = model(*pick(*given, 2, 0, 1)).sample_BCHW
+    together = predict(model, *given).sample_BCHW
+    turned = predict(model, *pick(*given, 2, 0, 1)).sample_BCHW
     torch.testing.assert_close(turned, together[[2, 0, 1]])
     for b in range(3):
-        torch.testing.assert_close(model(*pick(*given, b)).sample_BCHW, together[b : b + 1])
+        torch.testing.assert_close(predict(model, *pick(*given, b)).sample_BCHW, together[b : b + 1])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [(5, 1, 3), (4, 4, 4), (2, 2, 5)])
 @pytest.mark.parametrize(("mask", "ffn"), KINDS)
-def test_reading_the_captions_first_changes_nothing(mask, ffn, lengths):
-    model, (latent, timestep, text) = build(replace(PLAIN, mask=mask, ffn=ffn)), inputs(lengths=lengths)
-    memory = model.read(text)
-    assert len(memory) == 3
-    got, expected = model(latent, timestep, memory), model(latent, timestep, text)
+def test_caches_change_nothing(mask, ffn, lengths):
+    """Captions without padding, one attention for each length, give what the padded rectangle gives."""
+    model, (latent, _, text) = build(replace(PLAIN, mask=mask, ffn=ffn)), inputs(lengths=lengths)
+    timestep = torch.full((3,), 412.0, dtype=torch.float64)
+    assert len(model.encode_text(text)) == 3
+    got, expected = predict_cached(model, latent, timestep, text), predict(model, latent, timestep, text)
     torch.testing.assert_close(got.sample_BCHW, expected.sample_BCHW)
     torch.testing.assert_close(got.masks_KBN, expected.masks_KBN)
 
 
 @torch.no_grad()
-def test_memories_add_up_to_the_memory_of_all_captions():
+def test_text_caches_add_up_to_the_cache_of_all_captions():
     """Text and repeated null text, as guidance needs them."""
-    model, (latent, timestep, text) = build(replace(PLAIN, mask="release")), inputs()
+    model, (latent, _, text) = build(replace(PLAIN, mask="release")), inputs()
+    timestep = torch.full((3,), 412.0, dtype=torch.float64)
     null = PackedText.pack([torch.randn(3, 10, dtype=torch.float64)])  # as long as its neighbour: one run or two
     both = latent.repeat(2, 1, 1, 1), timestep.repeat(2)
-    expected = model(*both, text + null * 3).sample_BCHW
+    expected = predict(model, *both, text + null * 3).sample_BCHW
     assert (expected[:3] - expected[3:]).abs().max() > 1e-3
-    for memory in (model.read(text) + model.read(null) * 3, model.read(text + null * 3)):
-        torch.testing.assert_close(model(*both, memory).sample_BCHW, expected)
+    (time,) = model.embed_times(timestep[:1])
+    for cache in (model.encode_text(text) + model.encode_text(null) * 3, model.encode_text(text + null * 3)):
+        got = model(both[0], CachedConditioning(time, cache))
+        torch.testing.assert_close(got.sample_BCHW, expected)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [(5, 1, 3), (4, 4, 4)])
-def test_what_was_read_of_a_prompt_does_not_depend_on_the_others(lengths):
+def test_the_cache_of_a_prompt_does_not_depend_on_the_others(lengths):
     model, given = build(replace(PLAIN, mask="release", ffn="shared")), inputs(lengths=lengths)
-    latent, timestep, text = given
-    together = model(latent, timestep, model.read(text)).sample_BCHW
+    latent, _, text = given
+    together = predict_cached(model, latent, 412.0, text).sample_BCHW
     for b in range(3):
-        image, time, caption = pick(*given, b)
-        torch.testing.assert_close(model(image, time, model.read(caption)).sample_BCHW, together[b : b + 1])
+        image, _, caption = pick(*given, b)
+        torch.testing.assert_close(predict_cached(model, image, 412.0, caption).sample_BCHW, together[b : b + 1])
 
 
 @torch.no_grad()
 def test_everything_given_matters():
     model, (latent, timestep, text) = build(), inputs()
-    base = model(latent, timestep, text).sample_BCHW
+    base = predict(model, latent, timestep, text).sample_BCHW
     other_text = text.with_tokens(text.tokens_ME + 0.5)
     for changed in (
-        model(latent + 0.5, timestep, text),
-        model(latent, timestep / 2, text),
-        model(latent, timestep, other_text),
+        predict(model, latent + 0.5, timestep, text),
+        predict(model, latent, timestep / 2, text),
+        predict(model, latent, timestep, other_text),
     ):
         assert (changed.sample_BCHW - base).abs().max() > 1e-3
 
@@ -281,7 +286,7 @@ def test_position_scale_is_used(absolute):
     def scaled(scale: float | tuple[float, float]) -> Tensor:
         other = DiT(replace(model.config, position_scale=scale)).double().eval()
         other.load_state_dict(model.state_dict())
-        return other(*inputs()).sample_BCHW
+        return predict(other, *inputs()).sample_BCHW
 
     assert torch.equal(scaled((2.0, 2.0)), scaled(2.0))
     results = [scaled(scale) for scale in (1.0, 2.0, (1.0, 2.0), (2.0, 1.0))]
@@ -298,11 +303,11 @@ def test_a_removed_ffn_is_one_that_adds_nothing(mask, ffn):
     rest = pruned.load_state_dict(whole.state_dict(), strict=False)
     assert not rest.missing_keys
     assert rest.unexpected_keys == [f"blocks.1.ffn.{n}" for n in whole.blocks[1].ffn.state_dict()]
-    got = pruned(*inputs())
-    assert not torch.allclose(got.sample_BCHW, whole(*inputs()).sample_BCHW)
+    got = predict(pruned, *inputs())
+    assert not torch.allclose(got.sample_BCHW, predict(whole, *inputs()).sample_BCHW)
 
     whole.blocks[1]._vocabulary = lambda shared: torch.zeros_like
-    expected = whole(*inputs())
+    expected = predict(whole, *inputs())
     torch.testing.assert_close(got.sample_BCHW, expected.sample_BCHW, rtol=0, atol=0)
     torch.testing.assert_close(got.masks_KBN, expected.masks_KBN, rtol=0, atol=0)
 
@@ -312,7 +317,7 @@ def test_a_removed_ffn_is_one_that_adds_nothing(mask, ffn):
 def test_a_fresh_models_blocks_change_nothing(mask, ffn):
     torch.manual_seed(0)
     model, (latent, timestep, text) = DiT(replace(PLAIN, mask=mask, ffn=ffn)).double(), inputs()
-    fresh = model(latent, timestep, text).sample_BCHW
+    fresh = predict(model, latent, timestep, text).sample_BCHW
     assert fresh.std() > 0.1
     untouched = TokenState(model.patch_embed(latent), (4, 6), torch.ones(3, 24, 1))
     assert torch.equal(model.final(untouched, model.time_embed(timestep)), fresh)
@@ -323,12 +328,12 @@ def test_a_fresh_block_ignores_the_text_and_fresh_masks_are_near_0_88():
     torch.manual_seed(0)
     model = DiT(replace(PLAIN, mask="release")).double().eval()
     latent, timestep, text = inputs()
-    got = model(latent, timestep, text)
-    assert torch.equal(got.sample_BCHW, model(latent, timestep, text.with_tokens(-text.tokens_ME)).sample_BCHW)
+    got = predict(model, latent, timestep, text)
+    assert torch.equal(got.sample_BCHW, predict(model, latent, timestep, text.with_tokens(-text.tokens_ME)).sample_BCHW)
     assert got.masks_KBN.median().item() == pytest.approx(0.88, abs=0.1)
     for block in model.blocks:
         torch.nn.init.zeros_(block.query_mask.last.linear.weight)
-    assert model(latent, timestep, text).masks_KBN.mean().item() == pytest.approx(0.8808, abs=1e-4)
+    assert predict(model, latent, timestep, text).masks_KBN.mean().item() == pytest.approx(0.8808, abs=1e-4)
 
 
 def test_initialisation_is_as_the_table_says():
@@ -366,7 +371,7 @@ def test_recompute_changes_neither_loss_nor_gradients(mask, ffn):
     for recompute in (False, True):
         model.recompute = recompute
         model.zero_grad(set_to_none=True)
-        loss = model(latent, timestep, text, keep_KBN=keep).sample_BCHW.square().mean()
+        loss = predict(model, latent, timestep, text, keep_KBN=keep).sample_BCHW.square().mean()
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     for kept, recomputed in zip(*results, strict=True):
@@ -385,7 +390,7 @@ def test_recompute_keeps_less():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            model(*given)
+            predict(model, *given)
         return stored
 
     everything = kept()
@@ -396,7 +401,7 @@ def test_recompute_keeps_less():
 @pytest.mark.parametrize(("mask", "ffn"), KINDS)
 def test_every_parameter_learns(mask, ffn):
     model = build(replace(PLAIN, mask=mask, ffn=ffn))
-    model(*inputs()).sample_BCHW.square().mean().backward()
+    predict(model, *inputs()).sample_BCHW.square().mean().backward()
     still = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert still == []
 
@@ -405,7 +410,7 @@ def test_the_last_layers_order_is_row_column_channel():
     model, (latent, timestep, text) = build(), inputs()
     torch.nn.init.zeros_(model.final.proj.weight)
     model.final.proj.bias.data = torch.arange(12, dtype=torch.float64)
-    sample = model(latent, timestep, text).sample_BCHW
+    sample = predict(model, latent, timestep, text).sample_BCHW
     assert sample.shape == latent.shape
     for row, column, channel in product(range(2), range(2), range(3)):
         assert (sample[:, channel, row::2, column::2] == (row * 2 + column) * 3 + channel).all()
@@ -414,8 +419,8 @@ def test_the_last_layers_order_is_row_column_channel():
 @torch.no_grad()
 def test_it_runs_in_bf16():
     model, (latent, timestep, text) = build(replace(PLAIN, mask="release", ffn="shared")), inputs()
-    exact = model(latent, timestep, text).sample_BCHW
-    half = model.to(torch.bfloat16)(latent.bfloat16(), timestep, text.to("cpu", torch.bfloat16)).sample_BCHW
+    exact = predict(model, latent, timestep, text).sample_BCHW
+    half = predict(model.to(torch.bfloat16), latent.bfloat16(), timestep, text.to("cpu", torch.bfloat16)).sample_BCHW
     assert half.dtype == torch.bfloat16
     assert (half.double() - exact).norm() < 0.2 * exact.norm()
 
@@ -424,14 +429,16 @@ def test_it_runs_in_bf16():
 def test_refuses_a_latent_that_the_patch_does_not_divide(height, width):
     latent, timestep, text = inputs()
     with pytest.raises(ValueError, match=rf"\({height}, {width}\) is not divisible by the patch of 2"):
-        build()(latent[:, :, :1, :1].expand(-1, -1, height, width), timestep, text)
+        predict(build(), latent[:, :, :1, :1].expand(-1, -1, height, width), timestep, text)
 
 
-@pytest.mark.parametrize("read", [False, True])
-def test_refuses_latents_and_captions_that_differ_in_number(read):
+def test_refuses_latents_timesteps_and_captions_that_differ_in_number():
     model, (latent, timestep, text) = build(), inputs()
-    with pytest.raises(ValueError, match="2 latents, 2 timesteps and 3 captions do not match"):
-        model(latent[:2], timestep[:2], model.read(text) if read else text)
+    with pytest.raises(ValueError, match="2 timesteps and 3 captions do not match"):
+        predict(model, latent, timestep[:2], text)
+    for forward in (predict, predict_cached):
+        with pytest.raises(ValueError, match="2 latents and the conditioning of 3 do not match"):
+            forward(model, latent[:2], timestep, text)
 
 
 @pytest.mark.parametrize(
@@ -476,14 +483,14 @@ def test_accepts_what_it_says_it_accepts(heads_width):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("mask", "ffn"), KINDS)
-def test_times_read_before_are_those_of_each_image(mask, ffn):
-    """Reading several timesteps at once, each for all images, changes nothing."""
+def test_cached_times_are_those_of_each_image(mask, ffn):
+    """Embedding several timesteps at once, each for all images, changes nothing."""
     model = build(replace(PLAIN, mask=mask, ffn=ffn))
     latent, _, text = inputs()
     timesteps = torch.tensor([1000.0, 412.7, 0.0], dtype=torch.float64)
-    for timestep, memory in zip(timesteps, model.read_times(timesteps), strict=True):
-        expected = model(latent, timestep.expand(3), text)
-        for got in (model(latent, memory, text), model(latent, memory, model.read(text))):
-            torch.testing.assert_close(got.sample_BCHW, expected.sample_BCHW)
-            if mask != "none":
-                torch.testing.assert_close(got.masks_KBN, expected.masks_KBN)
+    for timestep, time in zip(timesteps, model.embed_times(timesteps), strict=True):
+        expected = predict(model, latent, timestep.expand(3), text)
+        got = model(latent, CachedConditioning(time, model.encode_text(text)))
+        torch.testing.assert_close(got.sample_BCHW, expected.sample_BCHW)
+        if mask != "none":
+            torch.testing.assert_close(got.masks_KBN, expected.masks_KBN)

@@ -1,11 +1,9 @@
-"""PackedText: captions of unequal length without padding; and what a backbone remembers of them, put together."""
-
-from itertools import combinations
+"""PackedText: captions of unequal length without padding."""
 
 import pytest
 import torch
 
-from pretrain.models import DiT, DiTConfig, PackedText, TextMemory
+from pretrain.models import PackedText
 
 LENGTHS = (3, 1, 5, 2)
 
@@ -88,86 +86,6 @@ def test_runs_are_of_neighbours_of_one_length():
     assert PackedText.pack(make((3, 3, 1, 3, 2, 2, 2))).runs() == [(2, 3), (1, 1), (1, 3), (3, 2)]
     assert PackedText.pack(make((4, 4))).runs() == [(2, 4)]
     assert PackedText.pack(make((6,))).runs() == [(1, 6)]
-
-
-def remembered(*runs: tuple[int, int]) -> TextMemory:
-    """Random keys and values of two blocks, for runs of (captions, their length)."""
-    blocks = (tuple((torch.randn(b, 2, n, 3), torch.randn(b, 2, n, 3)) for b, n in runs) for _ in range(2))
-    return TextMemory(tuple(blocks), sum(b for b, _ in runs))
-
-
-def test_memories_are_added_block_by_block():
-    first, second = remembered((2, 3), (1, 5)), remembered((4, 1))
-    both = first + second
-    assert (len(first), len(second), len(both)) == (3, 4, 7)
-    for block in range(2):
-        assert both.blocks[block] == (*first.blocks[block], *second.blocks[block])
-
-
-def test_a_memory_of_one_caption_is_repeated_without_a_copy():
-    one = remembered((1, 4))
-    many = one * 3
-    assert len(many) == 3
-    for (before,), (after,) in zip(one.blocks, many.blocks, strict=True):
-        for tensor, repeated in zip(before, after, strict=True):
-            assert torch.equal(repeated, torch.cat([tensor] * 3))
-            assert repeated.data_ptr() == tensor.data_ptr()
-    with pytest.raises(AssertionError, match="single caption"):
-        many * 2
-
-
-SMALL = DiTConfig(width=24, heads=2, depth=2, patch=2, latent_channels=3, text_width=4, mask_hidden=(8,))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("lengths", [(3, 1, 5, 2), (4, 4, 4, 4), (2, 2, 5, 5)])
-def test_some_of_the_captions_are_what_reading_them_alone_gives(lengths):
-    torch.manual_seed(0)
-    model, captions = DiT(SMALL), make(lengths)
-    memory = model.read(PackedText.pack(captions))
-    for wanted in (w for number in range(1, 5) for w in combinations(range(4), number)):
-        taken, alone = memory.take(wanted), model.read(PackedText.pack([captions[n] for n in wanted]))
-        assert len(taken) == len(wanted)
-        for mine, others in zip(taken.blocks, alone.blocks, strict=True):
-            for part in (0, 1):
-                caption_by_caption = [[c for run in runs for c in run[part]] for runs in (mine, others)]
-                for got, expected in zip(*caption_by_caption, strict=True):
-                    torch.testing.assert_close(got, expected)
-
-
-def test_all_captions_are_taken_without_a_copy():
-    memory = remembered((2, 3), (1, 5))
-    for mine, others in zip(memory.take(range(3)).blocks, memory.blocks, strict=True):
-        assert all(a is b for kept, given in zip(mine, others, strict=True) for a, b in zip(kept, given, strict=True))
-    assert [len(runs) for runs in memory.take([2]).blocks] == [1, 1]
-
-
-@pytest.mark.parametrize("wanted", [(1, 0), (0, 0), (1, 3), (-1, 0)])
-def test_taking_what_cannot_be_kept_in_order_is_an_error(wanted):
-    with pytest.raises(AssertionError, match="of 3"):
-        remembered((2, 3), (1, 5)).take(wanted)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("change", [{}, {"mask": "release", "ffn": "shared"}, {"attention": "mediators"}])
-def test_without_text_captions_change_nothing(change):
-    """An unconditional model has no parameters of text; captions are counted only."""
-    torch.manual_seed(0)
-    model = DiT(DiTConfig(**{**vars(SMALL), "text_width": 0, "mediators": (1, 4), **change}))
-    assert not [name for name, _ in model.named_parameters() if "cross" in name or "text" in name]
-    for parameter in model.parameters():
-        parameter.add_(0.2 * torch.randn_like(parameter))
-    latent, timestep = torch.randn(3, 3, 8, 12), torch.full((3,), 400.0)
-    text = PackedText.pack(make((3, 1, 5)))
-    expected = model(latent, timestep, text).sample_BCHW
-    assert torch.equal(model(latent, timestep, PackedText.pack(make((2, 2, 2), seed=1))).sample_BCHW, expected)
-
-    memory, (times,) = model.read(text), model.read_times(torch.tensor([400.0]))
-    assert len(memory) == 3
-    for read in (memory, memory.take([0, 2]) + memory.take([1]), memory.take([1]) * 3):
-        torch.testing.assert_close(model(latent, times, read).sample_BCHW, expected)
-    with pytest.raises(ValueError, match="3 latents, 3 timesteps and 2 captions do not match"):
-        model(latent, times, memory.take([0, 2]))
 
 
 def test_to_changes_the_embeddings_only():

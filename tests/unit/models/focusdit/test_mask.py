@@ -12,7 +12,7 @@ B, N = 3, 7
 
 def run(module: QueryMask, x: torch.Tensor, previous: torch.Tensor, time: torch.Tensor, timestep: torch.Tensor):
     """The mask, with the time read as each block does in training."""
-    return module(x, previous, *module.read_time(time, timestep))
+    return module(x, previous, *module.embed_time(time, timestep))
 
 
 def seeded(kind: str) -> QueryMask:
@@ -133,7 +133,7 @@ def test_dropout_acts_on_the_mask_itself():
     module, (x, previous, time, timestep) = seeded("adaln_single"), inputs()
     keep = draw_keep([7] * len(x), 1, x.shape[1], 0.25, x.device)[0, ..., None].to(x)
     whole = run(module, x, previous, time, timestep)
-    dropped = module(x, previous, *module.read_time(time, timestep), keep)
+    dropped = module(x, previous, *module.embed_time(time, timestep), keep)
     torch.testing.assert_close(dropped, whole * keep)
 
 

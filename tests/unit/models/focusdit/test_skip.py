@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backbones import predict, predict_cached
 from torch import Tensor, nn
 
 from pretrain.models import DiT, DiTConfig, PackedText, Skip
 from pretrain.models.focusdit.ffn import Vocabulary
 from pretrain.models.focusdit.mask import QueryMask
-from pretrain.models.focusdit.skip import UNITS, on_kept
+from pretrain.models.focusdit.skip import UNITS, apply_to_kept
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,7 +83,7 @@ def test_the_function_sees_the_kept_tokens_only(share):
         rows.append(z.flatten(0, -2))
         return linear(z).tanh()
 
-    got = on_kept(function, x, keep)
+    got = apply_to_kept(function, x, keep)
     torch.testing.assert_close(got, linear(x).tanh() * keep[..., None])
     assert torch.equal(torch.cat(rows) if rows else x[keep], x[keep])
 
@@ -92,7 +93,7 @@ def test_the_function_sees_the_kept_tokens_only(share):
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_threshold_of_0_skips_nothing(unit, ffn):
     model = build(replace(FOCUS, ffn=ffn))
-    assert torch.equal(model(*inputs(), Skip(0.0, unit)).sample_BCHW, model(*inputs()).sample_BCHW)
+    assert torch.equal(predict(model, *inputs(), Skip(0.0, unit)).sample_BCHW, predict(model, *inputs()).sample_BCHW)
 
 
 @torch.no_grad()
@@ -102,24 +103,26 @@ def test_a_threshold_of_1_leaves_no_token(ffn):
     for name, parameter in silent.named_parameters():
         if ".value." in name:
             parameter.zero_()
-    got, expected = model(*inputs(), Skip(1.0, "token")), silent(*inputs())
+    got, expected = predict(model, *inputs(), Skip(1.0, "token")), predict(silent, *inputs())
     torch.testing.assert_close(got.sample_BCHW, expected.sample_BCHW)
     torch.testing.assert_close(got.masks_KBN, expected.masks_KBN)
-    assert not torch.allclose(got.sample_BCHW, model(*inputs()).sample_BCHW)
+    assert not torch.allclose(got.sample_BCHW, predict(model, *inputs()).sample_BCHW)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize(("ffn", "removed"), [("uniform", ()), ("shared", ()), ("shared", (1,))])
 @pytest.mark.parametrize(("mask", "unit"), [("release", "token"), ("release", "layer"), ("adaln_single", "token")])
-def test_in_between_it_is_the_dense_model_masked(mask, unit, ffn, removed, read):
+def test_in_between_it_is_the_dense_model_masked(mask, unit, ffn, removed, cached):
     """At a threshold amid what is judged; no FFN sees another token than those kept."""
     config = replace(FOCUS, mask=mask, ffn=ffn, removed_ffns=removed)
     model, (latent, timestep, text) = build(config), inputs()
-    plain = model(latent, timestep, text)
+    if cached:  # one timestep for all images
+        timestep = timestep[:1].expand(len(timestep))
+    plain = predict(model, latent, timestep, text)
     judged = plain.masks_KBN if unit == "token" else plain.masks_KBN.mean(-1)
     skip = Skip(judged.quantile(0.45).item(), unit)
-    expected = masked_densely(build(config), skip)(latent, timestep, text)
+    expected = predict(masked_densely(build(config), skip), latent, timestep, text)
 
     rows = [0] * config.depth
     for i, block in enumerate(model.blocks):
@@ -127,7 +130,7 @@ def test_in_between_it_is_the_dense_model_masked(mask, unit, ffn, removed, read)
             block.ffn.register_forward_pre_hook(
                 lambda _, given, i=i: rows.__setitem__(i, given[0].flatten(0, -2).shape[0])
             )
-    got = model(latent, timestep, model.read(text) if read else text, skip)
+    got = (predict_cached if cached else predict)(model, latent, timestep, text, skip)
     torch.testing.assert_close(got.sample_BCHW, expected.sample_BCHW)
     torch.testing.assert_close(got.masks_KBN, expected.masks_KBN)
     assert not torch.allclose(got.sample_BCHW, plain.sample_BCHW)
@@ -146,4 +149,4 @@ def test_refuses_what_it_cannot_mean(threshold, unit):
 
 def test_refuses_to_skip_without_query_masks():
     with pytest.raises(ValueError, match="no query masks"):
-        build(replace(FOCUS, mask="none"))(*inputs(), Skip(0.5))
+        predict(build(replace(FOCUS, mask="none")), *inputs(), Skip(0.5))

@@ -9,13 +9,27 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from backbones import predict
 from torch import Tensor
 
-from pretrain.models import PRESETS, DiT, DiTConfig, Effort, PackedText
-from pretrain.models.block import GenerateBlock, PoolingBlock, RecoverBlock, SparseBlock, TokenState
+from pretrain.models import PRESETS, ComputeBudget, DiT, DiTConfig, PackedText
 from pretrain.models.grids import Grid
-from pretrain.models.mixers.flexdit import bin_of, blocks_of, removed, roles, sparse_grid, split_of
-from pretrain.models.mixers.full import MeanAttention
+from pretrain.models.mixers.base import TokenState
+from pretrain.models.mixers.flexdit import (
+    FlexDiTSection,
+    GenerateMixer,
+    MeanAttention,
+    PoolingMixer,
+    RecoverMixer,
+    SparseMixer,
+    bin_of,
+    blocks_of,
+    removed,
+    roles,
+    sparse_grid,
+    split_of,
+)
+from pretrain.models.mixers.full import FullMixer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +41,7 @@ FLEX = DiTConfig(
     latent_channels=3,
     text_width=10,
     density="flexdit",
-    sparsity=(0.3, 0.8),
+    flexdit=FlexDiTSection(sparsity=(0.3, 0.8)),
     mask_hidden=(16, 8),
 )
 GRID = (5, 7)
@@ -155,7 +169,7 @@ class Reference:
         return x + m * gate_mlp * update, m, size
 
     def roles(self) -> list[str]:
-        pooling, modules, sparse, top = split_of(self.model.config.depth, self.model.config.split)
+        pooling, modules, sparse, top = split_of(self.model.config.depth, self.model.config.flexdit.split)
         module = ["generate"] + ["sparse"] * sparse + ["recover", "dense"]
         return ["pooling"] * pooling + module * modules + ["dense"] * top
 
@@ -188,7 +202,7 @@ class Reference:
 @pytest.mark.parametrize("mask", ["none", "release", "adaln_single"])
 def test_the_backbone_against_the_reference(mask, bin_):
     model, (latent, timestep, text) = build(replace(FLEX, mask=mask, ffn="shared")), inputs()
-    got = model(latent, timestep, text, effort=Effort(bin=bin_))
+    got = predict(model, latent, timestep, text, budget=ComputeBudget.of(flexdit=bin_))
     assert got.sample_BCHW.std() > 0.1
     assert (got.masks_KBN is None) == (mask == "none")
     reference = Reference(model, GRID, CELLS[bin_])
@@ -204,9 +218,9 @@ def test_the_backbone_against_the_reference(mask, bin_):
 @torch.no_grad()
 def test_several_modules_against_the_reference():
     """Each module waits for its own tokens."""
-    config = replace(FLEX, depth=9, split=(0, 2, 1, 1), mask="adaln_single")
+    config = replace(FLEX, depth=9, flexdit=FlexDiTSection(split=(0, 2, 1, 1)), mask="adaln_single")
     model, (latent, timestep, text) = build(config), inputs()
-    got = model(latent, timestep, text, effort=Effort(bin=3)).sample_BCHW
+    got = predict(model, latent, timestep, text, budget=ComputeBudget.of(flexdit=3)).sample_BCHW
     expected, _ = Reference(model, GRID, CELLS[3])(latent[0], timestep[0], text.captions()[0])
     torch.testing.assert_close(got[0], expected, rtol=1e-4, atol=1e-4)
 
@@ -215,8 +229,14 @@ def test_several_modules_against_the_reference():
 @pytest.mark.parametrize("mask", ["none", "release", "adaln_single"])
 def test_with_all_tokens_left_and_w1_the_identity_it_is_the_dense_model(mask):
     """With as many cells as tokens, and y = the sparse tokens, every block attends among all tokens."""
-    config = replace(FLEX, depth=7, split=(0, 1, 3, 1), mask=mask, ffn="shared", sparsity=(1e-6, 1e-6))
-    flex, dense = build(config), DiT(replace(config, density="dense", split=None)).double().eval()
+    config = replace(
+        FLEX,
+        depth=7,
+        flexdit=FlexDiTSection(split=(0, 1, 3, 1), sparsity=(1e-6, 1e-6)),
+        mask=mask,
+        ffn="shared",
+    )
+    flex, dense = build(config), DiT(replace(config, density="dense")).double().eval()
     recover = flex.blocks[4]
     for linear, value in ((recover.from_sparse, torch.eye(24)), (recover.from_dense, torch.zeros(24, 24))):
         linear.weight.copy_(value)
@@ -224,7 +244,7 @@ def test_with_all_tokens_left_and_w1_the_identity_it_is_the_dense_model(mask):
     rest = dense.load_state_dict(flex.state_dict(), strict=False)
     assert not rest.missing_keys
     assert {name.split(".")[2] for name in rest.unexpected_keys} == {"from_sparse", "from_dense"}
-    got, expected = flex(*inputs(), effort=Effort(bin=2)), dense(*inputs())
+    got, expected = predict(flex, *inputs(), budget=ComputeBudget.of(flexdit=2)), predict(dense, *inputs())
     torch.testing.assert_close(got.sample_BCHW, expected.sample_BCHW)
     if mask != "none":
         torch.testing.assert_close(got.masks_KBN, expected.masks_KBN)
@@ -234,8 +254,8 @@ def test_with_all_tokens_left_and_w1_the_identity_it_is_the_dense_model(mask):
 @pytest.mark.parametrize("sparsity", [(1e-6, 1e-6), (0.3, 0.8)])
 def test_at_first_the_sparse_tokens_do_not_touch_the_others(sparsity):
     """With W1 = 0, W2 = I and no attention back, the module is its last two blocks."""
-    config = replace(FLEX, depth=7, split=(0, 1, 3, 1), sparsity=sparsity)
-    flex, dense = build(config), DiT(replace(config, density="dense", split=None)).double().eval()
+    config = replace(FLEX, depth=7, flexdit=FlexDiTSection(split=(0, 1, 3, 1), sparsity=sparsity))
+    flex, dense = build(config), DiT(replace(config, density="dense")).double().eval()
     fresh = DiT(config).blocks[4]
     flex.blocks[4].from_sparse.load_state_dict(fresh.from_sparse.state_dict())
     flex.blocks[4].from_dense.load_state_dict(fresh.from_dense.state_dict())
@@ -246,9 +266,9 @@ def test_at_first_the_sparse_tokens_do_not_touch_the_others(sparsity):
         for part in (silent.self_attention.out, silent.cross_attention.out, silent.ffn.value):
             part.weight.zero_()
             part.bias.zero_()
-    torch.testing.assert_close(flex(*inputs()).sample_BCHW, dense(*inputs()).sample_BCHW)
+    torch.testing.assert_close(predict(flex, *inputs()).sample_BCHW, predict(dense, *inputs()).sample_BCHW)
     flex.blocks[4].from_sparse.weight.add_(0.1)
-    assert not torch.allclose(flex(*inputs()).sample_BCHW, dense(*inputs()).sample_BCHW)
+    assert not torch.allclose(predict(flex, *inputs()).sample_BCHW, predict(dense, *inputs()).sample_BCHW)
 
 
 @torch.no_grad()
@@ -256,7 +276,7 @@ def test_at_first_the_sparse_tokens_do_not_touch_the_others(sparsity):
 def test_a_fresh_models_blocks_change_nothing(mask):
     torch.manual_seed(0)
     model, (latent, timestep, text) = DiT(replace(FLEX, mask=mask)).double(), inputs()
-    fresh = model(latent, timestep, text).sample_BCHW
+    fresh = predict(model, latent, timestep, text).sample_BCHW
     assert fresh.std() > 0.1
     untouched = TokenState(model.patch_embed(latent), GRID, torch.ones(2, 35, 1))
     torch.testing.assert_close(model.final(untouched, model.time_embed(timestep)), fresh)
@@ -276,7 +296,7 @@ def test_blocks_see_as_many_tokens_as_their_role_says():
     model, seen = build(replace(FLEX, mask="release")), []
     for block in model.blocks:
         block.ffn.register_forward_pre_hook(lambda _, a: seen.append(a[0].shape[1]))
-    got = model(*inputs(), effort=Effort(bin=3))
+    got = predict(model, *inputs(), budget=ComputeBudget.of(flexdit=3))
     assert seen == [35, 6, 6, 6, 6, 35, 35, 35]
     assert [m.shape[1] for m, _ in got.masks] == seen
     assert [grid for _, grid in got.masks] == [GRID, *[(2, 3)] * 4, *[GRID] * 3]
@@ -284,13 +304,15 @@ def test_blocks_see_as_many_tokens_as_their_role_says():
 
 def test_roles_of_a_split():
     module = ("generate", "sparse", "sparse", "sparse", "recover", "dense")
-    assert roles("flexdit", 28, None) == ("pooling",) * 2 + module * 4 + ("dense",) * 2
-    assert roles("flexdit", 28, (1, 4, 3, 3)) == ("pooling", *module * 4, *("dense",) * 3)
+    assert roles(28, None) == ("pooling",) * 2 + module * 4 + ("dense",) * 2
+    assert roles(28, (1, 4, 3, 3)) == ("pooling", *module * 4, *("dense",) * 3)
     short = ("generate", "sparse", "sparse", "recover", "dense")
-    assert roles("flexdit", 12, None) == ("pooling", *short * 2, "dense")
-    assert roles("dense", 3, None) == ("dense",) * 3
-    kinds = [type(block) for block in build().blocks]
-    assert kinds[:6] == [PoolingBlock, GenerateBlock, SparseBlock, SparseBlock, SparseBlock, RecoverBlock]
+    assert roles(12, None) == ("pooling", *short * 2, "dense")
+    mixers = [type(block.mixer) for block in build().blocks]
+    assert mixers[:6] == [PoolingMixer, GenerateMixer, SparseMixer, SparseMixer, SparseMixer, RecoverMixer]
+    assert mixers[6:] == [FullMixer] * 2
+    plain = DiT(replace(FLEX, density="dense", depth=3))
+    assert [type(block.mixer) for block in plain.blocks] == [FullMixer] * 3
 
 
 @pytest.mark.parametrize("name", [n for n, c in PRESETS.items() if c.density == "flexdit"])
@@ -298,14 +320,14 @@ def test_every_presets_split_makes_up_its_depth(name):
     config = PRESETS[name]
     assert config.problems() == []
     assert (
-        blocks_of(split_of(config.depth, config.split))
+        blocks_of(split_of(config.depth, config.flexdit.split))
         == config.depth
-        == len(roles("flexdit", config.depth, config.split))
+        == len(roles(config.depth, config.flexdit.split))
     )
 
 
 def test_the_presets_are_the_published_ones():
-    splits = {name: split_of(c.depth, c.split) for name, c in PRESETS.items() if c.density == "flexdit"}
+    splits = {name: split_of(c.depth, c.flexdit.split) for name, c in PRESETS.items() if c.density == "flexdit"}
     assert splits == {"flexdit_xl2_512": (2, 4, 3, 2), "flexdit_xl2_256": (1, 4, 3, 3), "flexdit_b2": (1, 2, 2, 1)}
 
 
@@ -338,8 +360,8 @@ def test_the_noise_level_decides_the_grid():
     seen = []
     model.blocks[2].ffn.register_forward_pre_hook(lambda _, a: seen.append(a[0].shape[1]))
     for level in (0.0, 0.3, 0.6, 1.0):
-        model(latent, torch.full((2,), 1000 * level), text)
-    expected = [sparse_grid(GRID, FLEX.sparsity, b) for b in range(4)]
+        predict(model, latent, torch.full((2,), 1000 * level), text)
+    expected = [sparse_grid(GRID, FLEX.flexdit.sparsity, b) for b in range(4)]
     assert seen == [rows * columns for rows, columns in expected]
     assert seen == sorted(seen, reverse=True) and seen[0] > seen[-1]
 
@@ -347,22 +369,24 @@ def test_the_noise_level_decides_the_grid():
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"depth": 9}, r"split: no split is known for 9 blocks \(only for 8, 12, 28\)"),
-        ({"split": (1, 1, 3, 2)}, r"split: \[1, 1, 3, 2\] makes 9 blocks .*, but depth is 8"),
+        ({"depth": 9}, r"flexdit.split: no split is known for 9 blocks \(only for 8, 12, 28\)"),
+        ({"split": (1, 1, 3, 2)}, r"flexdit.split: \[1, 1, 3, 2\] makes 9 blocks .*, but depth is 8"),
         ({"split": (2, 0, 3, 6)}, "expected .*one module with one sparse block at least"),
         ({"split": (2, 1, 0, 3)}, "expected .*one module with one sparse block at least"),
         ({"split": (-1, 1, 3, 3)}, "nothing below 0"),
-        ({"split": (1, 1, 3)}, "split: .*expected four numbers"),
-        ({"split": ()}, "split: .*expected four numbers"),
-        ({"sparsity": (0.0, 0.5)}, "sparsity: .* above 0 and below 1"),
-        ({"sparsity": (0.5, 1.0)}, "sparsity: .* above 0 and below 1"),
-        ({"sparsity": (0.6, 0.5)}, "sparsity: .* the first not above the second"),
-        ({"sparsity": (0.6,)}, "sparsity: .* two shares"),
+        ({"split": (1, 1, 3)}, "flexdit.split: .*expected four numbers"),
+        ({"split": ()}, "flexdit.split: .*expected four numbers"),
+        ({"sparsity": (0.0, 0.5)}, "flexdit.sparsity: .* above 0 and below 1"),
+        ({"sparsity": (0.5, 1.0)}, "flexdit.sparsity: .* above 0 and below 1"),
+        ({"sparsity": (0.6, 0.5)}, "flexdit.sparsity: .* the first not above the second"),
+        ({"sparsity": (0.6,)}, "flexdit.sparsity: .* two shares"),
         ({"density": "sparse"}, "density: 'sparse' is none of dense, flexdit"),
     ],
 )
 def test_refuses_what_it_cannot_build_in_one_line(change, line):
-    config = replace(FLEX, **change)
+    section = {name: change[name] for name in change.keys() & {"split", "sparsity"}}
+    rest = {name: value for name, value in change.items() if name not in section}
+    config = replace(FLEX, flexdit=replace(FLEX.flexdit, **section), **rest)
     (problem,) = config.problems()
     assert "\n" not in problem
     with pytest.raises(ValueError, match=line):
@@ -370,7 +394,10 @@ def test_refuses_what_it_cannot_build_in_one_line(change, line):
 
 
 def test_refuses_pictures_of_which_nothing_would_be_left():
-    model, (latent, timestep, text) = build(replace(FLEX, sparsity=(0.3, 0.96))), inputs(grid=(2, 7))
-    expected = r"^sparsity: 0\.96 of 2 × 7 tokens removed leaves 0 × 1; lower it, or use larger pictures$"
+    model, (latent, timestep, text) = (
+        build(replace(FLEX, flexdit=FlexDiTSection(sparsity=(0.3, 0.96)))),
+        inputs(grid=(2, 7)),
+    )
+    expected = r"^flexdit.sparsity: 0\.96 of 2 × 7 tokens removed leaves 0 × 1; lower it, or use larger pictures$"
     with pytest.raises(ValueError, match=expected):
-        model(latent, timestep, text)
+        predict(model, latent, timestep, text)

@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from backbones import predict
 from torch import Tensor
 
-from pretrain.models import PRESETS, DiT, DiTConfig, Effort, PackedText
+from pretrain.models import PRESETS, ComputeBudget, DiT, DiTConfig, PackedText
 from pretrain.models.embeddings import Rotary, rotary_positions
 from pretrain.models.grids import Grid, square
 from pretrain.models.mixers.full import SelfAttention
-from pretrain.models.mixers.mediators import MediatorAttention, PairBias
+from pretrain.models.mixers.mediators import MediatorAttention, MediatorsSection, PairBias
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +29,7 @@ MEDIATED = DiTConfig(
     latent_channels=3,
     text_width=10,
     attention="mediators",
-    mediators=(1, 4, 16),
+    mediators=MediatorsSection((1, 4, 16)),
     mask_hidden=(16, 8),
 )
 
@@ -221,7 +222,7 @@ def test_the_backbone_attends_through_so_many(n):
         parameter.add_(0.2 * torch.randn_like(parameter))
     for block in model.blocks:
         block.self_attention.register_forward_hook(lambda layer, a, out: seen.append((layer, a, out)))
-    model(*inputs(), effort=Effort(mediators=n))
+    predict(model, *inputs(), budget=ComputeBudget.of(mediators=n))
     assert len(seen) == 3
     for attention, (x, grid, rotary, rotary_mediators, number), out in list(seen):
         assert (grid, number) == ((5, 7), n)
@@ -236,16 +237,17 @@ def test_the_backbone_attends_through_so_many(n):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"mediators": (4, 15)}, "mediators: 15 is not the square of a whole number"),
-        ({"mediators": (0, 4)}, "mediators: 0 is not the square of a whole number"),
-        ({"mediators": (16, 4)}, r"mediators: \[16, 4\] must be different numbers, the fewest first"),
-        ({"mediators": (4, 4)}, r"mediators: \[4, 4\] must be different numbers"),
-        ({"mediators": ()}, r"mediators: \[\] must be different numbers"),
+        ({"numbers": (4, 15)}, "mediators.numbers: 15 is not the square of a whole number"),
+        ({"numbers": (0, 4)}, "mediators.numbers: 0 is not the square of a whole number"),
+        ({"numbers": (16, 4)}, r"mediators.numbers: \[16, 4\] must be different numbers, the fewest first"),
+        ({"numbers": (4, 4)}, r"mediators.numbers: \[4, 4\] must be different numbers"),
+        ({"numbers": ()}, r"mediators.numbers: \[\] must be different numbers"),
         ({"attention": "linear"}, "attention: 'linear' is none of full, mediators"),
     ],
 )
 def test_refuses_what_it_cannot_build_in_one_line(change, line):
-    config = replace(MEDIATED, **change)
+    section = MediatorsSection(change["numbers"]) if "numbers" in change else MEDIATED.mediators
+    config = replace(MEDIATED, mediators=section, attention=change.get("attention", "mediators"))
     (problem,) = config.problems()
     assert "\n" not in problem
     with pytest.raises(ValueError, match=line):
@@ -254,9 +256,11 @@ def test_refuses_what_it_cannot_build_in_one_line(change, line):
 
 def test_refuses_pictures_too_small_for_the_mediators():
     torch.manual_seed(0)
-    expected = r"^mediators: 16 \(4 × 4\) do not fit 3 × 7 tokens; leave out the largest, or use larger pictures$"
+    expected = (
+        r"^mediators.numbers: 16 \(4 × 4\) do not fit 3 × 7 tokens; leave out the largest, or use larger pictures$"
+    )
     with pytest.raises(ValueError, match=expected):
-        DiT(MEDIATED).double()(*inputs(grid=(3, 7)))
+        predict(DiT(MEDIATED).double(), *inputs(grid=(3, 7)))
 
 
 @pytest.mark.parametrize("name", [n for n, c in PRESETS.items() if c.attention == "mediators"])
