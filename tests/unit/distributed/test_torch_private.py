@@ -46,17 +46,14 @@ def test_no_other_file_reaches_private_names() -> None:
 
 
 def test_set_timeout() -> None:
-    """torch's own getter names the limit that was set, of the default group and of another one."""
-    get = (
-        torch.distributed.distributed_c10d._get_process_group_timeout
-        if hasattr(torch.distributed.distributed_c10d, "_get_process_group_timeout")
-        else None
-    )
-    group = torch.distributed.new_group([0])
-    for g in (None, group):
-        torch_private.set_timeout(timedelta(seconds=123), g)
-        if get is not None:
-            assert get(g) == timedelta(seconds=123)
+    """Of the default group, and of another one alone."""
+    cpu = torch.device("cpu")
+    default = torch.distributed.distributed_c10d._get_default_group()._get_backend(cpu)
+    other = torch.distributed.new_group([0])
+    torch_private.set_timeout(timedelta(seconds=123))
+    torch_private.set_timeout(timedelta(seconds=45), other)
+    assert default.options._timeout == timedelta(seconds=123)
+    assert other._get_backend(cpu).options._timeout == timedelta(seconds=45)
 
 
 def test_clone_default_store() -> None:

@@ -33,11 +33,14 @@ def test_one_process_alone() -> None:
     assert once_per_node(lambda: 5, ALONE) == 5
 
 
-def test_once_per_node_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process raises the error itself; the second process of a node does nothing."""
-    for error in (OSError("gone"), ValueError("wrong"), KeyError("a defect")):
-        with pytest.raises(type(error)):
-            once_per_node(lambda: raising(error), ALONE)  # noqa: B023
+@pytest.mark.parametrize("error", [OSError("gone"), ValueError("wrong"), KeyError("a defect")])
+def test_an_error_of_one_process_is_raised_as_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        once_per_node(lambda: raising(error), ALONE)
+    assert raised.value is error
+
+
+def test_the_second_process_of_a_node_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert once_per_node(lambda: raising(KeyError()), ALONE) is None
 
