@@ -1,114 +1,22 @@
-"""Damaged and missing shards: noticed, replaced within the budget, the same for any processes, and all other samples stay."""
+"""Samples in their places with their seeds; damaged and missing ones noticed, replaced within the budget, for any processes."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import mmap
 import os
-import random
 import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from data_sets import epoch_of, joined, loader_of, orders, write_set
-from streaming.base.format.mds.reader import MDSReader
+from data_sets import SET, entry, epoch_of, file_of, flip, joined, keys_in, loader_of, orders, places, slots, write_set
 
-from data_prep import schema as shards
-from data_prep.common import mds
 from pretrain.data.batch import Batch
-from pretrain.data.loader import Loader, Position
-from pretrain.data.shard_reader import Shard, UnreadableSample
-from pretrain.data.shared_memory import FIRST, remove_stale_names
-
-SET = "a/256"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 samples of one set, in three shards."""
-    return write_set(tmp_path_factory.mktemp("whole") / "set", {"a": 40})
-
-
-@pytest.fixture
-def root(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole, tmp_path / "set")
-
-
-def entry(root: Path, number: int, set_: str = SET) -> dict[str, Any]:
-    return json.loads((root / set_ / shards.INDEX).read_text())["shards"][number]
-
-
-def file_of(root: Path, number: int, set_: str = SET) -> Path:
-    about = entry(root, number, set_)
-    return root / set_ / (about["zip_data"] or about["raw_data"])["basename"]
-
-
-def keys_in(root: Path, number: int, set_: str = SET) -> list[str]:
-    """The keys of a shard's samples, in order."""
-    about = entry(root, number, set_)
-    columns = dict(zip(about["column_names"], about["column_encodings"], strict=True))
-    return [row["key"] for row in mds.rows_of(file_of(root, number, set_).read_bytes(), about, columns)]
-
-
-def places(shard: Path) -> np.ndarray:
-    """Where a shard's samples begin, and the last ends."""
-    raw = shard.read_bytes()
-    return np.frombuffer(raw, "<u4", int.from_bytes(raw[:4], "little") + 1, 4)
-
-
-def flip(file: Path, at: int, bit: int = 0) -> None:
-    with file.open("r+b") as f:
-        f.seek(at)
-        byte = f.read(1)[0]
-        f.seek(at)
-        f.write(bytes([byte ^ 1 << bit]))
-
-
-# ---- one sample ----
-
-
-def test_every_flipped_byte_of_a_sample_is_noticed(root: Path) -> None:
-    """Of its place in the shard's table with every bit, of the sizes in front of its columns with every bit, of all else."""
-    file, about, chance = file_of(root, 1), entry(root, 1), random.Random(0)
-    shard, number = Shard(MDSReader.from_json(str(root / SET), None, about)), 5
-    begin, end = places(file)[number : number + 2].tolist()
-    sizes = 4 * about["column_sizes"].count(None)
-    assert sizes == 20 and end - begin > 16 << 10
-    header = [
-        (at, bit) for at in (*range(4 + 4 * number, 12 + 4 * number), *range(begin, begin + sizes)) for bit in range(8)
-    ]
-    expected = shard[number]
-    for at, bit in (*header, *((at, chance.randrange(8)) for at in range(begin + sizes, end))):
-        flip(file, at, bit)
-        with pytest.raises(ValueError, match=r"crc32 is not|its place is|do not even hold the sizes"):
-            shard[number]
-        flip(file, at, bit)
-    again = shard[number]
-    assert again.keys() == expected.keys()
-    assert all(np.array_equal(again[name], value) for name, value in expected.items())
-    assert mds.CRC in again
-
-
-def test_two_flipped_sizes_that_add_up_are_noticed(root: Path) -> None:
-    """The bytes of all columns would be the same ones, split elsewhere."""
-    file, about = file_of(root, 0), entry(root, 0)
-    shard, begin = Shard(MDSReader.from_json(str(root / SET), None, about)), int(places(file)[2])
-    raw = bytearray(file.read_bytes())
-    first, second = np.frombuffer(raw, "<u4", 2, begin)
-    raw[begin : begin + 8] = np.array([first - 1, second + 1], "<u4").tobytes()
-    file.write_bytes(raw)
-    with pytest.raises(ValueError, match="crc32 is not that of its bytes"):
-        shard[2]
-
+from pretrain.data.loader import Position
+from pretrain.data.shard_reader import UnreadableSample
 
 # ---- an epoch ----
 
@@ -142,10 +50,6 @@ def _missing(root: Path) -> list[tuple[int, list[int]]]:
     for number in (0, 2):
         file_of(root, number).unlink()
     return [(0, list(range(count[0]))), (2, list(range(count[1])))]
-
-
-def slots(batches: list[Batch]) -> list[tuple[str, int]]:
-    return [slot for batch in batches for slot in zip(batch.keys, batch.seeds, strict=True)]
 
 
 def damages_of(batches: list[Batch]) -> list[UnreadableSample]:
@@ -300,56 +204,3 @@ def test_a_cache_has_one_training(root: Path, tmp_path: Path) -> None:
             loader_of(root, words)
         other.kill()
     assert len(epoch_of(loader_of(root, words))) == 10
-
-
-# ---- names in /dev/shm ----
-
-
-def names(loader: Loader) -> set[str]:
-    """What of the loader's is in /dev/shm."""
-    prefix = f"{loader.data._shm_prefix_int:06}_"
-    return {path.name.removeprefix(prefix) for path in Path("/dev/shm").glob(f"{prefix}*")}
-
-
-def test_two_loaders_share_no_names(root: Path) -> None:
-    """Nor does a position pass through a name that somebody else may remove."""
-    one, other = loader_of(root), loader_of(root)
-    numbers = {loader.data._shm_prefix_int for loader in (one, other)}
-    assert len(numbers) == 2 and min(numbers) >= FIRST
-    one.resume(Position(0, 2))
-    rest = epoch_of(other)[4:]
-    for step, expected in zip(one, (rest[i : i + 2] for i in range(0, 6, 2)), strict=False):
-        assert slots(step) == slots(expected)
-        assert {"locals", "barrier", "shard_states"} <= names(one) and "resume" not in names(one)
-        if one.position.step_in_epoch == 5:
-            break
-    assert one.position == Position(0, 5)
-
-
-@pytest.fixture
-def mapped(tmp_path: Path) -> Iterator[Path]:
-    """A file as of a living run: this process maps it."""
-    path = tmp_path / "memory/000007_barrier"
-    path.parent.mkdir()
-    path.write_bytes(bytes(12))
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 12):
-        yield path
-
-
-def test_what_killed_runs_left_is_removed(mapped: Path, tmp_path: Path) -> None:
-    memory, locks = mapped.parent, tmp_path / "locks"
-    locks.mkdir()
-    stale = [memory / "000001_locals", memory / "123456789_shard_access_times", locks / "000001_barrier_filelock"]
-    stale += [locks / "123456789_cache_filelock"]
-    kept = [memory / "0001_locals", memory / "psm_12345678", locks / "000007_cache_filelock", locks / "000002_other"]
-    young, locked = [memory / "000003_locals", locks / "000004_cache_filelock"], locks / "000005_barrier_filelock"
-    for path in (*stale, *kept, *young, locked):
-        path.touch()
-    stale[0].write_bytes(b"x" * 100)
-    past = time.time() - 100
-    for path in (*stale, *kept, locked, mapped):
-        os.utime(path, (past, past))
-    with locked.open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert remove_stale_names(memory, locks) == 100
-    assert {*memory.iterdir(), *locks.iterdir()} == {mapped, *kept, *young, locked}
