@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from data_sets import epoch_of, loader_of, write_set
+from data_sets import epoch_of, file_of, loader_of, write_set
 from support import contents
 
 from data_prep import schema as shards
@@ -40,6 +43,23 @@ def test_refusals(tmp_path: Path) -> None:
     index.write_text(index.read_text()[:50])
     with pytest.raises(ValueError, match=r"index\.json is damaged"):
         loader_of(root)
+
+
+def test_the_budget_at_the_start(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (0, 2):
+        file_of(root, number).unlink()
+    said = (
+        r"2 shards are missing or cut, data\.damaged_shards allows 1; data_prep/verify\.py --repair makes them again:\n"
+    )
+    with pytest.raises(ValueError, match=said):
+        loader_of(root, "data.damaged_shards=1")
+    assert not capsys.readouterr().out
+    loader_of(root, "data.damaged_shards=2")
+    notes = [line for line in capsys.readouterr().out.splitlines() if "shard" in line]
+    assert [re.search(r"shard\.\d+\.mds: missing, expected \d+ bytes", line) is not None for line in notes] == [
+        True,
+        True,
+    ]
 
 
 # ---- the cache ----
@@ -100,6 +120,20 @@ def test_a_cache_for_plain_shards_and_its_limit(tmp_path: Path) -> None:
         loader_of(root, f"data.cache={tmp_path}/cache", "data.damaged_shards=0")
 
 
+def test_a_cache_has_one_training(root: Path, tmp_path: Path) -> None:
+    """Another process has it; once that is killed, it is free."""
+    words = f"data.cache={tmp_path}/cache"
+    kept = loader_of(root, words).root
+    hold = f"import fcntl, sys; f = open({str(kept / 'in-use')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=rf"data\.cache: {kept} is in use by another training on this node"):
+            loader_of(root, words)
+        other.kill()
+    assert len(epoch_of(loader_of(root, words))) == 10
+
+
 def test_a_place_on_object_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://here")
@@ -109,6 +143,23 @@ def test_a_place_on_object_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["AWS_ENDPOINT_URL"] == "http://here"
     other = DataLocation.of(load("demo_256", ["data.path=s3://bucket/more/one", "data.cache=/cache"])[0].data)
     assert other.root != place.root
+
+
+def test_a_folder_without_a_cache() -> None:
+    """It is read where it is; nothing is locked."""
+    location = DataLocation.of(load("demo_256", ["data.path=sets/one"])[0].data)
+    assert location.root == Path("sets/one") and location.origin == str(Path("sets/one").resolve())
+    assert not location.cached and location.lock_cache() is None
+
+
+def test_a_file_that_is_not_at_the_origin(tmp_path: Path) -> None:
+    location = DataLocation.of(load("demo_256", [f"data.path={tmp_path}/none", f"data.cache={tmp_path}/cache"])[0].data)
+    location.root.mkdir(parents=True)
+    with pytest.raises(
+        FileNotFoundError, match=f"{tmp_path}/none is no data set: dataset.json is missing; make one with"
+    ):
+        location.fetch("dataset.json")
+    assert not list(location.root.iterdir())
 
 
 def test_sizes_on_object_storage_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

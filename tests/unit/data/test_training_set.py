@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,25 +146,6 @@ def test_the_same_for_any_processes(tmp_path: Path) -> None:
     assert {d[0].rpartition("/00000")[0] for step in one[0][3]["steps"] for d in step["damaged"]} == set(sets)
 
 
-# ---- the budget ----
-
-
-def test_the_budget_at_the_start(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _missing(root)
-    said = (
-        r"2 shards are missing or cut, data\.damaged_shards allows 1; data_prep/verify\.py --repair makes them again:\n"
-    )
-    with pytest.raises(ValueError, match=said):
-        loader_of(root, "data.damaged_shards=1")
-    assert not capsys.readouterr().out
-    loader_of(root, "data.damaged_shards=2")
-    notes = [line for line in capsys.readouterr().out.splitlines() if "shard" in line]
-    assert [re.search(r"shard\.\d+\.mds: missing, expected \d+ bytes", line) is not None for line in notes] == [
-        True,
-        True,
-    ]
-
-
 # ---- a cache ----
 
 
@@ -190,17 +168,3 @@ def test_shards_damaged_at_the_origin(workers: int, compression: str | None, who
     lost = {*keys_in(whole, 0), *(keys_in(whole, 2) if compression else keys_in(whole, 2)[3:4])}
     for was, now in zip(slots(epoch_of(loader_of(whole))), slots(batches), strict=True):
         assert (was == now) == (was[0] not in lost)
-
-
-def test_a_cache_has_one_training(root: Path, tmp_path: Path) -> None:
-    """Another process has it; once that is killed, it is free."""
-    words = f"data.cache={tmp_path}/cache"
-    kept = loader_of(root, words).root
-    hold = f"import fcntl, sys; f = open({str(kept / 'in-use')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        with pytest.raises(ValueError, match=rf"data\.cache: {kept} is in use by another training on this node"):
-            loader_of(root, words)
-        other.kill()
-    assert len(epoch_of(loader_of(root, words))) == 10
