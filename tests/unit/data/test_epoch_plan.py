@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from data_prep import schema as shards
 from pretrain.config import load
-from pretrain.data.epoch_plan import plan_epoch
+from pretrain.data.epoch_plan import _split, plan_epoch
 
 
 def card_of(sets: dict[str, int], buckets: bool = False) -> shards.Card:
@@ -69,3 +71,17 @@ def test_buckets_give_whole_batches() -> None:
 def test_an_epoch_that_cannot_be(sets, words, buckets, said) -> None:
     with pytest.raises(ValueError, match=said):
         drawn(sets, 8, *words, buckets=buckets)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_split_adds_up_and_is_nearest(seed: int) -> None:
+    """Whole numbers that sum to the total, each less than 1 from its share; the larger remainders are rounded up."""
+    chance = random.Random(seed)
+    weights = [chance.choice([0.1, 1, 3, 7.5]) for _ in range(chance.randint(1, 9))]
+    total = chance.randint(0, 50)
+    parts = _split(total, weights)
+    exact = [total * w / sum(weights) for w in weights]
+    assert sum(parts) == total and all(abs(p - e) < 1 for p, e in zip(parts, exact, strict=True))
+    up = [e - int(e) for p, e in zip(parts, exact, strict=True) if p > e]
+    down = [e - int(e) for p, e in zip(parts, exact, strict=True) if p <= e]
+    assert not up or not down or min(up) >= max(down) - 1e-9

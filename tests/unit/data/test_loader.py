@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import random
 from collections import Counter
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from data_sets import epoch_of, joined, loader_of, orders, write_set
+from data_sets import epoch_of, joined, loader_of, orders, slots, write_set
 from streaming import StreamingDataset
 from support import SMALL, scalars
 
@@ -80,6 +81,58 @@ def test_what_is_drawn_has_the_proportions(tmp_path: Path) -> None:
     ]
     assert loader.fingerprint["draws"] == prints[0] == prints[1] != prints[2]
     json.dumps(loader.fingerprint)
+
+
+def test_the_position_is_the_next_steps(tmp_path: Path) -> None:
+    """It moves before a step is used, and over an epoch's end; a resumed loader goes on with exactly the rest."""
+    root = write_set(tmp_path / "set", {"a": 20})
+    loader, seen = loader_of(root), []
+    for step, _ in zip(loader, range(5), strict=False):
+        seen.append((slots(step), loader.position))
+    places = [(position.epoch, position.step_in_epoch) for _, position in seen]
+    assert places == [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1)]
+    for i, (_, position) in enumerate(seen[:-1]):
+        again = loader_of(root)
+        again.resume(position)
+        assert slots(next(iter(again))) == seen[i + 1][0]
+
+
+def test_a_rollback_changes_order_and_noise(tmp_path: Path) -> None:
+    """The samples are the same, in another order and with other seeds; each rollback is another one."""
+    root = write_set(tmp_path / "set", {"a": 16})
+    epochs = []
+    for rollbacks in (0, 1, 2, 1):
+        loader = loader_of(root)
+        loader.resume(Position(), rollbacks)
+        epochs.append(slots(epoch_of(loader)))
+    assert epochs[1] == epochs[3]
+    assert len({tuple(key for key, _ in e) for e in epochs}) == 3
+    assert len({frozenset(key for key, _ in e) for e in epochs}) == 1
+    seeds = [{seed for _, seed in e} for e in epochs[:3]]
+    assert not (seeds[0] & seeds[1] | seeds[0] & seeds[2] | seeds[1] & seeds[2])
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["seed=1", "data.shuffle_block=64", "data.canonical_nodes=2", "data.sources={a: 1, b: 2}"],
+)
+def test_the_fingerprint_has_all_that_the_order_depends_on(word: str, tmp_path: Path) -> None:
+    """And nothing that it does not depend on: workers, or the samples of a micro-batch."""
+    root = write_set(tmp_path / "set", {"a": 40, "b": 40})
+    plain, other = loader_of(root), loader_of(root, word)
+    assert slots(epoch_of(other)) != slots(epoch_of(plain)) and other.fingerprint != plain.fingerprint
+    same = loader_of(root, "data.workers=1", micro=2)
+    assert slots(epoch_of(same)) == slots(epoch_of(loader_of(root))) and same.fingerprint == plain.fingerprint
+    assert loader_of(root, global_batch=4).fingerprint != plain.fingerprint
+
+
+def test_an_epoch_that_ends_early_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of streaming that fails ends an epoch as if it were done."""
+    loader = loader_of(write_set(tmp_path / "set", {"a": 40}), "data.workers=0")
+    whole = type(loader.data).__iter__
+    monkeypatch.setattr(type(loader.data), "__iter__", lambda data: itertools.islice(whole(data), 17))
+    with pytest.raises(RuntimeError, match="epoch 0 ended after 2 of 5 steps: a thread of streaming failed"):
+        epoch_of(loader)
 
 
 # ---- the order, for any number of processes and workers, with real buckets ----

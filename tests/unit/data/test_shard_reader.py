@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from data_sets import SET, entry, file_of, flip, places
 from streaming.base.format.mds.reader import MDSReader
 
 from data_prep.common import mds
-from pretrain.data.shard_reader import Shard
+from pretrain.data.location import DataLocation
+from pretrain.data.shard_reader import SetStream, Shard
 
 
 def test_every_flipped_byte_of_a_sample_is_noticed(root: Path) -> None:
@@ -46,3 +49,74 @@ def test_two_flipped_sizes_that_add_up_are_noticed(root: Path) -> None:
     file.write_bytes(raw)
     with pytest.raises(ValueError, match="crc32 is not that of its bytes"):
         shard[2]
+
+
+def test_a_shard_that_is_cut_off_names_the_place(root: Path) -> None:
+    """Samples before the cut are read; of the others the reason is said, as of one whose place cannot be."""
+    file = file_of(root, 1)
+    shard, at = Shard(MDSReader.from_json(str(root / SET), None, entry(root, 1))), places(file)
+    os.truncate(file, int(at[6]) + 100)
+    assert shard[5]["key"] == keys_in_order(root)[5]
+    with pytest.raises(ValueError, match=f"its shard is cut off before byte {at[7]}"):
+        shard[6]
+    os.truncate(file, 10)
+    with pytest.raises(ValueError, match="its place is said to be bytes 0 to 0 of"):
+        shard[6]
+
+
+def keys_in_order(root: Path) -> list[str]:
+    """The keys of shard 1, from a reader of a whole copy of it."""
+    return [f"a/{i:04d}" for i in range(entry(root, 0)["samples"], 40)]
+
+
+def test_bytes_are_those_of_streamings_reader(root: Path) -> None:
+    """In memory that may be written: torch makes tensors of it without a copy."""
+    theirs = MDSReader.from_json(str(root / SET), None, entry(root, 0))
+    ours = Shard(theirs)
+    for i in range(len(theirs)):
+        data = ours.get_sample_data(i)
+        assert bytes(data) == theirs.get_sample_data(i) and not data.readonly
+
+
+# ---- fetching a shard ----
+
+
+def reader_of(root: Path, number: int) -> Shard:
+    return Shard(MDSReader.from_json(str(root / SET), None, entry(root, number)))
+
+
+def test_a_missing_shard_of_a_folder_is_lost(root: Path) -> None:
+    """First streaming is told that the file is not there; then it asks for it, and the reading says why there is none."""
+    shard = reader_of(root, 1)
+    file_of(root, 1).unlink()
+    with pytest.raises(FileNotFoundError):
+        shard[0]
+    stream = SetStream(DataLocation(str(root), root, cached=False), SET, choose=8)
+    assert stream.remote is None and stream.name == SET
+    assert stream.prepare_shard(shard) == 0
+    with pytest.raises(ValueError, match="its shard is missing"):
+        shard[0]
+
+
+def test_a_shard_that_cannot_be_fetched_is_asked_for_once(root: Path, tmp_path: Path) -> None:
+    origin = shutil.copytree(root, tmp_path / "origin")
+    cache = tmp_path / "cache"
+    location = DataLocation(str(origin), cache, cached=True)
+    (cache / SET).mkdir(parents=True)
+    shutil.copy(root / SET / "index.json", cache / SET)
+    stream = SetStream(location, SET, choose=8)
+    stream.apply_default(
+        {"split": None, "download_retry": 1, "download_timeout": 60, "validate_hash": None, "keep_zip": False}
+    )
+    shard = Shard(MDSReader.from_json(str(cache / SET), None, entry(root, 1)))
+    file_of(origin, 1).rename(tmp_path / "away")
+    assert stream.prepare_shard(shard) == 0
+    assert shard.lost is not None and shard.lost.startswith("its shard cannot be fetched (FileNotFoundError: ")
+    (tmp_path / "away").rename(file_of(origin, 1))
+    assert stream.prepare_shard(shard) == 0
+    with pytest.raises(ValueError, match="its shard cannot be fetched"):
+        shard[0]
+    other = Shard(MDSReader.from_json(str(cache / SET), None, entry(root, 2)))
+    grown = stream.prepare_shard(other)
+    assert (other.lost, grown) == (None, file_of(origin, 2).stat().st_size)
+    assert other[0]["key"] == "a/" + f"{40 - len(other):04d}"

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 from data_sets import epoch_of, loader_of, slots
+from streaming.base.shared import prefix
 
+from pretrain.data import shared_memory
 from pretrain.data.loader import Loader, Position
-from pretrain.data.shared_memory import FIRST, remove_stale_names
+from pretrain.data.shared_memory import FIRST, LAST, remove_stale_names, unique_names
+from pretrain.distributed.world import World
 
 
 def names(loader: Loader) -> set[str]:
@@ -35,6 +38,19 @@ def test_two_loaders_share_no_names(root: Path) -> None:
         if one.position.step_in_epoch == 5:
             break
     assert one.position == Position(0, 5)
+
+
+def test_a_number_of_its_own_for_each_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn anew each time, above what streaming and others count up to, and of process 0 for all processes."""
+    numbers = []
+    for _ in range(50):
+        with unique_names(World.alone()):
+            numbers.append(next(iter(prefix._each_prefix_int())))
+    assert len(set(numbers)) == 50 and all(FIRST <= n <= LAST for n in numbers)
+    monkeypatch.setattr(shared_memory, "broadcast", lambda item, world: FIRST + 5)  # as in another process
+    with unique_names(World.alone()):
+        assert next(iter(prefix._each_prefix_int())) == FIRST + 5
+    assert next(iter(prefix._each_prefix_int())) == 0
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,60 @@ import pytest
 import torch
 from data_sets import SET, entry, epoch_of, file_of, flip, joined, keys_in, loader_of, orders, places, slots, write_set
 
+from data_prep import schema as shards
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Position
 from pretrain.data.shard_reader import UnreadableSample
+from pretrain.data.training_set import TrainingSet, sample_seed
 
-# ---- an epoch ----
+# ---- seeds and captions ----
+
+
+@pytest.mark.parametrize(
+    ("seed", "epoch", "key", "expected"),
+    [
+        (0, 0, "a/0000", 24585231275909551),
+        (0, 1, "a/0000", 18631454110078355),
+        (7, 0, "a/0000", 42282881536007885),
+        (0, 0, "a/0000/1", 64337806533687350),
+    ],
+)
+def test_seeds_are_those_of_runs_that_are_there(seed: int, epoch: int, key: str, expected: int) -> None:
+    """A run that goes on after an update draws the noise that it would have drawn before."""
+    assert sample_seed(seed, epoch, key) == expected < 2**56
+
+
+def test_a_pass_has_the_epoch_and_seed_that_it_is_given(whole: Path) -> None:
+    data = loader_of(whole, "data.caption_dropout=0").data
+    keys = []
+    for epoch, seed in ((0, 5), (1, 5), (0, 6)):
+        data.start_at(epoch, 0, seed)
+        samples = list(data)
+        assert all(s.seed == sample_seed(seed, epoch, s.key) for s in samples)
+        keys.append([s.key for s in samples])
+    assert len({tuple(k) for k in keys}) == 3 and len({tuple(sorted(k)) for k in keys}) == 1
+    data.start_at(0, 8, 5)
+    assert [s.key for s in data] == keys[0][8:]
+
+
+def test_captions_are_dropped_at_random(tmp_path: Path) -> None:
+    """The share of `data.caption_dropout`, by the sample's seed: others in another epoch; none at 0."""
+    root = write_set(tmp_path / "set", {"a": 300})
+    null = shards.load_null_text(root)
+    kept, some = (loader_of(root, f"data.caption_dropout={p}").data for p in (0, 0.3))
+
+    def dropped(data: TrainingSet, epoch: int) -> set[str]:
+        data.start_at(epoch, 0, 0)
+        return {s.key for s in data if torch.equal(s.text, null)}
+
+    assert not dropped(kept, 0)
+    first, second = dropped(some, 0), dropped(some, 1)
+    assert all(60 < len(keys) < 120 for keys in (first, second))  # four standard deviations: 8 each
+    assert first != second and dropped(some, 0) == first
+    assert first == {s.key for s in kept if random.Random(sample_seed(0, 0, s.key)).random() < 0.3}
+
+
+# ---- damage in an epoch ----
 
 Damaging = Callable[[Path], list[tuple[int, list[int]]]]  # a copy of the set; gives shards and their damaged samples
 
@@ -146,7 +196,7 @@ def test_the_same_for_any_processes(tmp_path: Path) -> None:
     assert {d[0].rpartition("/00000")[0] for step in one[0][3]["steps"] for d in step["damaged"]} == set(sets)
 
 
-# ---- a cache ----
+# ---- a damaged origin of a cache ----
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
