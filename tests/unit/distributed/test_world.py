@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -43,6 +44,18 @@ def test_an_error_of_one_process_is_raised_as_it_is(error: Exception) -> None:
 def test_the_second_process_of_a_node_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert once_per_node(lambda: raising(KeyError()), ALONE) is None
+
+
+def test_collectives_are_called_in_one_place() -> None:
+    """torch.distributed is met where the group is made, in its private interfaces, in the store, and in world.py."""
+    files = (path for path in (ROOT / "pretrain").rglob("*.py"))
+    met = {
+        path.name
+        for path in files
+        if re.search(r"^\s*(import|from) torch\.distributed", path.read_text(), re.MULTILINE)
+    }
+    met |= {p.name for p in (ROOT / "pretrain").rglob("*.py") if re.search(r"torch\.distributed\.\w+\(", p.read_text())}
+    assert met == {"world.py", "rendezvous.py", "torch_private.py", "store.py"}
 
 
 COLLECTIVES = """
