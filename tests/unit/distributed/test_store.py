@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 from engines import one_process
@@ -43,6 +44,7 @@ def test_a_value_that_comes_later_is_waited_for() -> None:
 
 def test_a_value_that_never_comes() -> None:
     store = KeyValueStore(0.2)
+    assert store._store.timeout == timedelta(seconds=0.2)
     store.set("there", 1)
     with pytest.raises(DistError):
         store.get_all(["there", "not there"])
