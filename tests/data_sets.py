@@ -10,14 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from support import ROOT, free_port
 
 from data_prep import schema as shards
+from data_prep.common import mds
 from pretrain.config import load
+from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
 from pretrain.distributed.world import World
 from pretrain.models import preset
+
+SET = "a/256"  # the set that `write_set` makes of the source a
 
 
 def record(source: str, i: int, chance: random.Random, bucket: tuple[int, int] | None = None) -> shards.Record:
@@ -59,11 +64,46 @@ def epoch_of(loader: Loader) -> list[Any]:
     return [batch for _, step in zip(range(loader.steps_per_epoch), loader, strict=False) for batch in step]
 
 
+def entry(root: Path, number: int, set_: str = SET) -> dict[str, Any]:
+    return json.loads((root / set_ / shards.INDEX).read_text())["shards"][number]
+
+
+def file_of(root: Path, number: int, set_: str = SET) -> Path:
+    about = entry(root, number, set_)
+    return root / set_ / (about["zip_data"] or about["raw_data"])["basename"]
+
+
+def keys_in(root: Path, number: int, set_: str = SET) -> list[str]:
+    """The keys of a shard's samples, in order."""
+    about = entry(root, number, set_)
+    columns = dict(zip(about["column_names"], about["column_encodings"], strict=True))
+    return [row["key"] for row in mds.rows_of(file_of(root, number, set_).read_bytes(), about, columns)]
+
+
+def places(shard: Path) -> np.ndarray:
+    """Where a shard's samples begin, and the last ends."""
+    raw = shard.read_bytes()
+    return np.frombuffer(raw, "<u4", int.from_bytes(raw[:4], "little") + 1, 4)
+
+
+def flip(file: Path, at: int, bit: int = 0) -> None:
+    with file.open("r+b") as f:
+        f.seek(at)
+        byte = f.read(1)[0]
+        f.seek(at)
+        f.write(bytes([byte ^ 1 << bit]))
+
+
+def slots(batches: list[Batch]) -> list[tuple[str, int]]:
+    return [slot for batch in batches for slot in zip(batch.keys, batch.seeds, strict=True)]
+
+
 ORDER = """
 import json, os, sys
 import torch
 from pretrain.config import load
-from pretrain.data.loader import Loader, Position
+from pretrain.data.loader import Loader
+from pretrain.state import DataPosition
 from pretrain.distributed.world import World
 from pretrain.data.loader import Loader
 from pretrain.state import DataPosition

@@ -75,7 +75,11 @@ class DataLocation:
 
 
 def open_card(location: DataLocation, world: World) -> shards.Card:
-    """The data set's card; with a cache it and the null text are fetched first, once per node."""
+    """Reads the data set's card; with a cache it and the null text are fetched first, once per node.
+
+    Raises:
+        ValueError, OSError: there is no data set, or its shards are compressed and there is no cache to unpack them in.
+    """
 
     def fetch() -> None:
         for name in (shards.CARD, shards.NULL_TEXT):
@@ -115,7 +119,7 @@ def prepare(location: DataLocation, sets: Iterable[str], budget: int, world: Wor
 
 
 def _refresh(location: DataLocation, name: str) -> None:
-    """Fetches a set's index. Shards in the cache that are of an earlier one, or were cut off, are removed before."""
+    """Fetches a set's index, and removes shards from the cache that are of an earlier index or cut off."""
     path = location.root / name / shards.INDEX
     new = location.fetch(f"{name}/{shards.INDEX}")
     before = _files(path) if path.is_file() else {}
@@ -129,7 +133,7 @@ def _refresh(location: DataLocation, name: str) -> None:
 
 
 def _files(index: Path) -> dict[str, dict[str, Any]]:
-    """Every file that an index names, with its bytes and hashes: the shards as they are read, and as they are stored."""
+    """Each file that an index names, with its bytes and hashes: the shards as they are read, and as they are stored."""
     return {about["basename"]: about for shard in _shards(index) for about in shard if about is not None}
 
 
@@ -146,15 +150,15 @@ def _shards(index: Path) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
 
 
 def check_shards(location: DataLocation, sets: Iterable[str], budget: int) -> list[str]:
-    """A line for each shard that is missing or cut. Raises ValueError where those are more than the budget."""
+    """Lists the shards that are missing or cut, a line each. Raises ValueError where there are more than the budget."""
     bad = []
     for name in sets:
-        wanted = [stored or raw for raw, stored in _shards(location.root / name / shards.INDEX)]
-        sizes = _sizes(location.origin, name, [about["basename"] for about in wanted])
+        recorded = [stored or raw for raw, stored in _shards(location.root / name / shards.INDEX)]
+        sizes = _sizes(location.origin, name, [about["basename"] for about in recorded])
         bad += [
             f"{location.origin}/{name}/{about['basename']}: "
             f"{'missing' if size is None else f'{size} bytes'}, expected {about['bytes']} bytes"
-            for about in wanted
+            for about in recorded
             if (size := sizes.get(about["basename"])) != about["bytes"]
         ]
     if len(bad) > budget:
@@ -168,7 +172,7 @@ def check_shards(location: DataLocation, sets: Iterable[str], budget: int) -> li
 
 
 def _sizes(origin: str, name: str, basenames: list[str]) -> dict[str, int]:
-    """The bytes of those of a set's files that are there."""
+    """The sizes in bytes of a set's files, by name; files that are not there are left out."""
     if is_remote(origin):
         return {path.removeprefix(f"{name}/"): size for path, size in Remote(origin).sizes(name).items()}
     sizes = {basename: _size(Path(origin, name, basename)) for basename in basenames}

@@ -1,8 +1,8 @@
 """Names in /dev/shm that no other training on this node has.
 
-streaming names its shared memory and its lock files NUMBER_what, with the first number that is free. That of a killed run is
-free again while its resource tracker may still be about to unlink what bears it, and two runs that start together may find
-the same one. So each start has a number of its own, drawn from so many that two never meet.
+streaming names its shared memory and its lock files NUMBER_what, with the first number that is free. A killed run's number is
+free again while its resource tracker may still be about to unlink files of that number, and two runs that start together may
+find the same one. So each start draws a number of its own out of a billion.
 """
 
 from __future__ import annotations
@@ -34,10 +34,16 @@ def unique_names(world: World) -> Iterator[None]:
 
 
 def remove_stale_names(memory: Path = Path("/dev/shm"), locks: Path | None = None) -> int:
-    """Removes what killed runs of streaming left of this user's, and nothing that a living process still uses.
+    """Removes this user's files that killed runs of streaming left, and none that a living process still uses.
 
-    streaming's own clean-up would take that of other runs on this node, too. `locks` is by default where it keeps lock files.
-    Returns the bytes of memory that it gave back.
+    streaming's own clean-up would remove those of other runs on this node, too.
+
+    Args:
+        memory: the folder of shared memory.
+        locks: the folder of lock files; by default the one where streaming keeps them.
+
+    Returns:
+        The bytes of memory that were freed.
     """
     left, mapped = _numbers(memory), _mapped(memory)
     removed = 0
@@ -57,7 +63,7 @@ def remove_stale_names(memory: Path = Path("/dev/shm"), locks: Path | None = Non
 
 
 def _numbers(folder: Path) -> dict[Path, str]:
-    """This user's files with such names that are not brand-new, and their numbers."""
+    """This user's files of such names that are older than AGE, with their numbers."""
     found = {}
     for path in folder.glob("[0-9]*_*"):
         match = NAME.fullmatch(path.name)
@@ -69,7 +75,7 @@ def _numbers(folder: Path) -> dict[Path, str]:
 
 
 def _mapped(folder: Path) -> set[str]:
-    """The files of a folder that any process maps."""
+    """The files of a folder that any process of this user maps."""
     mapped = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):  # the process ended, or belongs to somebody else

@@ -11,12 +11,14 @@ from datetime import timedelta
 from typing import Any
 
 import deepspeed
+from deepspeed.utils import groups
 from torch import Tensor
 
 from pretrain.distributed import torch_private
 
 PRIVATE = {
     "deepspeed.ops": ("__compatible_ops__",),
+    "deepspeed.utils.groups": ("_WORLD_GROUP",),
     "DeepSpeedEngine": ("optimizer", "was_step_applied"),
     "DeepSpeedZeroOptimizer": (
         "averaged_gradients",
@@ -39,6 +41,11 @@ PRIVATE = {
 def disable_shared_memory_collectives() -> None:
     """Keeps DeepSpeed from compiling its CPU collectives for over a minute at the first start; training uses none of them."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def forget_process_groups() -> None:
+    """Lets a later start in the same process make its own groups: DeepSpeed keeps the first start's for ever."""
+    groups._WORLD_GROUP = None
 
 
 class Zero:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from pretrain.distributed import torch_private
 from pretrain.distributed.engine import Engine
 
 
@@ -26,7 +27,7 @@ class Ema:
     def update(self, step: int) -> None:
         """Adds the masters after update number `step`, counted from 0, with a decay of at most (1 + step) / (10 + step)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.partitions, [m.detach() for m in self.engine.masters], 1 - decay)
+        torch_private.lerp_(self.partitions, [m.detach() for m in self.engine.masters], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

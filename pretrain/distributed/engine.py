@@ -21,6 +21,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from pretrain.distributed import torch_private
 from pretrain.distributed.deepspeed_private import Zero
 from pretrain.distributed.partition import Slot
 from pretrain.distributed.world import World, all_gather_into
@@ -167,4 +168,4 @@ def squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     """Sums the squares of all elements of these tensors into an fp64 scalar; 0 where there are none."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).double().square().sum()
+    return torch_private.norms(gradients).double().square().sum()

@@ -70,6 +70,7 @@ def choose_device(local_rank: int) -> torch.device:
 
 
 def shutdown() -> None:
-    """Leaves the process group."""
+    """Leaves the process group; another one can be started afterwards."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    deepspeed_private.forget_process_groups()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from datetime import timedelta
 
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup, Store, distributed_c10d
 
 PRIVATE = {
+    "torch": ("_foreach_lerp_", "_foreach_norm"),
     "torch.distributed.distributed_c10d": ("_set_pg_timeout", "_get_default_store"),
     "torch.UntypedStorage": ("_new_shared",),
 }
@@ -27,3 +29,13 @@ def clone_default_store() -> Store:
 def new_shared_storage(size: int) -> torch.UntypedStorage:
     """Allocates `size` bytes of memory that other processes can map."""
     return torch.UntypedStorage._new_shared(size)
+
+
+def norms(tensors: list[Tensor]) -> Tensor:
+    """The 2-norm of each of n tensors, [n] in fp32, computed together."""
+    return torch.stack(torch._foreach_norm(tensors, 2, torch.float32))
+
+
+def lerp_(tensors: list[Tensor], ends: list[Tensor], weight: float) -> None:
+    """Moves each tensor towards its end, in place and computed together: tensor + weight · (end − tensor)."""
+    torch._foreach_lerp_(tensors, ends, weight)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
-import os
 import random
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,90 +15,15 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from data_sets import epoch_of, joined, loader_of, orders, write_set
+from data_sets import epoch_of, joined, loader_of, orders, slots, write_set
 from streaming import StreamingDataset
-from support import SMALL, contents, scalars
+from support import SMALL, scalars
 
 from data_prep import encode
 from data_prep import schema as shards
 from data_prep.shapes import draw, scenes
 from pretrain.bench.__main__ import main as bench
-from pretrain.config import load
-from pretrain.data.epoch_plan import plan_epoch
-from pretrain.data.loader import Loader
-from pretrain.data.location import DataLocation, check_shards
-from pretrain.data.streaming_private import times_before
 from pretrain.state import DataPosition
-
-# ---- what an epoch draws ----
-
-
-def card_of(sets: dict[str, int], buckets: bool = False) -> shards.Card:
-    """A card of sets `source/set` with so many samples each."""
-    about = {name: {"source": name.split("/")[0], "resolutions": [256], "samples": n} for name, n in sets.items()}
-    return shards.Card({}, {}, 300, "mean", [256], buckets=buckets, complete=True, sets=about)
-
-
-def drawn(sets: dict[str, int], global_batch: int = 8, *words: str, buckets: bool = False) -> dict[str, int]:
-    data = load("demo_256", ["data.path=/set", *words])[0].data
-    return plan_epoch(card_of(sets, buckets), data, global_batch).draws
-
-
-def notes(sets: dict[str, int], *words: str, buckets: bool = False) -> tuple[str, ...]:
-    data = load("demo_256", ["data.path=/set", *words])[0].data
-    return plan_epoch(card_of(sets, buckets), data, 8).notes
-
-
-def test_every_sample_once() -> None:
-    assert drawn({"b/256": 5, "a/256-512": 11, "a/256": 3}) == {"a/256": 3, "a/256-512": 11, "b/256": 5}
-    assert notes({"b/256": 5, "a/256": 3}) == ()
-
-
-def test_sources_by_their_proportions() -> None:
-    """An epoch is as long as the named sources together; a source's share is split over its sets by their samples."""
-    sets = {"a/256": 300, "a/256-512": 100, "b/256": 100, "c/256": 1000}
-    assert drawn(sets, 8, "data.sources={a: 3, b: 1}") == {"a/256": 281, "a/256-512": 94, "b/256": 125}
-    assert drawn(sets, 8, "data.sources={b: 0.2}") == {"b/256": 100}
-    (note,) = notes(sets, "data.sources={b: 1, a: 3}")
-    assert "500 samples is 75.00% a (each sample 0.94 times), 25.00% b (each sample 1.25 times)" in note
-    assert "nothing of c, which data.sources does not name" in note
-
-
-def test_buckets_give_whole_batches() -> None:
-    sets = {"a/256_16x16": 40, "a/256_12x21": 23, "b/256_16x16": 17, "b/256_21x12": 7}
-    assert drawn(sets, buckets=True) == {"a/256_12x21": 16, "a/256_16x16": 40, "b/256_16x16": 16}
-    (note,) = notes(sets, buckets=True)
-    assert "1 of 4 sets cannot fill one global batch of 8 and are left out: 7 of 87 samples (8.05%)" in note
-    # 10 batches in all: 5 of each source, a's split 40 : 23.
-    mixed = drawn(sets, 8, "data.sources={a: 1, b: 1}", buckets=True)
-    assert mixed == {"a/256_12x21": 16, "a/256_16x16": 24, "b/256_16x16": 40}
-
-
-@pytest.mark.parametrize(
-    ("sets", "words", "buckets", "said"),
-    [
-        ({"a/256": 7}, (), False, "/set has 7 samples for 256 px, less than one global batch of 8"),
-        ({"a/256_16x16": 7, "a/256_15x17": 6}, (), True, "the largest of its 2 sets of one shape has 7"),
-        ({"a/256": 20}, ("data.sources={x: 1, a: 1}",), False, "/set has no x with samples for 256 px; .* some: a$"),
-        ({"a/256": 99, "b/256": 9}, ("data.sources={a: 1, b: 0.001}",), False, "b cannot give one sample an epoch"),
-        ({"a/256_16x16": 99, "b/256_16x16": 7}, ("data.sources={a: 1, b: 1}",), True, "b cannot give one global batch"),
-        (
-            {"a/256_16x16": 9000, "b/256_16x16": 8},
-            ("data.shuffle_block=9",),
-            True,
-            "data.shuffle_block: 9 is too small",
-        ),
-    ],
-)
-def test_an_epoch_that_cannot_be(sets, words, buckets, said) -> None:
-    with pytest.raises(ValueError, match=said):
-        drawn(sets, 8, *words, buckets=buckets)
-
-
-def test_times_before() -> None:
-    assert times_before(np.array([5, 3, 5, 5, 3, 0])).tolist() == [0, 0, 1, 2, 1, 0]
-    assert times_before(np.array([], np.int64)).tolist() == []
-
 
 # ---- data sets with random samples ----
 
@@ -159,117 +83,56 @@ def test_what_is_drawn_has_the_proportions(tmp_path: Path) -> None:
     json.dumps(loader.fingerprint)
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_the_position_is_the_next_steps(tmp_path: Path) -> None:
+    """It moves before a step is used, and over an epoch's end; a resumed loader goes on with exactly the rest."""
     root = write_set(tmp_path / "set", {"a": 20})
-    with pytest.raises(ValueError, match=r"data\.sources: .* has no b with samples"):
-        loader_of(root, "data.sources={b: 1}")
-    with pytest.raises(ValueError, match="resolution: the data set has 256 px, the config asks for 512 px"):
-        loader_of(root, "data.resolution=512")
-    shard = sorted((root / "a/256/00000").glob("*.mds"))[1]
-    content = shard.read_bytes()
-    shard.write_bytes(content[:-1])
-    with pytest.raises(
-        ValueError,
-        match=rf"1 shards are missing or cut, data\.damaged_shards .*\n  {shard}: {len(content) - 1} bytes, expected",
-    ):
-        loader_of(root, "data.damaged_shards=0")
-    shard.unlink()
-    with pytest.raises(ValueError, match=f"{shard}: missing"):
-        loader_of(root, "data.damaged_shards=0")
-    index = root / "a/256/index.json"
-    index.write_text(index.read_text().replace("00000/shard.00000", "../../elsewhere"))
-    with pytest.raises(ValueError, match="names files outside of its folder"):
-        loader_of(root)
-    index.write_text(index.read_text()[:50])
-    with pytest.raises(ValueError, match=r"index\.json is damaged"):
-        loader_of(root)
+    loader, seen = loader_of(root), []
+    for step, _ in zip(loader, range(5), strict=False):
+        seen.append((slots(step), loader.position))
+    places = [(position.epoch, position.step_in_epoch) for _, position in seen]
+    assert places == [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1)]
+    for i, (_, position) in enumerate(seen[:-1]):
+        again = loader_of(root)
+        again.resume(position)
+        assert slots(next(iter(again))) == seen[i + 1][0]
 
 
-# ---- the cache ----
+def test_a_rollback_changes_order_and_noise(tmp_path: Path) -> None:
+    """The samples are the same, in another order and with other seeds; each rollback is another one."""
+    root = write_set(tmp_path / "set", {"a": 16})
+    epochs = []
+    for rollbacks in (0, 1, 2, 1):
+        loader = loader_of(root)
+        loader.resume(DataPosition(), rollbacks)
+        epochs.append(slots(epoch_of(loader)))
+    assert epochs[1] == epochs[3]
+    assert len({tuple(key for key, _ in e) for e in epochs}) == 3
+    assert len({frozenset(key for key, _ in e) for e in epochs}) == 1
+    seeds = [{seed for _, seed in e} for e in epochs[:3]]
+    assert not (seeds[0] & seeds[1] | seeds[0] & seeds[2] | seeds[1] & seeds[2])
 
 
-def keys_and_text(loader: Loader) -> list[tuple[tuple[str, ...], float]]:
-    return [(batch.keys, batch.text.tokens_ME.double().sum().item()) for batch in epoch_of(loader)]
+@pytest.mark.parametrize(
+    "word",
+    ["seed=1", "data.shuffle_block=64", "data.canonical_nodes=2", "data.sources={a: 1, b: 2}"],
+)
+def test_the_fingerprint_has_all_that_the_order_depends_on(word: str, tmp_path: Path) -> None:
+    """And nothing that it does not depend on: workers, or the samples of a micro-batch."""
+    root = write_set(tmp_path / "set", {"a": 40, "b": 40})
+    plain, other = loader_of(root), loader_of(root, word)
+    assert slots(epoch_of(other)) != slots(epoch_of(plain)) and other.fingerprint != plain.fingerprint
+    same = loader_of(root, "data.workers=1", micro=2)
+    assert slots(epoch_of(same)) == slots(epoch_of(loader_of(root))) and same.fingerprint == plain.fingerprint
+    assert loader_of(root, global_batch=4).fingerprint != plain.fingerprint
 
 
-def test_compressed_shards_are_unpacked_in_the_cache(tmp_path: Path) -> None:
-    root = write_set(tmp_path / "set", {"a": 30, "b": 14}, compression="zstd")
-    plain = write_set(tmp_path / "plain", {"a": 30, "b": 14})
-    expected, before = keys_and_text(loader_of(plain)), contents(root)
-    with pytest.raises(ValueError, match=r"data\.cache: the shards of .* are compressed; give a folder"):
-        loader_of(root)
-    assert contents(root) == before
-    words = (f"data.cache={tmp_path}/cache",)
-    loader = loader_of(root, *words, "data.workers=2")
-    assert keys_and_text(loader) == expected
-    assert contents(root) == before, "the data set is read, never written"
-    (kept,) = (tmp_path / "cache").iterdir()
-    assert loader.root == kept and kept.name.startswith("set-")
-    assert shards.Card.load(kept) == shards.Card.load(root)
-    fetched = sorted(kept.rglob("*.mds"))
-    assert len(fetched) >= 4 and not list(kept.rglob("*.zstd")) and not list(kept.rglob(".tmp*"))
-
-    # What was fetched is used again; what was cut off, or is of an older data set in the same place, is not.
-    times = {shard: shard.stat().st_mtime_ns for shard in fetched}
-    fetched[0].write_bytes(fetched[0].read_bytes()[:-9])
-    del loader
-    assert keys_and_text(loader_of(root, *words)) == expected
-    assert {shard for shard in fetched if shard.stat().st_mtime_ns != times[shard]} == {fetched[0]}
-    shutil.rmtree(root)
-    write_set(root, {"a": 30, "b": 14}, compression="zstd", seed=1)
-    others = keys_and_text(loader_of(root, *words))
-    a = [(key, total) for key, total in others if all(k.startswith("a/") for k in key)]
-    assert not {total for _, total in others} & {total for _, total in expected}, a
-
-
-def test_a_cache_for_plain_shards_and_its_limit(tmp_path: Path) -> None:
-    """Shards are copied; those beyond the limit go again, and the data set keeps its own."""
-    root = write_set(tmp_path / "set", {"a": 152})
-    before = contents(root)
-    expected = keys_and_text(loader_of(root))
-    limit = 1.2
-    loader = loader_of(root, f"data.cache={tmp_path}/cache", f"data.cache_limit={limit}mb", "data.shuffle_block=20")
-    assert sum(p.stat().st_size for p in root.rglob("*.mds")) > 2 * limit * 2**20
-    assert sorted(k for keys, _ in keys_and_text(loader) for k in keys) == sorted(
-        k for keys, _ in expected for k in keys
-    )
-    # streaming fetches ahead in a thread of its own: one shard more may be there for a while.
-    most = limit * 2**20 + max(p.stat().st_size for p in root.rglob("*.mds"))
-    assert 0 < sum(p.stat().st_size for p in loader.root.rglob("*.mds")) <= most
-    assert contents(root) == before
-    shard = next(root.rglob("*.mds"))
-    shard.unlink()
-    with pytest.raises(ValueError, match=f"{shard}: missing"):
-        loader_of(root, f"data.cache={tmp_path}/cache", "data.damaged_shards=0")
-
-
-def test_a_place_on_object_storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    monkeypatch.setenv("S3_ENDPOINT_URL", "http://here")
-    place = DataLocation.of(load("demo_256", ["data.path=s3://bucket/sets/one/", "data.cache=/cache"])[0].data)
-    assert place.origin == "s3://bucket/sets/one" and place.cached
-    assert place.root.parent == Path("/cache") and place.root.name.startswith("one-")
-    assert os.environ["AWS_ENDPOINT_URL"] == "http://here"
-    other = DataLocation.of(load("demo_256", ["data.path=s3://bucket/more/one", "data.cache=/cache"])[0].data)
-    assert other.root != place.root
-
-
-def test_sizes_on_object_storage_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for a folder, with fsspec's memory file system in the place of a bucket."""
-    import fsspec
-
-    from pretrain.data import location as streams
-
-    root = write_set(tmp_path / "set", {"a": 30})
-    memory = fsspec.filesystem("memory")
-    memory.put(str(root), "/bucket/set", recursive=True)
-    monkeypatch.setattr(streams, "is_remote", lambda url: url.startswith("memory://"))
-    place = DataLocation("memory://bucket/set", root, cached=True)
-    assert check_shards(place, ["a/256"], 0) == []
-    shard = sorted((root / "a/256/00000").glob("*.mds"))[0]
-    memory.rm(f"/bucket/set/a/256/00000/{shard.name}")
-    with pytest.raises(ValueError, match=f"memory://bucket/set/a/256/00000/{shard.name}: missing"):
-        check_shards(place, ["a/256"], 0)
+def test_an_epoch_that_ends_early_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of streaming that fails ends an epoch as if it were done."""
+    loader = loader_of(write_set(tmp_path / "set", {"a": 40}), "data.workers=0")
+    whole = type(loader.data).__iter__
+    monkeypatch.setattr(type(loader.data), "__iter__", lambda data: itertools.islice(whole(data), 17))
+    with pytest.raises(RuntimeError, match="epoch 0 ended after 2 of 5 steps: a thread of streaming failed"):
+        epoch_of(loader)
 
 
 # ---- the order, for any number of processes and workers, with real buckets ----

@@ -1,0 +1,119 @@
+"""Collectives: nothing to do for one process, and the same on all of several."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import ROOT, free_port, launcher
+
+from pretrain.distributed.world import World, all_gather, all_gather_into, all_reduce, barrier, broadcast, once_per_node
+
+ALONE = World.alone()
+
+
+def raising(error: Exception) -> None:
+    raise error
+
+
+def test_one_process_alone() -> None:
+    """Without a process group: none of them may ask for one."""
+    assert not torch.distributed.is_initialized()
+    barrier(ALONE)
+    x = torch.arange(3.0)
+    assert all_reduce(x, ALONE) is x and x.tolist() == [0, 1, 2]
+    all_gather_into(x, x.clone(), ALONE)
+    assert x.tolist() == [0, 1, 2]
+    assert all_gather("mine", ALONE) == ["mine"]
+    assert broadcast({"a": 1}, ALONE) == {"a": 1}
+    assert once_per_node(lambda: 5, ALONE) == 5
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), ValueError("wrong"), KeyError("a defect")])
+def test_an_error_of_one_process_is_raised_as_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        once_per_node(lambda: raising(error), ALONE)
+    assert raised.value is error
+
+
+def test_the_second_process_of_a_node_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert once_per_node(lambda: raising(KeyError()), ALONE) is None
+
+
+def test_collectives_are_called_in_one_place() -> None:
+    """torch.distributed is met where the group is made, in its private interfaces, in the store, and in world.py."""
+    files = (path for path in (ROOT / "pretrain").rglob("*.py"))
+    met = {
+        path.name
+        for path in files
+        if re.search(r"^\s*(import|from) torch\.distributed", path.read_text(), re.MULTILINE)
+    }
+    met |= {p.name for p in (ROOT / "pretrain").rglob("*.py") if re.search(r"torch\.distributed\.\w+\(", p.read_text())}
+    assert met == {"world.py", "rendezvous.py", "torch_private.py", "store.py"}
+
+
+COLLECTIVES = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+from pretrain.distributed.world import *
+from pretrain.distributed.world import World
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+world = World(rank, dist.get_world_size(), torch.device("cpu"))
+said = {}
+barrier(world)
+said["sum"] = all_reduce(torch.tensor([rank + 1.0, 10.0]), world).tolist()
+whole = torch.zeros(4)
+all_gather_into(whole, torch.tensor([rank, rank + 0.5]), world)
+said["whole"] = whole.tolist()
+said["items"] = all_gather({"rank": rank}, world)
+said["first"] = broadcast(f"from {rank}", world)
+said["once"] = once_per_node(lambda: f"done by {rank}", world)
+
+def fail():
+    raise OSError(f"no disk on {rank}")
+
+try:
+    once_per_node(fail, world)
+except ValueError as error:
+    said["error"] = str(error)
+barrier(world)
+print(json.dumps(said))
+"""
+
+
+def test_two_processes() -> None:
+    """Both are on one node, so `once_per_node` runs in process 0 alone, and its error is raised in both."""
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", COLLECTIVES],
+            cwd=ROOT,
+            env=os.environ | launcher(rank, 2, port),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [s.pop("once") for s in said] == ["done by 0", None]
+    assert said[0] == said[1]
+    assert said[0] == {
+        "sum": [3.0, 20.0],
+        "whole": [0.0, 0.5, 1.0, 1.5],
+        "items": [{"rank": 0}, {"rank": 1}],
+        "first": "from 0",
+        "error": "no disk on 0",
+    }
