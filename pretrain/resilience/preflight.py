@@ -67,7 +67,10 @@ def check(name: str, overrides: list[str], processes: int | None) -> int:
         first, *rest = str(error).splitlines()
         report = Report(problems=[f"config: {line.strip()}" for line in rest or [first]])
     else:
-        report = preflight(config, deepspeed, start()) if "RANK" in os.environ else alone(config, deepspeed, processes)
+        if "RANK" in os.environ:
+            report = preflight(config, deepspeed, start())
+        else:
+            report = check_without_launcher(config, deepspeed, processes)
     if os.environ.get("RANK", "0") == "0":
         print(f"{name}: {len(report.problems)} problems\n{report}", flush=True)
     return 1 if report.problems else 0
@@ -112,7 +115,7 @@ def preflight(config: Config, deepspeed: dict[str, Any], world: World, every_sha
     return _combine(mine, config, deepspeed, world)
 
 
-def alone(config: Config, deepspeed: dict[str, Any], processes: int | None) -> Report:
+def check_without_launcher(config: Config, deepspeed: dict[str, Any], processes: int | None) -> Report:
     """Checks without the stage's nodes; `processes` is the planned number of them."""
     report = Report()
     if processes is not None:
@@ -131,6 +134,7 @@ def alone(config: Config, deepspeed: dict[str, Any], processes: int | None) -> R
 
 
 def _batch(report: Report, deepspeed: dict[str, Any], processes: int) -> None:
+    """Checks that the processes divide the global batch."""
     try:
         steps = geometry(deepspeed, processes)
     except ConfigError as error:
@@ -162,6 +166,7 @@ def _data(
 
 
 def _disks(report: Report, config: Config) -> None:
+    """Checks the disk of the run directory, and clears shared memory of killed runs."""
     report.problems += run_dir_problems(config)
     report.passed.append(f"run_dir: {config.run_dir}, checkpoints take up to {gib(checkpoint_bytes(config))}")
     removed = remove_stale_names()
@@ -183,6 +188,7 @@ def port_problems(port: int) -> list[str]:
 
 
 def _all_reduce(report: Report, world: World) -> None:
+    """Sums numbers over all processes: checks the result, and reports the speed."""
     count = 1 << (24 if world.device.type == "cuda" else 20)
     for _ in range(2):  # the first sum connects the processes
         values = torch.full((count,), world.rank + 1.0, device=world.device)
