@@ -257,12 +257,6 @@ def test_an_older_runs_config_is_read_with_its_fields_renamed():
     assert upgrade({"steps": 3}) == {"steps": 3}
 
 
-def test_the_new_name_of_a_renamed_field_is_there():
-    for new in configs.RENAMED.values():
-        section, field = new.split(".")
-        assert field in Config.model_fields[section].annotation.model_fields
-
-
 def test_a_missing_field_says_how_to_set_it(tmp_path, monkeypatch):
     path = stage(tmp_path, monkeypatch, "model: {preset: dit_tiny}\ndata: {path: x}\n")
     lines = complaint(name=path)
