@@ -1,9 +1,9 @@
-"""Whether two stages can follow one another, looked at before either is submitted:
+"""Check that one stage can follow another, before either is submitted:
 
     python -m pretrain.chain STAGE1 "OVERRIDES" STAGE2 "OVERRIDES" [--encodes DATA "RESOLUTIONS"]
 
-Each stage as its script would be given it: a config's name and overrides with blanks between. `--encodes` names the data
-set that is made before them, which need not be there yet. Prints a line for each problem; exit code 2 if there is one.
+Each stage is given as to its script: a config's name, and overrides with blanks between. `--encodes` names a data set that
+is encoded before them and need not exist yet. Prints a line for each problem; exit code 2 if there is one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pretrain.models import DiT
 
 @dataclass(frozen=True)
 class Encoding:
-    """The data set that is made before the stages, and the resolutions that it will hold."""
+    """Data set that is encoded before the stages, and the resolutions in pixels that it will hold."""
 
     data: str
     resolutions: tuple[int, ...]
@@ -35,11 +35,11 @@ class Encoding:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(description="Whether two stages can follow one another.")
+    parser = argparse.ArgumentParser(description="Checks that one stage can follow another.")
     for stage in ("stage1", "stage2"):
         parser.add_argument(stage, help="a config's name, or the path of a YAML file")
         parser.add_argument(f"{stage}_overrides", help="section.key=value, blanks between")
-    parser.add_argument("--encodes", nargs=2, metavar=("DATA", "RESOLUTIONS"), help="the data set that is made before")
+    parser.add_argument("--encodes", nargs=2, metavar=("DATA", "RESOLUTIONS"), help="a data set that is encoded before")
     args = parser.parse_args(argv)
     encoding = None
     if args.encodes:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def problems(stages: list[tuple[str, list[str]]], encoding: Encoding | None) -> list[str]:
-    """What keeps the two stages, each a config's name and its overrides, from running one after the other."""
+    """Lists what keeps two stages, each a config's name and its overrides, from running one after the other."""
     found: list[str] = []
     configs: list[Config] = []
     for name, overrides in stages:
@@ -70,7 +70,7 @@ def problems(stages: list[tuple[str, list[str]]], encoding: Encoding | None) -> 
 
 
 def _data_problems(config: Config, batch: int, encoding: Encoding | None) -> list[str]:
-    """Whether the stage's data set is there, or will be, with its resolution."""
+    """A problem where the stage's data set neither exists nor will exist in its resolution, or does not fit the stage."""
     data = config.data
     if encoding and data.path == encoding.data:
         if data.resolution in encoding.resolutions:
@@ -90,7 +90,7 @@ def _data_problems(config: Config, batch: int, encoding: Encoding | None) -> lis
 
 
 def _handover_problems(first: Config, second: Config) -> list[str]:
-    """Whether the second stage begins where the first one ends, and beside it."""
+    """Problems where the second stage does not start from the first one's run, or would overwrite it."""
     found = []
     runs = [Path(second.init_from), Path("runs") / second.init_from] if second.init_from else []
     if first.run_dir.resolve() not in [run.resolve() for run in runs]:
@@ -104,7 +104,7 @@ def _handover_problems(first: Config, second: Config) -> list[str]:
 
 
 def _parameters(config: Config) -> dict[str, Any]:
-    """Every parameter's name and shape; nothing is allocated."""
+    """Names and shapes of a stage's parameters; no memory is allocated for them."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in DiT(config.model.backbone()).named_parameters()}
 

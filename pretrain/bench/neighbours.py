@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_prep.shapes import check, scenes
 from pretrain.config import load
-from pretrain.demo import DATA, PICTURES, PROMPT_SEED, TARS, curve, launch
+from pretrain.demo import DATA, PICTURES, PROMPT_SEED, TARS, curve, training_command
 from pretrain.demo import run as run_command
 from pretrain.models.cost import count_flops, grid_of
 
@@ -90,7 +90,7 @@ def flops_of(words: list[str]) -> float:
 def measured(name: str, steps: int, flops: float, args: argparse.Namespace) -> Row:
     """Trains (on) to this step, draws, and looks."""
     run_dir = args.out / name.replace(" ", "")
-    run_command(launch("demo_256", *settings(name, args), f"steps={steps}", f"run_dir={run_dir}"))
+    run_command(training_command("demo_256", *settings(name, args), f"steps={steps}", f"run_dir={run_dir}"))
     wanted = list(scenes(args.prompts, PROMPT_SEED))
     prompts, drawn = args.out / "prompts.txt", run_dir / f"samples_{steps}"
     prompts.write_text("".join(f"{scene.caption}\n" for scene in wanted))

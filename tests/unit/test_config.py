@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import config as configs
-from pretrain.config import Config, ConfigError, geometry, known, load
+from pretrain.config import Config, ConfigError, geometry, known, load, upgrade
 from pretrain.diffusion import EpsilonPrediction, RectifiedFlow
 from pretrain.models import PRESETS, DiT
 
@@ -237,6 +237,24 @@ def test_an_unknown_field_suggests_a_near_one_or_lists_the_known():
     ]
     (line,) = complaint("checkpoint.zzz=1")
     assert line == "checkpoint.zzz: unknown field; known here: every, keep_last, keep_every, background, time_limit"
+
+
+def test_a_renamed_field_says_its_new_name(tmp_path, monkeypatch):
+    for old, new in configs.RENAMED.items():
+        assert complaint(f"{old}=7") == [f"{old}: is now {new}"]
+    path = stage(tmp_path, monkeypatch, SMALLEST + "guard: {after: 7}\n")
+    assert complaint(name=path) == ["guard.after: is now guard.min_history"]
+
+
+def test_an_older_runs_config_is_read_with_its_fields_renamed():
+    config = load("demo_256", ["guard.min_history=7"])[0]
+    older = config.model_dump(mode="json")
+    older["guard"]["after"] = older["guard"].pop("min_history")
+    kept = json.loads(json.dumps(older))
+    assert Config.model_validate(upgrade(older)) == config
+    assert older == kept, "what is given stays as it is"
+    assert upgrade(config.model_dump()) == config.model_dump()
+    assert upgrade({"steps": 3}) == {"steps": 3}
 
 
 def test_a_missing_field_says_how_to_set_it(tmp_path, monkeypatch):

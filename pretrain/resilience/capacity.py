@@ -1,0 +1,104 @@
+"""Capacity that a stage needs: bytes on disks, in shared memory and on GPUs, compared with those that are there.
+
+A problem is a line: the place, the bytes that are free, those that are needed, and the mend.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+from data_prep import schema as shards
+from pretrain.checkpoint.reader import FOLDER
+from pretrain.config import Config
+from pretrain.data.location import DataLocation
+from pretrain.models.cost import CAPTION, count_activations, count_parameters, grid_of
+
+GIB = 1 << 30
+UNITS = {"mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}  # of data.cache_limit, as streaming reads them
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Largest size of a run's checkpoints: the newest, those kept for ever, and the one that is being written."""
+    keep = config.checkpoint
+    for_ever = config.steps // lcm(keep.every, keep.keep_every) if keep.keep_every else 0
+    return 16 * count_parameters(config.model.backbone()).total * (keep.keep_last + for_ever + 1)
+
+
+def run_dir_problems(config: Config) -> list[str]:
+    """A problem where the disk of the run directory cannot take the checkpoints still to come."""
+    there = sum(_bytes_in(folder) for folder in (config.run_dir / FOLDER).glob("step_*"))
+    needed = checkpoint_bytes(config) - there
+    return disk_problems(
+        "run_dir", config.run_dir, needed, "for its checkpoints; free some, or keep fewer (checkpoint)"
+    )
+
+
+def cache_problems(config: Config, card: shards.Card) -> list[str]:
+    """A problem where the disk of the data cache cannot take all that the cache may grow to."""
+    cache, limit = config.data.cache, config.data.cache_limit
+    if cache is None:
+        return []
+    most = sum(about["bytes"] for about in card.sets_with(config.data.resolution).values())
+    if limit is not None:
+        most = min(most, int(float(limit[:-2]) * UNITS[limit[-2:]]))
+    needed = most - _bytes_in(DataLocation.of(config.data).root)
+    return disk_problems("data.cache", cache, needed, "for the data set's shards; free some, or lower data.cache_limit")
+
+
+def shared_memory_problems(folder: Path, config: Config, card: shards.Card, samples: int) -> list[str]:
+    """A problem where a node's shared memory cannot hold the batches that its loaders keep ready.
+
+    Args:
+        samples: samples of one step on this node; their captions are taken at the token cap.
+    """
+    data = config.data
+    side, kinds = data.resolution // card.vae["downsample"], 2 if card.posterior == "mean_std" else 1
+    sample = 2 * (kinds * card.vae["channels"] * side**2 + card.token_cap * card.text_encoder["width"])
+    mend = "for the batches kept ready; mount it larger (--shm-size), or lower data.workers or data.prefetch"
+    return disk_problems("shared memory", folder, data.workers * data.prefetch * samples * sample, mend)
+
+
+def disk_problems(what: str, folder: Path, needed: int, why: str) -> list[str]:
+    """A problem where a folder, which need not exist yet, cannot take `needed` bytes more."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return [f"{what}: {folder} cannot be written, as {there} {'may not be' if there.is_dir() else 'is no folder'}"]
+    free = shutil.disk_usage(there).free
+    return [f"{what}: {folder} has {gib(free)} free, {gib(needed)} are needed {why}"] if free < needed else []
+
+
+def memory_problems(config: Config, deepspeed: dict[str, Any], processes: int, there: int) -> list[str]:
+    """A problem where a GPU of `there` bytes is too small: a lower bound, without activations and buffers."""
+    states = state_bytes(config, deepspeed, processes)
+    if states <= there:
+        return []
+    more = "take more processes, or GPUs with more memory"
+    needed = f"weights, gradients and AdamW's state alone take {gib(states)} with {processes} processes"
+    return [f"GPU memory: {gib(there)} on a GPU, but {needed}; {more}"]
+
+
+def state_bytes(config: Config, deepspeed: dict[str, Any], processes: int) -> int:
+    """Bytes of ZeRO-2 on each GPU: all weights, and a share of the fp32 gradients, masters, both moments and average."""
+    weight = 2 if deepspeed.get("bf16", {}).get("enabled") else 4
+    return count_parameters(config.model.backbone()).total * (weight * processes + 20) // processes
+
+
+def activation_bytes(config: Config, micro: int) -> int:
+    """Estimated bytes that a micro-batch keeps for its backward pass, in bf16, with captions of CAPTION tokens."""
+    c = config.model.backbone()
+    grid = grid_of(c, config.data.resolution)
+    return round(micro * count_activations(c, grid, CAPTION, recompute=config.model.recompute))
+
+
+def _bytes_in(folder: Path) -> int:
+    """Size of all files in a folder."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def gib(count: int) -> str:
+    """Bytes as GiB."""
+    return f"{count / GIB:.1f} GiB"
