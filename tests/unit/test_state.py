@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import ROOT
 
-from pretrain.state import DataPosition, RunState, Slot, StepHistory, StepVerdict
+from pretrain.state import DataPosition, RunState, StepHistory, StepVerdict
 
 
 def test_importing_it_loads_neither_torch_nor_deepspeed() -> None:
@@ -69,8 +69,3 @@ def test_skipped_steps_are_counted_but_not_kept() -> None:
     assert (history.losses, history.skipped, history.in_a_row) == ((1.0, 2.0), 2, 1)
     history = history.after(StepVerdict(5.0, 6.0), window=2)
     assert (history.losses, history.norms, history.skipped, history.in_a_row) == ((2.0, 5.0), (4.0, 6.0), 2, 0)
-
-
-def test_a_slots_values_are_those_of_its_shape() -> None:
-    for shape in ((), (7,), (2, 3, 5)):
-        assert Slot("w", shape, 0, 0).numel == torch.zeros(shape).numel()

@@ -34,7 +34,7 @@ class Notes(dict[str, Any]):
     """A store in this process's memory."""
 
     timeout = 1.0
-    post = dict.__setitem__
+    set = dict.__setitem__
     has = dict.__contains__
 
     def get_all(self, names: list[str]) -> list[Any]:
