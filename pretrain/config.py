@@ -10,19 +10,20 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model
 
 from pretrain.deepspeed_config import read_deepspeed
 from pretrain.diffusion import EpsilonPrediction, Objective, RectifiedFlow
 from pretrain.models import DiTConfig, preset
 from pretrain.models.config import RENAMED_FIELDS, upgrade_fields
+from pretrain.sections import Section, optional_fields, replace_fields
 
 CONFIGS = Path(__file__).parent / "configs"
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
@@ -46,10 +47,6 @@ class ConfigError(ValueError):
     """All problems of a configuration, a line each, with the field's path and the mend."""
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
-
-
 class _ModelBase(Section):
     preset: str = "focusdit_1b_shared2d"
     """A name of `python -m pretrain.models`; the other fields of `DiTConfig` change single points of it."""
@@ -62,34 +59,13 @@ class _ModelBase(Section):
         """The backbone's shape. Raises ValueError for an unknown preset."""
         names = {f.name for f in fields(DiTConfig)}
         changed = {name: value for name, value in self.model_dump(exclude_none=True).items() if name in names}
-        return _replaced(preset(self.preset), changed)
-
-
-def _replaced(config: Any, changed: dict[str, Any]) -> Any:
-    """A dataclass with some fields changed, those of its sections one by one."""
-    whole = {
-        name: _replaced(getattr(config, name), value) if is_dataclass(getattr(config, name)) else value
-        for name, value in changed.items()
-    }
-    return replace(config, **whole)
-
-
-def _optional_fields(shape: type) -> dict[str, Any]:
-    """The fields of a dataclass, each of which may be left out; those of its sections likewise."""
-    hints = get_type_hints(shape)
-    optional = {}
-    for name in (f.name for f in fields(shape)):
-        hint = hints[name]
-        if isinstance(hint, type) and is_dataclass(hint):
-            hint = create_model(hint.__name__, __base__=Section, **_optional_fields(hint))
-        optional[name] = (hint | None, None)
-    return optional
+        return replace_fields(preset(self.preset), changed)
 
 
 if TYPE_CHECKING:
     ModelSection = _ModelBase
 else:
-    ModelSection = create_model("ModelSection", __base__=_ModelBase, **_optional_fields(DiTConfig))
+    ModelSection = create_model("ModelSection", __base__=_ModelBase, **optional_fields(DiTConfig))
 
 
 class ObjectiveSection(Section):

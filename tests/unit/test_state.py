@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from support import ROOT
 
 from pretrain.state import DataPosition, RunState, StepHistory, StepVerdict
