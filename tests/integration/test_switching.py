@@ -142,7 +142,7 @@ def test_the_commands_options_reach_the_pipeline(folder, tiny_pipeline, tmp_path
 @pytest.mark.parametrize(
     ("words", "mend"),
     [
-        (["--mediators", "5"], "mediators: 5 is none of 1, 4, 16, for which this model has tables"),
+        (["--mediators", "5"], "mediators: 5 is none of 1, 4, 16, which this model can do"),
         (
             ["--mediator-rho", "0.9"],
             "mediator ρ 0.9: expected 2, one fewer than the model's numbers of mediators (1, 4, 16)",
