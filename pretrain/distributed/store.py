@@ -29,7 +29,7 @@ class KeyValueStore:
         self._store.set_timeout(timedelta(seconds=timeout))
 
     def set(self, name: str, value: Any) -> None:
-        """Stores a value, in place of an older one of this name."""
+        """Stores a value, in place of an older one of this name. Other connections may see it a little later."""
         self._store.set(name, json.dumps(value))
 
     def get_all(self, names: list[str]) -> list[Any]:

@@ -19,14 +19,15 @@ def _group() -> Iterator[None]:
 
 
 def test_values_by_name() -> None:
-    """Any JSON value; a later one replaces the earlier; another connection reads the same."""
-    store, other = KeyValueStore(5), KeyValueStore(5)
+    """Any JSON value; a later one replaces the earlier; another connection reads the same, as soon as it is there."""
+    store, other = KeyValueStore(60), KeyValueStore(60)
     assert not other.has("a")
     store.set("a", {"loss": 1.5, "keys": ["é", None]})
     store.set("b", [1])
-    assert other.has("a")
     assert other.get_all(["b", "a"]) == [[1], {"loss": 1.5, "keys": ["é", None]}]
+    assert other.has("a") and other.has("b")
     store.set("a", "later")
+    assert store.get_all(["a"]) == ["later"], "one connection's requests are served in order"
     assert other.get_all(["a"]) == ["later"]
     assert other.get_all([]) == []
 
@@ -35,7 +36,7 @@ def test_a_value_that_comes_later_is_waited_for() -> None:
     reader, found = KeyValueStore(60), []
     thread = threading.Thread(target=lambda: found.append(reader.get_all(["late/0", "late/1"])))
     thread.start()
-    writer = KeyValueStore(5)
+    writer = KeyValueStore(60)
     writer.set("late/1", 1)
     writer.set("late/0", 0)
     thread.join(60)
