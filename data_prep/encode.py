@@ -32,6 +32,7 @@ from data_prep.pictures.hashes import MAX_DISTANCE
 from data_prep.pictures.images import BUCKET_STEP
 from data_prep.worker import claims, report
 from data_prep.worker.deduplicate import Search, find
+from data_prep.worker.parts import finish_data_set, read_part_report, remove_leftovers, whole_parts
 from data_prep.worker.progress import Progress
 from data_prep.worker.worker import Encoder, Settings, Worker
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     card = open_data_set(root, encoder, args, sources, remote)
     keep_command(args, root)
     check_parts(jobs, root)
-    made = set(shards.made(root))
+    made = set(whole_parts(root))
     made_bytes = sum(j.bytes for j in jobs if j.name in made)
     print(f"{len(jobs)} tars, {sum(j.name in made for j in jobs)} of them already encoded", flush=True)
     progress = Progress(sum(j.bytes for j in jobs), made_bytes, root / shards.WORK / "tensorboard" / worker_name())
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 def finish(root: Path, card: shards.Card, jobs: list[Job], failed: dict[str, OSError], remote: Remote | None) -> int:
     """The report, the indexes and the card, once all parts are there."""
-    made = set(shards.made(root))
+    made = set(whole_parts(root))
     if failed:
         names = "\n".join(f"  {error}" for error in failed.values())
         print(f"encode: {len(failed)} tars could not be read; run this again:\n{names}", file=sys.stderr)
@@ -91,10 +92,10 @@ def finish(root: Path, card: shards.Card, jobs: list[Job], failed: dict[str, OSE
     if missing := [j.name for j in jobs if j.name not in made]:
         print(f"nothing is left for this worker; others are at work on {len(missing)} parts")
         return 0
-    shards.clear(root, made)
+    remove_leftovers(root, made)
     claims.clear(root / shards.WORK / "claims", made)
     whole = report.publish(root, card, remote)
-    shards.finish(root, card, counts_of(whole), remote)
+    finish_data_set(root, card, counts_of(whole), remote)
     print(f"{root}: {(root / report.TEXT).read_text(encoding='utf-8')}", end="")
     if not whole["written"]:
         print("encode: not one sample was written; the reasons stand above", file=sys.stderr)
@@ -163,7 +164,7 @@ def keep_command(args: argparse.Namespace, root: Path) -> None:
 def check_parts(jobs: list[Job], root: Path) -> None:
     """Raises ValueError where a part was made of another tar of the same name."""
     for job in jobs:
-        there = shards.report_of(root, job.name)
+        there = read_part_report(root, job.name)
         if there is not None and there["tar_bytes"] != job.bytes:
             raise ValueError(
                 f"the part {job.name} was made of {there['tar']} with {there['tar_bytes']} bytes, but {job.url} has "

@@ -14,6 +14,7 @@ import torch
 from support import ROOT, free_port
 
 from data_prep import schema as shards
+from data_prep.worker.parts import PartWriter, finish_data_set
 from pretrain.config import load
 from pretrain.data.loader import Loader
 from pretrain.models import preset
@@ -38,12 +39,12 @@ def write_set(
     card = shards.Card(text, vae, 300, "mean_std", [256], dtype, buckets=buckets, choices=choices)
     for source, count in sources.items():
         chance = random.Random(f"{source}/{options.pop('seed', 0)}")
-        with shards.PartWriter(root, f"{source}/00000", card, "t", shard_bytes=1 << 18, **options) as part:
+        with PartWriter(root, f"{source}/00000", card, "t", shard_bytes=1 << 18, **options) as part:
             for i in range(count):
                 part.write(record(source, i, chance, ((16, 16) if i % 3 else (14, 18)) if buckets else None))
             part.finish()
             part.commit({"sets": part.sets, "written": part.written}, [])
-    shards.finish(root, card, {})
+    finish_data_set(root, card, {})
     shards.save_null_text(root, torch.zeros(1, 128, dtype=torch.bfloat16))
     return root
 

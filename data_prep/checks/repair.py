@@ -13,6 +13,7 @@ from pathlib import Path
 from data_prep import encode
 from data_prep import schema as shards
 from data_prep.checks.damage import Damage, Files
+from data_prep.worker.parts import read_part_report, remove_part
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _needed(runs: list[Run], work: Path, damaged: set[str], files: set[str]) -> 
             ]
             for job in jobs:
                 believed = f"{shards.REPORTS}/{job.name}.json" not in files
-                report = shards.report_of(work, job.name) if believed else None
+                report = read_part_report(work, job.name) if believed else None
                 if report is not None and report["tar_bytes"] != job.bytes:
                     changed.append(f"{job.url} has {job.bytes} bytes, {job.name} was made of {report['tar_bytes']}")
             needed += [(command, arguments)] if jobs else []
@@ -111,7 +112,7 @@ def _remove_part(files: Files, work: Path, name: str) -> None:
         folders = {f"{source}/{n[1]}/{of}" for n in there if len(n) == 4 and (n[0], n[2]) == (source, of)}
         for place in (f"{shards.REPORTS}/{name}.json", f"{shards.REPORTS}/{name}.jsonl", *sorted(folders)):
             files.remote.remove(place)
-    shards.remove(work, name)
+    remove_part(work, name)
 
 
 def _remove_files(work: Path, damaged: set[str], card: bool) -> None:

@@ -13,6 +13,7 @@ from data_prep.checks.damage import MALFORMED, Damage, Files, Json, Wrong, diffe
 from data_prep.checks.part import Part
 from data_prep.encode import counts_of
 from data_prep.worker import report as reports
+from data_prep.worker.parts import count_samples, count_shards, part_shards, read_part_report
 
 
 def read_card(files: Files) -> tuple[shards.Card | None, list[Damage]]:
@@ -73,7 +74,7 @@ def _check_indexes(files: Files, parts: dict[str, Part], damages: list[Damage]) 
             there: dict[str, list[Json]] = {}
             try:
                 entries = files.json(file)["shards"]
-                readable[folder] = shards.count_shards(entries)
+                readable[folder] = count_shards(entries)
                 for shard in entries:
                     there.setdefault(shard["raw_data"]["basename"].split("/")[0], []).append(shard)
             except MALFORMED as error:
@@ -84,7 +85,7 @@ def _check_indexes(files: Files, parts: dict[str, Part], damages: list[Damage]) 
                 if not part.sound or any(d.file.startswith(f"{folder}/{of}/") for d in part.damages):
                     expected += there.get(of, [])
                 elif set_ in part.sets:
-                    expected += shards.part_shards(files.root / folder, of)
+                    expected += part_shards(files.root / folder, of)
             if entries != expected:
                 raise Wrong(file, "is not what the indexes of its parts give")
     return readable
@@ -111,9 +112,9 @@ def _check_sums(
 
     def each() -> Iterator[tuple[str, Json]]:
         for name in names:
-            report = shards.report_of(files.root, name)
+            report = read_part_report(files.root, name)
             assert report is not None, name
-            shards.count_samples(about, name.split("/")[0], report)
+            count_samples(about, name.split("/")[0], report)
             yield name, report
 
     whole = reports.summary(each(), card)

@@ -22,6 +22,7 @@ from data_prep import schema as shards
 from data_prep.common.files import temporary_name
 from data_prep.common.storage import Remote
 from data_prep.inputs.sources import Job
+from data_prep.worker.parts import PartWriter, part_reports
 
 JSON, TEXT, TOKENS, SIZES = "report.json", "report.txt", "report_tokens.png", "report_sizes.png"
 SIZE_STEP = 64  # pixels of a bin of the shorter side
@@ -58,7 +59,7 @@ class Tally:
         """The dropped samples in the tar's order."""
         return [reject for _, reject in sorted(self._dropped, key=lambda d: d[0])]
 
-    def report(self, writer: shards.PartWriter, stored: int) -> dict[str, Any]:
+    def report(self, writer: PartWriter, stored: int) -> dict[str, Any]:
         """The part's report; `stored` are the bytes of its shards."""
         assert self.read == sum(writer.written.values()) + self.dropped
         lost, there = writer.text_error
@@ -204,7 +205,7 @@ def histograms(report: Mapping[str, Any], root: Path) -> list[Path]:
 
 def publish(root: Path, card: shards.Card, remote: Remote | None = None) -> dict[str, Any]:
     """Writes all of the data set's report from its parts' reports; returns it."""
-    report = summary(shards.reports(root), card)
+    report = summary(part_reports(root), card)
     paths = [
         shards.write(root, JSON, json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
         shards.write(root, TEXT, table(report, card)),

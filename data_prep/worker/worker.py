@@ -42,6 +42,7 @@ from data_prep.inputs.tars import Reject, Sample, expected_samples, read_tar
 from data_prep.pictures.decoders import DecoderPool
 from data_prep.pictures.images import Cut, Unusable, cut
 from data_prep.worker.claims import Claims
+from data_prep.worker.parts import PartWriter, whole_parts
 from data_prep.worker.progress import Progress
 from data_prep.worker.report import Tally, estimate, size_text
 
@@ -229,7 +230,7 @@ class Worker:
         by_name = {job.name: job for job in self.jobs}
 
         def made() -> set[str]:
-            whole = set(shards.made(self.root)) & by_name.keys()
+            whole = set(whole_parts(self.root)) & by_name.keys()
             self.progress.made(sum(by_name[name].bytes for name in whole))
             return whole
 
@@ -325,7 +326,7 @@ class Worker:
         for first in messages:
             message, job = first, first.tally.job
             try:
-                with shards.PartWriter(
+                with PartWriter(
                     self.root, job.name, self.card, token, self.remote, settings.compression, settings.shard_bytes
                 ) as part:
                     while isinstance(message, _Records):
@@ -346,7 +347,7 @@ class Worker:
             self.claims.release(job.name)
             self._slots.release()
 
-    def _finish(self, end: _End, part: shards.PartWriter) -> None:
+    def _finish(self, end: _End, part: PartWriter) -> None:
         tally, job = end.tally, end.tally.job
         if end.error is not None:
             self.failed[job.name] = end.error

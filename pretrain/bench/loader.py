@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_prep import schema as shards
 from data_prep.encoders import DOWNSAMPLE
+from data_prep.worker.parts import PartWriter, finish_data_set
 from data_prep.worker.report import size_text
 from pretrain.config import load
 from pretrain.data.loader import Loader
@@ -216,7 +217,7 @@ def _write(folder: Path, args: argparse.Namespace) -> None:
     files.mkdir()
     columns = {"caption_latents": "bytes", "latents": "bytes", "caption": "str"}
     with (
-        shards.PartWriter(ours, "images/00000", card, "bench") as part,
+        PartWriter(ours, "images/00000", card, "bench") as part,
         MDSWriter(out=str(padded), columns=columns, size_limit=shards.SHARD_BYTES) as mds,
     ):
         for record in numbers.records(args):
@@ -232,5 +233,5 @@ def _write(folder: Path, args: argparse.Namespace) -> None:
             np.save(files / f"{record.key}.npy", latents)
         part.finish()
         part.commit({"sets": part.sets, "written": part.written}, [])
-    shards.finish(ours, card, {"read": args.samples})
+    finish_data_set(ours, card, {"read": args.samples})
     shards.save_null_text(ours, torch.zeros(1, args.text_width, dtype=torch.bfloat16))

@@ -19,6 +19,7 @@ from support import ROOT, contents, start_encoding
 
 from data_prep import schema as shards
 from data_prep.shapes import write_tars
+from data_prep.worker.parts import whole_parts
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # as `start_encoding`
 OPTIONS = ["--encoders", "tiny", "--resolutions", "64", "--decoders", "1"]
@@ -53,13 +54,13 @@ def test_killed_again_and_again_with_ever_other_numbers_of_workers(
     for number in itertools.cycle((3, 1, 2, 4)):
         workers = [start(tars, root, tmp_path / "log") for _ in range(number)]
         try:
-            made = len(shards.made(root))
+            made = len(whole_parts(root))
             while any(worker.is_alive() for worker in workers):
                 assert time.monotonic() < deadline, (tmp_path / "log").read_text()
                 time.sleep(0.02)
-                if len(shards.made(root)) > made:  # not while it starts: it would never come to anything
+                if len(whole_parts(root)) > made:  # not while it starts: it would never come to anything
                     time.sleep(rng.uniform(0, 0.15))
-                    made = len(shards.made(root))
+                    made = len(whole_parts(root))
                     alive = [worker for worker in workers if worker.is_alive()]
                     if alive and made < TARS - 4:
                         rng.choice(alive).kill()
@@ -95,7 +96,7 @@ def test_what_is_left_of_a_worker_killed_after_its_last_part_is_removed(tmp_path
         worker = start(tars, root, tmp_path / "log")
         worker.join(120)
         assert worker.exitcode == 0, (tmp_path / "log").read_text()
-        assert shards.made(root) == ["images/00000"]
+        assert whole_parts(root) == ["images/00000"]
         assert not half_made.parents[1].exists()
         assert not claim.exists()
 
@@ -126,7 +127,7 @@ def test_a_full_disk_stops_it_and_room_lets_it_go_on(
     assert "no space is left in" in line and "make room and run the same command again" in line
     assert "Traceback" not in said
     # What counts as made is whole.
-    made = shards.made(out)
+    made = whole_parts(out)
     assert 0 < len(made) < TARS
     for name in made:
         for path in (

@@ -32,6 +32,7 @@ from data_prep.encode import main
 from data_prep.inputs.tars import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 from data_prep.pictures.images import UNUSABLE_REASONS
 from data_prep.shapes import draw, scenes
+from data_prep.worker.parts import whole_parts
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 
@@ -378,7 +379,7 @@ def test_two_thousand_damaged_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     written, rows = contents(one / "out"), rows_of(one / "out")
     again = {k: v for k, v in contents(two / "out").items() if k.startswith("reports/") or k.count("/") == 3}
-    assert len(shards.made(two / "out")) == len(chosen) and again.items() <= written.items()
+    assert len(whole_parts(two / "out")) == len(chosen) and again.items() <= written.items()
 
     report = json.loads(written["report.json"])
     parts = {part["part"].removeprefix("images/"): part for part in report["parts"]}

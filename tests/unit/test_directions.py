@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 ROOMS = {
     "webdataset": {"data_prep/inputs/tars.py", "data_prep/shapes.py"},
     "streaming": {
-        "data_prep/schema.py",
+        "data_prep/worker/parts.py",
         "data_prep/common/mds.py",
         "pretrain/data/loader.py",
         "pretrain/data/shard_reader.py",

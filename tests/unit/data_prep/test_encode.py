@@ -20,6 +20,7 @@ from support import ROOT, contents
 from data_prep import schema as shards
 from data_prep.encode import main, parse
 from data_prep.shapes import draw, scenes
+from data_prep.worker.parts import whole_parts
 
 
 def jpeg(side: int, seed: int = 0) -> bytes:
@@ -210,5 +211,5 @@ def test_tars_of_which_one_name_begins_like_another(shape_tars: Path, tmp_path: 
         shutil.copy(shape_tars / tar, tmp_path / name)
     root = tmp_path / "data"
     assert encode(str(tmp_path / "*.tar"), root, "--resolutions", "64") == 0
-    assert shards.made(root) == ["images/[a]", "images/a", "images/a.b"]
+    assert whole_parts(root) == ["images/[a]", "images/a", "images/a.b"]
     assert shards.Card.load(root).counts["written"] == 30

@@ -27,6 +27,7 @@ from data_prep.common import mds, storage
 from data_prep.shapes import check, scenes
 from data_prep.verify import main
 from data_prep.worker import report
+from data_prep.worker.parts import finish_data_set
 
 Rows = list[dict[str, Any]]
 NAN = float("nan")
@@ -225,7 +226,7 @@ def rewrite(
     with MDSWriter(out=str(part), columns={**there, **columns}, **options) as writer:
         for row in rows:
             writer.write(mds.sealed(row, writer.encode_sample) if seal else row)
-    shards.finish(root, card, card.counts)
+    finish_data_set(root, card, card.counts)
 
 
 def put(column: str, value: float, dtype: Any = None) -> Callable[[Rows], None]:
@@ -309,7 +310,7 @@ def test_several_shards(copied: Path, verify: Callable[..., list[str]]) -> None:
     content["stored_bytes"] = sum(p.stat().st_size for p in copied.glob("images/*/00001/*.mds"))
     (copied / PART).write_text(json.dumps(content))
     card = shards.Card.load(copied)
-    shards.finish(copied, card, encode.counts_of(report.publish(copied, card)))
+    finish_data_set(copied, card, encode.counts_of(report.publish(copied, card)))
     assert verify(copied) == []
     flip(folder / "shard.00001.mds")
     (folder / "shard.00002.mds").unlink()
