@@ -89,6 +89,20 @@ def fingerprint(module: nn.Module, about: dict) -> str:
     return digest.hexdigest()
 
 
+def require_fingerprint(
+    component: str, name: str, found: str, expected: str, made: str = "encoded the data set"
+) -> None:
+    """Raises ValueError where a frozen encoder's fingerprint is not the one that a data set or an export states.
+
+    The message says "the `component` `name` is not the one that `made`".
+    """
+    if found != expected:
+        raise ValueError(
+            f"the {component} {name} is not the one that {made}: its fingerprint is {found[:12]}, expected "
+            f"{expected[:12]}; put the same weights there"
+        )
+
+
 def working_dtype(device: torch.device | str) -> torch.dtype:
     """What frozen and sampling models compute in: bf16 on a GPU, fp32 on a CPU."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32

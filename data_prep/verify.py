@@ -36,7 +36,7 @@ from data_prep.checks.whole import check_whole, named_parts, read_card
 from data_prep.common import mds
 from data_prep.common.storage import is_remote
 from data_prep.encode import default_device
-from data_prep.encoders import Vae
+from data_prep.encoders import Vae, require_fingerprint
 from data_prep.pictures.grids import labelled_grid, to_image
 from data_prep.worker import report as reports
 
@@ -164,11 +164,7 @@ def sample(files: Files, count: int, seed: int, device: str) -> tuple[Image.Imag
     if card is None:
         raise ValueError(str(damages[0]))
     vae = Vae(card.vae["name"], device)
-    if vae.fingerprint != card.vae["fingerprint"]:
-        raise ValueError(
-            f"{files.data} was encoded by another VAE than {vae.name} at {vae.folder}: fingerprint "
-            f"{card.vae['fingerprint'][:12]}…, there {vae.fingerprint[:12]}…"
-        )
+    require_fingerprint("VAE", str(vae.folder), vae.fingerprint, card.vae["fingerprint"])
     rows = list(_chosen(files, card, count, seed))
     pictures = [to_image(vae.decode(shards.latent_of(row, r).mean[None])[0]) for row, r in rows]
     return labelled_grid(pictures, [row["caption"] for row, _ in rows]), [row["key"] for row, _ in rows]

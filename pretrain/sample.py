@@ -28,7 +28,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from data_prep.common.files import atomic_write
-from data_prep.encoders import fingerprint, working_dtype
+from data_prep.encoders import DOWNSAMPLE, fingerprint, working_dtype
 from data_prep.pictures.grids import labelled_grid
 from pretrain.console import Progress, quiet
 from pretrain.diffusion import FfnWork
@@ -169,7 +169,7 @@ def chosen_scheduler(args: argparse.Namespace, scheduler: Any) -> Any:
 
 def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[str, Any]:
     """All that a picture follows from beside its prompt and seed."""
-    height, width = (side * 8 for side in pipeline.latent_size(args.height, args.width))
+    height, width = (side * DOWNSAMPLE for side in pipeline.latent_size(args.height, args.width))
     return {
         "data_fingerprint": (pipeline.config.data_fingerprint or "")[:16],  # of the encoders, too
         "weights_fingerprint": fingerprint(pipeline.transformer, {"backbone": str(pipeline.transformer.dit.config)})[
@@ -260,7 +260,7 @@ def draw_batch(pipeline: FocusDiTPipeline, jobs: Sequence[Job], args: argparse.N
         raise ValueError("--save-masks: this model has no query masks")
     for k, (job, image) in enumerate(zip(jobs, output.images, strict=True)):
         if masks is not None:
-            unit = 8 * pipeline.transformer.dit.config.patch
+            unit = DOWNSAMPLE * pipeline.transformer.dit.config.patch
             grid = (image.height // unit, image.width // unit)
             sheet = mask_map(masks[k], grid, pipeline.scheduler.timesteps.tolist(), image)
             write_png(sheet, job.masks(args.out), job.about)
