@@ -32,8 +32,8 @@ from data_prep.pictures.hashes import MAX_DISTANCE
 from data_prep.pictures.images import BUCKET_STEP
 from data_prep.worker import claims, report
 from data_prep.worker.deduplicate import Search, find
+from data_prep.worker.monitor import EncodingMonitor
 from data_prep.worker.parts import finish_data_set, read_part_report, remove_leftovers, whole_parts
-from data_prep.worker.progress import Progress
 from data_prep.worker.worker import Encoder, Settings, Worker
 
 COMMANDS = f"{shards.WORK}/encode"
@@ -66,19 +66,21 @@ def run(args: argparse.Namespace) -> int:
     made = set(whole_parts(root))
     made_bytes = sum(j.bytes for j in jobs if j.name in made)
     print(f"{len(jobs)} tars, {sum(j.name in made for j in jobs)} of them already encoded", flush=True)
-    progress = Progress(sum(j.bytes for j in jobs), made_bytes, root / shards.WORK / "tensorboard" / worker_name())
+    monitor = EncodingMonitor(
+        sum(j.bytes for j in jobs), made_bytes, root / shards.WORK / "tensorboard" / worker_name()
+    )
     with (
         claims.Claims(root / shards.WORK / "claims", args.claim_timeout) as own,
         DecoderPool(args.decoders, args.image_seconds, args.image_memory_mb << 20) as pool,
     ):
-        worker = Worker(root, card, encoder, jobs, own, pool, progress, remote)
+        worker = Worker(root, card, encoder, jobs, own, pool, monitor, remote)
         try:
             if args.duplicates != "keep":
                 search = Search(args.duplicates, args.duplicate_distance, settings.resolutions, args.buckets)
-                worker.repeats = find(root, jobs, search, own, pool, progress.say)
+                worker.repeats = find(root, jobs, search, own, pool, monitor.say)
             worker.run()
         finally:
-            progress.close()
+            monitor.close()
     return finish(root, card, jobs, worker.failed, remote)
 
 

@@ -11,11 +11,9 @@ DATA is the folder or the URL that was encode.py's --output. What it cannot know
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import random
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +24,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from data_prep import schema as shards
 from data_prep.checks.damage import Damage, Files, Json, Wrong
@@ -34,13 +31,13 @@ from data_prep.checks.part import Part, check_part
 from data_prep.checks.repair import Command, repair
 from data_prep.checks.whole import check_whole, named_parts, read_card
 from data_prep.common import mds
+from data_prep.common.progress import LOG_SECONDS, Progress
 from data_prep.common.storage import is_remote
 from data_prep.encode import default_device
 from data_prep.encoders import Vae, require_fingerprint
 from data_prep.pictures.grids import labelled_grid, to_image
 from data_prep.worker import report as reports
 
-LINE_SECONDS = 30.0
 STRAYS_SHOWN = 20
 
 
@@ -65,13 +62,16 @@ def check(files: Files, workers: int, known: dict[str, Part] | None = None) -> R
     card, damages = read_card(files)
     known = known or {}
     names = sorted({*files.parts(), *named_parts(files)})
-    progress = _Progress(sum(".mds" in name for name in files.sizes) - sum(p.shards for p in known.values()))
+    unchecked = sum(".mds" in name for name in files.sizes) - sum(p.shards for p in known.values())
     todo = [name for name in names if name not in known]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one a worker: threads of threads wait for each other
     try:
-        with ThreadPoolExecutor(workers, "check") as pool, contextlib.closing(progress):
-            found = pool.map(partial(check_part, files, card=card, tick=progress.one), todo)
+        with (
+            ThreadPoolExecutor(workers, "check") as pool,
+            Progress(unchecked, "shard", line_seconds=LOG_SECONDS) as progress,
+        ):
+            found = pool.map(partial(check_part, files, card=card, tick=progress.update), todo)
             parts = known | {part.name: part for part in found}
     finally:
         torch.set_num_threads(threads)
@@ -95,31 +95,6 @@ def _strays(files: Files, parts: dict[str, Part]) -> dict[str, int]:
         if not of_damaged:
             found[folder] = found.get(folder, 0) + 1
     return dict(sorted(found.items()))
-
-
-class _Progress:
-    """A bar on a terminal, a line now and then in a log."""
-
-    def __init__(self, total: int):
-        self._bar = tqdm(total=total, unit=" shards", disable=None, dynamic_ncols=True)
-        self._total, self._done = total, 0
-        self._start = self._last = time.monotonic()
-        self._lock = threading.Lock()
-
-    def one(self) -> None:
-        """A shard is checked."""
-        with self._lock:
-            self._done += 1
-            self._bar.update()
-            now = time.monotonic()
-            if self._bar.disable and now - self._last > LINE_SECONDS:
-                self._last, rate = now, self._done / (now - self._start)
-                left = max(0, self._total - self._done) / rate / 60
-                line = f"{self._done} of {self._total} shards, {rate:.1f} shards/s, about {left:.0f} min left"
-                print(line, flush=True)
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 def table(result: Result) -> str:

@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pretrain.console import Progress, quiet
+from data_prep.common.progress import Progress
+from pretrain.console import quiet
 from pretrain.export import DTYPES, add_arguments, write_export
 from pretrain.models import DiT
 from pretrain.models.cost import count_parameters

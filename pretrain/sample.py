@@ -28,9 +28,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from data_prep.common.files import atomic_write
+from data_prep.common.progress import Progress
 from data_prep.encoders import DOWNSAMPLE, fingerprint, working_dtype
 from data_prep.pictures.grids import labelled_grid
-from pretrain.console import Progress, quiet
+from pretrain.console import quiet
 from pretrain.diffusion import FfnWork
 from pretrain.models.cost import saved_flops
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput

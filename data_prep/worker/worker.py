@@ -42,8 +42,8 @@ from data_prep.inputs.tars import Reject, Sample, expected_samples, read_tar
 from data_prep.pictures.decoders import DecoderPool
 from data_prep.pictures.images import Cut, Unusable, cut
 from data_prep.worker.claims import Claims
+from data_prep.worker.monitor import EncodingMonitor
 from data_prep.worker.parts import PartWriter, whole_parts
-from data_prep.worker.progress import Progress
 from data_prep.worker.report import Tally, estimate, size_text
 
 WINDOW = 256  # samples that are sorted into batches together
@@ -187,7 +187,7 @@ class Worker:
     jobs: list[Job]
     claims: Claims
     pool: DecoderPool
-    progress: Progress
+    monitor: EncodingMonitor
     remote: Remote | None = None
     repeats: Callable[[Job], dict[str, str]] = lambda job: {}
     failed: dict[str, OSError] = field(default_factory=dict)
@@ -231,7 +231,7 @@ class Worker:
 
         def made() -> set[str]:
             whole = set(whole_parts(self.root)) & by_name.keys()
-            self.progress.made(sum(by_name[name].bytes for name in whole))
+            self.monitor.set_encoded(sum(by_name[name].bytes for name in whole))
             return whole
 
         taken = self.claims.take(list(by_name), made, keep=True, stop=self._stop)
@@ -243,7 +243,7 @@ class Worker:
         try:
             tally.expected = expected_samples(job.url)
         except ValueError as error:
-            self.progress.say(f"warning: {error}")
+            self.monitor.say(f"warning: {error}")
         try:
             for number, sample in enumerate(self._samples(job)):
                 if self._stop.is_set():
@@ -251,7 +251,7 @@ class Worker:
                 tally.read += 1
                 if isinstance(sample, Reject):
                     tally.drop(number, sample.key, sample.reason, sample.detail)
-                    self.progress.sample(True, 0)
+                    self.monitor.count_sample(True, 0)
                 else:
                     settings = self.encoder.settings
                     decoded = self.pool.submit(cut, sample.image, settings.resolutions, settings.buckets)
@@ -292,8 +292,8 @@ class Worker:
                 continue
             if isinstance(item, _Item):
                 picture = self._picture(item)
-                self.progress.waited(time.monotonic() - start)
-                self.progress.sample(picture is None, len(item.sample.image))
+                self.monitor.count_waiting(time.monotonic() - start)
+                self.monitor.count_sample(picture is None, len(item.sample.image))
                 if picture is not None:
                     window.append(picture)
             if isinstance(item, _End) or len(window) == WINDOW:
@@ -339,7 +339,7 @@ class Worker:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT) or self.claims.still_mine(job.name):
                     raise
-                self.progress.say(f"{job.url}: another worker took it over while this one stood still; left to it")
+                self.monitor.say(f"{job.url}: another worker took it over while this one stood still; left to it")
                 if not isinstance(message, _End):
                     for message in messages:
                         if isinstance(message, _End):
@@ -351,18 +351,18 @@ class Worker:
         tally, job = end.tally, end.tally.job
         if end.error is not None:
             self.failed[job.name] = end.error
-            self.progress.say(f"{end.error}; the tar is left out for now")
+            self.monitor.say(f"{end.error}; the tar is left out for now")
             return
         report = tally.report(part, part.finish())
         part.commit(report, tally.rejects())
-        said = f"{job.url}: read {tally.read}, dropped {tally.dropped} ({self.progress.images_per_second:.1f} images/s)"
+        said = f"{job.url}: read {tally.read}, dropped {tally.dropped} ({self.monitor.images_per_second:.1f} images/s)"
         if tally.expected is not None and tally.expected != tally.read:
             said += f"; img2dataset wrote {tally.expected} samples, {tally.read} were found"
         if not self._made_one:
             self._made_one = True
             whole = estimate([report], sum(j.bytes for j in self.jobs))
             said += f"; about {size_text(whole)} for all {len(self.jobs)} tars, judged by this one"
-        self.progress.say(said)
+        self.monitor.say(said)
 
 
 class _Background:

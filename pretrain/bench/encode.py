@@ -28,7 +28,7 @@ from data_prep.pictures.decoders import DecoderPool
 from data_prep.pictures.images import Cut, cut
 from data_prep.shapes import scenes, tar_of
 from data_prep.worker.claims import Claims
-from data_prep.worker.progress import Progress
+from data_prep.worker.monitor import EncodingMonitor
 from data_prep.worker.worker import Encoder, Settings, Worker
 from pretrain.bench.timing import side_by_side
 
@@ -116,9 +116,9 @@ def _pipeline(root: Path, paths: list[Path], encoder: Encoder, pool: DecoderPool
     jobs: list[Job] = one.jobs()
     root.mkdir()
     with Claims(root / shards.WORK / "claims") as claims, contextlib.redirect_stdout(io.StringIO()):
-        progress = Progress(sum(j.bytes for j in jobs), 0, root / shards.WORK / "tensorboard")
-        Worker(root, encoder.card("bfloat16"), encoder, jobs, claims, pool, progress).run()
-        progress.close()
+        monitor = EncodingMonitor(sum(j.bytes for j in jobs), 0, root / shards.WORK / "tensorboard")
+        Worker(root, encoder.card("bfloat16"), encoder, jobs, claims, pool, monitor).run()
+        monitor.close()
 
 
 def _bare(encoder: Encoder, ids: list[list[list[int]]], cuts: list[list[Cut]]) -> None:

@@ -21,7 +21,7 @@ ROOMS = {
     },
     "deepspeed": {"pretrain/distributed/engine.py", "pretrain/checkpoint/reader.py", "pretrain/train.py"},
     "tensorboard": {"pretrain/monitoring/monitor.py", "pretrain/demo.py"},
-    "torch.utils.tensorboard": {"pretrain/monitoring/monitor.py", "pretrain/demo.py", "data_prep/worker/progress.py"},
+    "torch.utils.tensorboard": {"pretrain/monitoring/monitor.py", "pretrain/demo.py", "data_prep/worker/monitor.py"},
     "fsspec": {"data_prep/common/storage.py"},
     "transformers": {
         "data_prep/encoders.py",
