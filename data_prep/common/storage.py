@@ -1,8 +1,8 @@
 """Where tars come from and shards go to: local paths, and `s3://`, `gs://` or `http(s)://` through fsspec.
 
-    find_tars     a pattern to the tars that there are, each with its size
-    open_tar      a tar to read forwards; a remote one is opened again where the connection broke
-    Remote        a folder on object storage that finished files are uploaded to
+    find_tars     lists the tars that a pattern names, each with its size
+    open_tar      opens a tar for reading forwards; a remote one is opened again where the connection broke
+    Remote        is a folder on object storage that finished files are uploaded to
 
 Nothing else is opened: webdataset's `pipe:` commands and fsspec's chained URLs (`a::b`) are refused.
 """
@@ -10,22 +10,31 @@ Nothing else is opened: webdataset's `pipe:` commands and fsspec's chained URLs 
 from __future__ import annotations
 
 import glob
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import braceexpand
 import fsspec
+import tenacity
 
 SCHEMES = ("s3", "gs", "gcs", "http", "https")
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
-_TRIES, _FIRST_WAIT = 5, 1.0
-_BLOCK_BYTES = 8 << 20  # that are asked for at once
+_BLOCK_BYTES = 8 << 20  # requested at once
 _SILENCE = 60.0  # seconds after which a server counts as dead
 
 
 class Unreachable(OSError):
     """A tar or folder that could not be read or written for now: says nothing about its content."""
+
+
+# The only policy of waiting: what raises `Unreachable` is tried five times, after 1, 2, 4 and 8 seconds.
+_retried = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(Unreachable),
+    stop=tenacity.stop_after_attempt(5),
+    wait=tenacity.wait_exponential(),
+    reraise=True,
+)
 
 
 def is_remote(url: str) -> bool:
@@ -104,50 +113,55 @@ def _is_absence(reason: BaseException) -> bool:
 
 def open_tar(url: str) -> BinaryIO:
     """A tar to be read forwards. Raises FileNotFoundError, or Unreachable for a remote one."""
-    return cast("BinaryIO", _Resumed(url)) if is_remote(url) else open(url, "rb")
+    return cast("BinaryIO", _ResumedFile(url)) if is_remote(url) else open(url, "rb")
 
 
-class _Resumed:
-    """A remote file, read forwards; after an error it is opened again at the same byte, some seconds later."""
+class _ResumedFile:
+    """A remote file, read forwards; after an error it is opened again at the same byte."""
 
     def __init__(self, url: str):
-        self._url, self._at = url, 0
+        self._url, self._offset = url, 0
         self._file: IO[bytes] | None = None
-        self._whole = False  # whether the server sends files from their first byte only
+        self._from_start = False  # whether the server sends files from their first byte only
 
+    @_retried
     def read(self, size: int) -> bytes:
-        """`size` bytes, fewer only at the end of the file."""
-        wait = _FIRST_WAIT
-        for left in reversed(range(_TRIES)):
-            try:
-                if self._file is None:
-                    self._file = self._open()
-                data = _read_up_to(self._file, size)
-                self._at += len(data)
-                return data
-            except Exception as error:  # each back end raises its own kinds
-                self.close()
-                reason = _reason(error, self._url)
-                if _is_absence(reason):
-                    raise FileNotFoundError(f"{self._url}: no such file") from error
-                if not left:
-                    raise Unreachable(f"{self._url} cannot be read at byte {self._at}: {_line(reason)}") from error
-                if isinstance(error, ValueError) and not self._whole and self._url.startswith("http"):
-                    self._whole = True  # so fsspec says that the server passes over which bytes it was asked for
-                else:
-                    time.sleep(wait)
-                    wait *= 2
-        raise AssertionError
+        """Returns `size` bytes, fewer only at the end of the file. Raises FileNotFoundError or Unreachable."""
+        try:
+            data = self._read_or_restart(size)
+        except Exception as error:  # each back end raises its own kinds
+            self.close()
+            reason = _reason(error, self._url)
+            if _is_absence(reason):
+                raise FileNotFoundError(f"{self._url}: no such file") from error
+            raise Unreachable(f"{self._url} cannot be read at byte {self._offset}: {_line(reason)}") from error
+        self._offset += len(data)
+        return data
+
+    def _read_or_restart(self, size: int) -> bytes:
+        try:
+            return self._read(size)
+        except ValueError:  # fsspec's, of a server that ignores which bytes it was asked for
+            if self._from_start or not self._url.startswith("http"):
+                raise
+        self.close()
+        self._from_start = True
+        return self._read(size)
+
+    def _read(self, size: int) -> bytes:
+        if self._file is None:
+            self._file = self._open()
+        return _read_up_to(self._file, size)
 
     def _open(self) -> Any:
-        """The file from `_at` on."""
+        """Opens the file at `_offset`."""
         fs, path = file_system(self._url)
-        file = fs.open(path, "rb", block_size=0 if self._whole else _BLOCK_BYTES, cache_type="readahead")
+        file = fs.open(path, "rb", block_size=0 if self._from_start else _BLOCK_BYTES, cache_type="readahead")
         if file.size is not None:
-            file.seek(self._at)
+            file.seek(self._offset)
         else:  # a server that sends the whole file at each request, or does not say how long it is
-            for start in range(0, self._at, _BLOCK_BYTES):
-                _read_up_to(file, min(_BLOCK_BYTES, self._at - start))
+            for start in range(0, self._offset, _BLOCK_BYTES):
+                _read_up_to(file, min(_BLOCK_BYTES, self._offset - start))
         return file
 
     def close(self) -> None:
@@ -155,7 +169,7 @@ class _Resumed:
             self._file.close()
             self._file = None
 
-    def __enter__(self) -> _Resumed:
+    def __enter__(self) -> _ResumedFile:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -185,41 +199,36 @@ class Remote:
         files = [local] if local.is_file() else sorted(p for p in local.rglob("*") if p.is_file())
         for file in files:
             place = name if file == local else f"{name}/{file.relative_to(local).as_posix()}"
-            self._try(lambda file=file, place=place: self._fs.put_file(str(file), f"{self._path}/{place}"), place)
+            self._request(lambda file=file, place=place: self._fs.put_file(str(file), f"{self._path}/{place}"), place)
 
     def download(self, name: str, local: Path) -> bool:
         """Fetches a file whole; False where there is none. Raises Unreachable."""
-        if not self._try(lambda: self._fs.exists(f"{self._path}/{name}"), name):
+        if not self._request(lambda: self._fs.exists(f"{self._path}/{name}"), name):
             return False
         local.parent.mkdir(parents=True, exist_ok=True)
-        self._try(lambda: self._fs.get_file(f"{self._path}/{name}", str(local)), name)
+        self._request(lambda: self._fs.get_file(f"{self._path}/{name}", str(local)), name)
         return True
 
     def sizes(self, name: str) -> dict[str, int]:
         """The files under `name` with their sizes in bytes, by their names within the folder."""
         start = len(self._path) + 1
-        found = self._try(lambda: self._fs.find(f"{self._path}/{name}", detail=True), name)
+        found = self._request(lambda: self._fs.find(f"{self._path}/{name}", detail=True), name)
         return {path[start:]: about["size"] for path, about in found.items()}
 
     def remove(self, name: str) -> None:
         """Removes what is under `name`, if anything is."""
-        if self._try(lambda: self._fs.exists(f"{self._path}/{name}"), name):
-            self._try(lambda: self._fs.rm(f"{self._path}/{name}", recursive=True), name)
+        if self._request(lambda: self._fs.exists(f"{self._path}/{name}"), name):
+            self._request(lambda: self._fs.rm(f"{self._path}/{name}", recursive=True), name)
 
-    def _try(self, action: Any, name: str) -> Any:
-        wait = _FIRST_WAIT
-        for left in reversed(range(_TRIES)):
-            try:
-                return action()
-            except Exception as error:  # each back end raises its own kinds
-                self._fs.invalidate_cache()
-                if not left:
-                    raise Unreachable(
-                        f"{self.url}/{name}: {_line(error)}; check the address, the credentials and the network"
-                    ) from error
-                time.sleep(wait)
-                wait *= 2
-        raise AssertionError
+    @_retried
+    def _request(self, action: Callable[[], Any], name: str) -> Any:
+        try:
+            return action()
+        except Exception as error:  # each back end raises its own kinds
+            self._fs.invalidate_cache()
+            raise Unreachable(
+                f"{self.url}/{name}: {_line(error)}; check the address, the credentials and the network"
+            ) from error
 
 
 def _line(error: BaseException) -> str:

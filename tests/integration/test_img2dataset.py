@@ -443,7 +443,7 @@ def test_a_filter_drops_by_the_columns_that_img2dataset_kept(
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that would have been waited for web servers."""
     seconds: list[float] = []
-    monkeypatch.setattr(storage, "time", SimpleNamespace(sleep=seconds.append))
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=seconds.append))
     monkeypatch.setattr(storage, "_BLOCK_BYTES", BLOCK)
     return seconds
 
