@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
-import json
 import os
 import re
 import socket
@@ -25,18 +23,17 @@ import torch
 
 from data_prep import schema as shards
 from data_prep.common.storage import Remote, is_remote
-from data_prep.encoders import DOWNSAMPLE
+from data_prep.encoders import DOWNSAMPLE, default_device
 from data_prep.inputs.sources import ONLY, Job, Source, read_sources, source
 from data_prep.pictures.decoders import DecoderPool
 from data_prep.pictures.hashes import MAX_DISTANCE
 from data_prep.pictures.images import BUCKET_STEP
 from data_prep.worker import claims, report
+from data_prep.worker.commands import save_command
 from data_prep.worker.deduplicate import Search, find
 from data_prep.worker.monitor import EncodingMonitor
 from data_prep.worker.parts import finish_data_set, read_part_report, remove_leftovers, whole_parts
 from data_prep.worker.worker import Encoder, Settings, Worker
-
-COMMANDS = f"{shards.WORK}/encode"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     )
     encoder = Encoder(args.encoders, settings, args.device, args.compile)
     card = open_data_set(root, encoder, args, sources, remote)
-    keep_command(args, root)
+    save_command(root, options_of(args), args.output)
     check_parts(jobs, root)
     made = set(whole_parts(root))
     made_bytes = sum(j.bytes for j in jobs if j.name in made)
@@ -97,7 +94,7 @@ def finish(root: Path, card: shards.Card, jobs: list[Job], failed: dict[str, OSE
     remove_leftovers(root, made)
     claims.clear(root / shards.WORK / "claims", made)
     whole = report.publish(root, card, remote)
-    finish_data_set(root, card, counts_of(whole), remote)
+    finish_data_set(root, card, report.card_counts(whole), remote)
     print(f"{root}: {(root / report.TEXT).read_text(encoding='utf-8')}", end="")
     if not whole["written"]:
         print("encode: not one sample was written; the reasons stand above", file=sys.stderr)
@@ -105,17 +102,16 @@ def finish(root: Path, card: shards.Card, jobs: list[Job], failed: dict[str, OSE
     return 0
 
 
-def counts_of(whole: dict[str, Any]) -> dict[str, Any]:
-    """The card's counts from the report over all parts."""
-    counts = {k: whole[k] for k in ("read", "written", "dropped", "captions_cut", "bytes_per_sample")}
-    return {"parts": len(whole["parts"]), **counts}
-
-
 def sources_of(args: argparse.Namespace) -> list[Source]:
     """The sources that the command line names."""
     if args.sources:
         return read_sources(args.sources)
     return [source(ONLY, [args.input], args.captions, args.filter)]
+
+
+def jobs_of(argv: list[str]) -> list[Job]:
+    """The tars that a command line names, each with the part that it becomes."""
+    return [job for source in sources_of(parse(argv)) for job in source.jobs()]
 
 
 def open_data_set(
@@ -149,8 +145,8 @@ def open_data_set(
     return card
 
 
-def keep_command(args: argparse.Namespace, root: Path) -> None:
-    """Notes below work/ how these parts are made, for verify.py --repair: a file for each command that differs."""
+def options_of(args: argparse.Namespace) -> list[str]:
+    """The options that the parts follow from, as words of a command line: neither the place nor the machine's."""
     arguments: list[str] = []
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
@@ -158,9 +154,7 @@ def keep_command(args: argparse.Namespace, root: Path) -> None:
             continue
         values = [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
         arguments += [option] if value is True else values
-    command = {"directory": os.getcwd(), "arguments": arguments}
-    name = hashlib.sha256(json.dumps(command).encode()).hexdigest()[:16]
-    shards.write(root, f"{COMMANDS}/{name}.json", json.dumps({"output": args.output, **command}, indent=1) + "\n")
+    return arguments
 
 
 def check_parts(jobs: list[Job], root: Path) -> None:
@@ -245,13 +239,6 @@ def problem_of(args: argparse.Namespace) -> str | None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         return f"--device {args.device}: torch finds no GPU here; use --device cpu"
     return None
-
-
-def default_device() -> str:
-    """This task's GPU among those of its node, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('SLURM_LOCALID', os.environ.get('LOCAL_RANK', 0))) % torch.cuda.device_count()}"
 
 
 def default_decoders() -> int:

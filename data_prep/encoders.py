@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,13 @@ def require_fingerprint(
 def working_dtype(device: torch.device | str) -> torch.dtype:
     """What frozen and sampling models compute in: bf16 on a GPU, fp32 on a CPU."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def default_device() -> str:
+    """The GPU of this task among those of its node, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('SLURM_LOCALID', os.environ.get('LOCAL_RANK', 0))) % torch.cuda.device_count()}"
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], token_cap: int) -> tuple[list[list[int]], dict[int, str]]:

@@ -25,18 +25,19 @@ from tempfile import TemporaryDirectory
 import torch
 from PIL import Image
 
+from data_prep import encode
 from data_prep import schema as shards
 from data_prep.checks.damage import Damage, Files, Json, Wrong
 from data_prep.checks.part import Part, check_part
-from data_prep.checks.repair import Command, repair
+from data_prep.checks.repair import EncodeCommand, repair
 from data_prep.checks.whole import check_whole, named_parts, read_card
 from data_prep.common import mds
 from data_prep.common.progress import LOG_SECONDS, Progress
 from data_prep.common.storage import is_remote
-from data_prep.encode import default_device
-from data_prep.encoders import Vae, require_fingerprint
+from data_prep.encoders import Vae, default_device, require_fingerprint
 from data_prep.pictures.grids import labelled_grid, to_image
 from data_prep.worker import report as reports
+from data_prep.worker.commands import SavedCommand
 
 STRAYS_SHOWN = 20
 
@@ -176,14 +177,16 @@ def run(args: argparse.Namespace, more: list[str], temporary: Path) -> int:
         print("\n".join([*keys, f"{args.out}: {len(keys)} latents, decoded, in this order"]))
         return 0
     work = args.work or Path(args.data)
-    if files.remote is None and (remote := next((c.output for c in Command.all_of(work) if is_remote(c.output)), None)):
+    if files.remote is None and (
+        remote := next((c.output for c in SavedCommand.load_all(work) if is_remote(c.output)), None)
+    ):
         raise ValueError(f"the shards of {work} lie at {remote}: run verify.py {remote} --work {work}")
     result = check(files, args.workers)
     print(table(result), flush=True)
     for _ in range(2 if args.repair else 0):  # twice: under a damaged card, damaged samples are not seen
         if not result.damages:
             break
-        repair(files, work, result.damages, more)
+        repair(files, work, result.damages, more, EncodeCommand(encode.main, encode.jobs_of))
         whole = {name: part for name, part in result.parts.items() if result.card and not part.damages}
         result = check(files, args.workers, whole)
         print(table(result), flush=True)

@@ -11,7 +11,6 @@ from PIL import Image
 from data_prep import schema as shards
 from data_prep.checks.damage import MALFORMED, Damage, Files, Json, Wrong, difference, noted
 from data_prep.checks.part import Part
-from data_prep.encode import counts_of
 from data_prep.worker import report as reports
 from data_prep.worker.parts import count_samples, count_shards, part_shards, read_part_report
 
@@ -124,7 +123,7 @@ def _check_sums(
     with noted(damages):
         if files.text(reports.TEXT) != reports.table(whole, card):
             raise Wrong(reports.TEXT, "is not what the parts give")
-    there, expected = {"counts": card.counts, "sets": card.sets}, {"counts": counts_of(whole), "sets": about}
+    there, expected = {"counts": card.counts, "sets": card.sets}, {"counts": reports.card_counts(whole), "sets": about}
     if sets.keys() == about.keys():
         expected["sets"] = {folder: {**details, **sets[folder]} for folder, details in about.items()}
     else:  # an index that cannot be read is a damage of its own

@@ -123,6 +123,12 @@ def _per_sample(counts: Mapping[str, Any], card: shards.Card) -> dict[str, float
     }
 
 
+def card_counts(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The counts that stand in the card, from the report over all parts."""
+    counts = {k: report[k] for k in ("read", "written", "dropped", "captions_cut", "bytes_per_sample")}
+    return {"parts": len(report["parts"]), **counts}
+
+
 def table(report: Mapping[str, Any], card: shards.Card) -> str:
     """The report for people. Beyond a thousand tars, only those that dropped the largest shares are listed."""
     dropped = sum(report["dropped"].values())

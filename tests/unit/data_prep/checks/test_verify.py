@@ -26,7 +26,7 @@ from data_prep import schema as shards
 from data_prep.common import mds, storage
 from data_prep.shapes import check, scenes
 from data_prep.verify import main
-from data_prep.worker import report
+from data_prep.worker import commands, report
 from data_prep.worker.parts import finish_data_set
 
 Rows = list[dict[str, Any]]
@@ -310,7 +310,7 @@ def test_several_shards(copied: Path, verify: Callable[..., list[str]]) -> None:
     content["stored_bytes"] = sum(p.stat().st_size for p in copied.glob("images/*/00001/*.mds"))
     (copied / PART).write_text(json.dumps(content))
     card = shards.Card.load(copied)
-    finish_data_set(copied, card, encode.counts_of(report.publish(copied, card)))
+    finish_data_set(copied, card, report.card_counts(report.publish(copied, card)))
     assert verify(copied) == []
     flip(folder / "shard.00001.mds")
     (folder / "shard.00002.mds").unlink()
@@ -436,7 +436,7 @@ def test_nothing_is_removed_that_cannot_be_made_again(copied: Path, capsys: pyte
     """The tar of a damaged part is gone; or another one has its name."""
     flip(copied / SHARD)
     before = contents(copied)
-    (command,) = (copied / encode.COMMANDS).glob("*.json")
+    (command,) = (copied / commands.FOLDER).glob("*.json")
     content = json.loads(command.read_text())
     place = Path(content["arguments"][0].removeprefix("--input=")).parent
     tars = copied.parent / "tars"
