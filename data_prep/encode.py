@@ -31,9 +31,10 @@ from data_prep.pictures.images import BUCKET_STEP
 from data_prep.worker import claims, report
 from data_prep.worker.commands import save_command
 from data_prep.worker.deduplicate import Search, find
+from data_prep.worker.encoder import Encoder, Settings
 from data_prep.worker.monitor import EncodingMonitor
 from data_prep.worker.parts import finish_data_set, read_part_report, remove_leftovers, whole_parts
-from data_prep.worker.worker import Encoder, Settings, Worker
+from data_prep.worker.worker import Worker
 
 
 def run(args: argparse.Namespace) -> int:

@@ -61,7 +61,9 @@ def repair(files: Files, work: Path, damages: list[Damage], more: list[str], enc
                 raise ValueError("encode.py did not come to its end: see above, and run this again")
 
 
-def _needed(runs: list[Run], work: Path, damaged: set[str], damaged_files: set[str], encode: EncodeCommand) -> list[Run]:
+def _needed(
+    runs: list[Run], work: Path, damaged: set[str], damaged_files: set[str], encode: EncodeCommand
+) -> list[Run]:
     """The commands that make the damaged parts. Raises ValueError where the tar of one is gone or was replaced."""
     needed: list[Run] = []
     found: set[str] = set()

@@ -28,8 +28,9 @@ from data_prep.pictures.decoders import DecoderPool
 from data_prep.pictures.images import Cut, cut
 from data_prep.shapes import scenes, tar_of
 from data_prep.worker.claims import Claims
+from data_prep.worker.encoder import Encoder, Settings
 from data_prep.worker.monitor import EncodingMonitor
-from data_prep.worker.worker import Encoder, Settings, Worker
+from data_prep.worker.worker import Worker
 from pretrain.bench.timing import side_by_side
 
 SIZES = {
