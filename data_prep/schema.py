@@ -1,24 +1,19 @@
-"""The record, and where it lies: the only place where column names and encodings are spelled.
+"""Schema of a data set: its folder, its card, and the stored record with its column names and encodings.
 
 A data set's folder:
 
-    dataset.json                  the card: what the records were made with, and how many there are
+    dataset.json                  the card: the settings that the records were made with, and their number
     null_text.safetensors         the encoded empty caption, for caption dropout and guidance
-    report.json, .txt, *.png      what became of all samples (data_prep/worker/report.py)
-    reports/SOURCE/PART.json      what became of each sample of a tar; its presence says that the part is whole
+    report.json, .txt, *.png      counts of all samples read, written and dropped (data_prep/worker/report.py)
+    reports/SOURCE/PART.json      the same counts for one tar; its presence says that the part is whole
     reports/SOURCE/PART.jsonl     the samples of that tar that were dropped, each with its reason
     SOURCE/256-512/PART/…         MDS shards of the samples large enough for 512 px: they hold both resolutions
     SOURCE/256/PART/…             MDS shards of the others
     SOURCE/256-512/index.json     one index over all parts, for StreamingDataset
-    work/                         claims, half-made parts, commands, TensorBoard: nothing of it belongs to the data set
+    work/                         claims, unfinished parts, commands, TensorBoard: not part of the data set
 
-With aspect-ratio buckets a set is one shape, too: SOURCE/256-512_15x17/. One tar in, one part out. A part is written under
-work/, each of its folders is renamed into place whole, and it counts from the moment its report is there. A part's bytes
-follow from its tar and the settings alone; so two workers that make the same one (a slow worker that was taken for dead) write
-the same, and whichever comes second finds its folders in place.
-
-With an output on object storage the folder is the local work folder: shards are uploaded and removed here, and the small files
-are at both places.
+With aspect-ratio buckets a set has one shape, too: SOURCE/256-512_15x17/. Each tar becomes one part; data_prep/worker/parts.py
+writes it.
 """
 
 from __future__ import annotations
@@ -47,7 +42,7 @@ TEXT_DTYPES = ("bfloat16", *EIGHT_BITS)
 
 @dataclass(frozen=True)
 class Latent:
-    """One resolution of one picture: the posterior's mean and, unless left out, its std, [C, h, w]."""
+    """Latent of a picture at one resolution: the posterior's mean and, unless left out, its std, both [C, h, w]."""
 
     mean: Tensor
     std: Tensor | None
@@ -55,7 +50,7 @@ class Latent:
 
 @dataclass(frozen=True)
 class Record:
-    """One stored sample. `text` is [L, E] in bf16; `latents` by resolution in pixels; sizes are the original picture's."""
+    """Stored sample. `text` is [L, E] in bf16; `latents` by resolution in pixels; sizes are the original picture's, in pixels."""
 
     key: str
     caption: str
@@ -68,9 +63,9 @@ class Record:
 
 @dataclass
 class Card:
-    """`dataset.json`: what every record was made with, and what there is.
+    """Card of a data set, `dataset.json`: the settings that every record was made with, and counts.
 
-    `choices` are those settings that every part shares but that a model does not depend on: how the sources are read.
+    `choices` are settings that every part shares but that a model does not depend on: how the sources are read.
     `sets` are the folders that hold an index, each with its source, resolutions, bucket, samples, shards and bytes.
     """
 
@@ -89,20 +84,20 @@ class Card:
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
-        """The part of the card that a model depends on."""
+        """Returns the settings that a model depends on."""
         return {k: v for k, v in asdict(self).items() if k not in ("choices", "complete", "counts", "sets")}
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the settings: two data sets with the same one can train the same model."""
+        """SHA-256 over the settings: data sets with equal fingerprints can train the same model."""
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
 
     def sets_with(self, resolution: int) -> dict[str, dict[str, Any]]:
-        """The sets whose samples hold `resolution`, by their folders."""
+        """Returns the sets whose samples hold `resolution`, by their folders."""
         return {name: about for name, about in self.sets.items() if resolution in about["resolutions"]}
 
     def save(self, root: Path) -> None:
-        write(root, CARD, json.dumps({**asdict(self), "fingerprint": self.fingerprint}, indent=2) + "\n")
+        write_file(root, CARD, json.dumps({**asdict(self), "fingerprint": self.fingerprint}, indent=2) + "\n")
 
     @classmethod
     def load(cls, root: Path) -> Card:
@@ -125,7 +120,7 @@ class Card:
 
 
 def columns(resolutions: Iterable[int], card: Card) -> dict[str, str]:
-    """Column names and MDS encodings. MDS has neither bfloat16 nor 8-bit floats: their bits are stored as integers."""
+    """Returns column names with MDS encodings. MDS has no bfloat16 and no 8-bit floats: bits are stored as integers."""
     parts = ("mean", "std") if card.posterior == "mean_std" else ("mean",)
     latents = {f"latent_{r}_{part}": "ndarray:float16" for r in resolutions for part in parts}
     text = {"text": "ndarray:uint16"}
@@ -143,7 +138,7 @@ def columns(resolutions: Iterable[int], card: Card) -> dict[str, str]:
 
 
 def to_row(record: Record, card: Card) -> dict[str, Any]:
-    """A record in its stored form, yet without its checksum."""
+    """Returns a record in its stored form, still without its checksum."""
     row: dict[str, Any] = {
         "key": record.key,
         "caption": record.caption,
@@ -169,13 +164,13 @@ def _text_columns(text_LE: Tensor, dtype: str) -> dict[str, np.ndarray]:
     return {"text": bits.numpy(), "text_scale": scale_L1[:, 0].numpy()}
 
 
-def size_of(value: Any) -> int:
-    """The bytes of a stored value."""
+def stored_size(value: Any) -> int:
+    """Returns the size of a stored value in bytes."""
     return value.nbytes if isinstance(value, np.ndarray | np.generic) else len(str(value).encode())
 
 
 def text_of(row: dict[str, Any], dtype: str) -> Tensor:
-    """A stored row's text [L, E] in bf16; `dtype` is the card's `text_dtype`."""
+    """Returns a stored row's text [L, E] in bf16; `dtype` is the card's `text_dtype`."""
     bits = _tensor(row["text"])
     if dtype == "bfloat16":
         return bits.view(torch.bfloat16)
@@ -184,18 +179,18 @@ def text_of(row: dict[str, Any], dtype: str) -> Tensor:
 
 
 def latent_of(row: dict[str, Any], resolution: int) -> Latent:
-    """A stored row's latent at a resolution, in fp16 as stored."""
+    """Returns a stored row's latent at a resolution, in fp16 as stored."""
     mean, std = row[f"latent_{resolution}_mean"], row.get(f"latent_{resolution}_std")
     return Latent(_tensor(mean), None if std is None else _tensor(std))
 
 
 def _tensor(stored: np.ndarray) -> Tensor:
-    """The same numbers; a copy only where they may not be written, of which torch warns."""
+    """Returns the same numbers as a tensor; copies read-only arrays, as torch warns of those."""
     return torch.from_numpy(stored if stored.flags.writeable else stored.copy())
 
 
 def set_name(resolutions: Iterable[int], bucket: tuple[int, int] | None) -> str:
-    """The folder, within its source's, of the samples that hold exactly these resolutions, of one bucket."""
+    """Returns the folder, within its source's, of samples with exactly these resolutions and this bucket."""
     shape = "" if bucket is None else f"_{bucket[0]}x{bucket[1]}"
     return "-".join(str(r) for r in sorted(resolutions)) + shape
 
@@ -203,12 +198,12 @@ def set_name(resolutions: Iterable[int], bucket: tuple[int, int] | None) -> str:
 # ---- files ----
 
 
-def write(root: Path, name: str, content: str | bytes) -> Path:
-    """Writes a small file of the data set; it is absent, old, or whole, and a killed writer leaves nothing outside work/."""
+def write_file(root: Path, name: str, content: str | bytes) -> Path:
+    """Writes a small file of the data set by `atomic_write`; a killed writer leaves nothing outside work/. Returns its path."""
     path, work = root / name, root / WORK
     for folder in (path.parent, work):
         folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, content, by=work)
+    atomic_write(path, content, temporary_folder=work)
     return path
 
 
@@ -216,12 +211,12 @@ def write(root: Path, name: str, content: str | bytes) -> Path:
 
 
 def save_null_text(root: Path, text: Tensor) -> None:
-    """Keeps the encoded empty caption [L, E] beside the card."""
-    write(root, NULL_TEXT, save({"text": text}))
+    """Writes the encoded empty caption [L, E] beside the card."""
+    write_file(root, NULL_TEXT, save({"text": text}))
 
 
 def load_null_text(root: Path) -> Tensor:
-    """The encoded empty caption [L, E] in bf16."""
+    """Reads the encoded empty caption [L, E] in bf16. Raises FileNotFoundError where it is missing."""
     if not (root / NULL_TEXT).is_file():
         raise FileNotFoundError(f"{root / NULL_TEXT} is missing; run data_prep/encode.py on this data set again")
     return load_file(root / NULL_TEXT)["text"]

@@ -25,9 +25,8 @@ from tempfile import TemporaryDirectory
 import torch
 from PIL import Image
 
-from data_prep import encode
-from data_prep import schema as shards
-from data_prep.checks.damage import Damage, Files, Json, Wrong
+from data_prep import encode, schema
+from data_prep.checks.damage import Damage, DamagedFile, Files, Json
 from data_prep.checks.part import Part, check_part
 from data_prep.checks.repair import EncodeCommand, repair
 from data_prep.checks.whole import check_whole, named_parts, read_card
@@ -49,7 +48,7 @@ STRAYS_SHOWN = 20
 class Result:
     """What a check found. `strays`: files that belong to nothing, by folder."""
 
-    card: shards.Card | None
+    card: schema.Card | None
     parts: dict[str, Part]
     damages: list[Damage]
     strays: dict[str, int]
@@ -59,7 +58,7 @@ class Result:
 def check(files: Files, workers: int, known: dict[str, Part] | None = None) -> Result:
     """Checks all of a data set, but for the parts that are `known` to be whole. Memory: two shards for each worker."""
     start = time.monotonic()
-    files.look()
+    files.list_files()
     card, damages = read_card(files)
     known = known or {}
     names = sorted({*files.parts(), *named_parts(files)})
@@ -84,15 +83,15 @@ def check(files: Files, workers: int, known: dict[str, Part] | None = None) -> R
 
 def _strays(files: Files, parts: dict[str, Part]) -> dict[str, int]:
     """How many files of each folder belong to nothing; of a damaged part, not all files are known, so none is named."""
-    known = {shards.CARD, shards.NULL_TEXT, reports.JSON, reports.TEXT, reports.TOKENS, reports.SIZES}
+    known = {schema.CARD, schema.NULL_TEXT, reports.JSON, reports.TEXT, reports.TOKENS, reports.SIZES}
     for part in parts.values():
-        known |= {*part.known, *(f"{part.name.split('/')[0]}/{set_}/{shards.INDEX}" for set_ in part.sets)}
+        known |= {*part.known, *(f"{part.name.split('/')[0]}/{set_}/{schema.INDEX}" for set_ in part.sets)}
     damaged = {part.name for part in parts.values() if part.damages}
     found: dict[str, int] = {}
     for name in files.sizes.keys() - known:
         folder, _, file = name.rpartition("/")
         source, *deeper = folder.split("/")
-        of_damaged = f"{source}/{deeper[-1]}" in damaged if len(deeper) == 2 else damaged and file == shards.INDEX
+        of_damaged = f"{source}/{deeper[-1]}" in damaged if len(deeper) == 2 else damaged and file == schema.INDEX
         if not of_damaged:
             found[folder] = found.get(folder, 0) + 1
     return dict(sorted(found.items()))
@@ -114,7 +113,7 @@ def table(result: Result) -> str:
             f"{reports.size_text(count['bytes'])} by size, sha256 and content, {rate:.1f} shards/s",
         ),
         ("samples", count["samples"], "columns, shapes, finite values, std, keys"),
-        ("others", 6, f"{shards.CARD}, {shards.NULL_TEXT}, {reports.JSON}, {reports.TEXT}, two pictures{left_out}"),
+        ("others", 6, f"{schema.CARD}, {schema.NULL_TEXT}, {reports.JSON}, {reports.TEXT}, two pictures{left_out}"),
     )
     lines = [f"  {name:<8} {number:>11,}   {what}" for name, number, what in rows]
     strays = [
@@ -135,18 +134,18 @@ def sample(files: Files, count: int, seed: int, device: str) -> tuple[Image.Imag
 
     Raises ValueError where the VAE that the card names is not the one that encoded them.
     """
-    files.look()
+    files.list_files()
     card, damages = read_card(files)
     if card is None:
         raise ValueError(str(damages[0]))
     vae = Vae(card.vae["name"], device)
     require_fingerprint("VAE", str(vae.folder), vae.fingerprint, card.vae["fingerprint"])
     rows = list(_chosen(files, card, count, seed))
-    pictures = [to_image(vae.decode(shards.latent_of(row, r).mean[None])[0]) for row, r in rows]
+    pictures = [to_image(vae.decode(schema.latent_of(row, r).mean[None])[0]) for row, r in rows]
     return labelled_grid(pictures, [row["caption"] for row, _ in rows]), [row["key"] for row, _ in rows]
 
 
-def _chosen(files: Files, card: shards.Card, count: int, seed: int) -> Iterator[tuple[Json, int]]:
+def _chosen(files: Files, card: schema.Card, count: int, seed: int) -> Iterator[tuple[Json, int]]:
     """Samples drawn by the seed, in the data set's order, each with its largest resolution."""
     total = sum(about["samples"] for about in card.sets.values())
     if not total:
@@ -154,14 +153,14 @@ def _chosen(files: Files, card: shards.Card, count: int, seed: int) -> Iterator[
     chosen = sorted(random.Random(seed).sample(range(total), min(count, total)))
     first = 0
     for folder, about in card.sets.items():
-        columns = shards.columns(about["resolutions"], card)
-        for shard in files.json(f"{folder}/{shards.INDEX}")["shards"]:
+        columns = schema.columns(about["resolutions"], card)
+        for shard in files.json(f"{folder}/{schema.INDEX}")["shards"]:
             inside = {n - first for n in chosen if first <= n < first + shard["samples"]}
             first += shard["samples"]
             if inside:
                 stored = shard["zip_data"] or shard["raw_data"]
-                data = mds.unpacked(files.read(f"{folder}/{stored['basename']}", keep=False), shard)
-                rows = enumerate(mds.rows_of(data, shard, columns))
+                data = mds.decompressed(files.read(f"{folder}/{stored['basename']}", keep=False), shard)
+                rows = enumerate(mds.decode_rows(data, shard, columns))
                 yield from ((row, max(about["resolutions"])) for n, row in rows if n in inside)
 
 
@@ -186,7 +185,7 @@ def run(args: argparse.Namespace, more: list[str], temporary: Path) -> int:
     for _ in range(2 if args.repair else 0):  # twice: under a damaged card, damaged samples are not seen
         if not result.damages:
             break
-        repair(files, work, result.damages, more, EncodeCommand(encode.main, encode.jobs_of))
+        repair(files, work, result.damages, more, EncodeCommand(encode.main, encode.jobs_from))
         whole = {name: part for name, part in result.parts.items() if result.card and not part.damages}
         result = check(files, args.workers, whole)
         print(table(result), flush=True)
@@ -222,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with TemporaryDirectory(prefix="verify-") as temporary:
             return run(args, more, Path(temporary))
-    except (Wrong, ValueError, OSError) as error:
+    except (DamagedFile, ValueError, OSError) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
 

@@ -31,9 +31,9 @@ from data_prep.encoders import (
     DOWNSAMPLE,
     TextEncoder,
     Vae,
-    arranged,
     decode_latents,
     encode_captions,
+    in_channels_last,
     local_folder,
     read_text_model,
     read_vae,
@@ -196,7 +196,7 @@ class FocusDiTPipeline(DiffusionPipeline):
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
-            vae=None if vae is None else arranged(vae),
+            vae=None if vae is None else in_channels_last(vae),
             transformer=transformer,
             scheduler=scheduler,
         )

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.common.storage import Remote, is_remote
 
 Json = dict[str, Any]
 MALFORMED = (AttributeError, KeyError, TypeError, ValueError)  # what reading JSON of another structure raises
 
 
-class Wrong(Exception):
+class DamagedFile(Exception):
     """A file that is not as it should be, and in what."""
 
     def __init__(self, file: str, what: str):
@@ -42,11 +42,11 @@ class Damage:
 
 
 @contextmanager
-def noted(damages: list[Damage], part: str | None = None) -> Iterator[None]:
+def collect_damage(damages: list[Damage], part: str | None = None) -> Iterator[None]:
     """Around one check: what is wrong becomes a line."""
     try:
         yield
-    except Wrong as wrong:
+    except DamagedFile as wrong:
         damages.append(Damage(wrong.file, wrong.what, part))
 
 
@@ -59,35 +59,35 @@ class Files:
         self.root = temporary if self.remote else Path(data)
         self.sizes: dict[str, int] = {}
 
-    def look(self) -> None:
+    def list_files(self) -> None:
         """Lists anew what there is, but for what is under way in work/."""
         if self.remote is not None:
             found = self.remote.sizes("")
-            self.sizes = {n: size for n, size in found.items() if not n.startswith(f"{shards.WORK}/")}
+            self.sizes = {n: size for n, size in found.items() if not n.startswith(f"{schema.WORK}/")}
             return
         self.sizes = {}
         for at, folders, names in os.walk(self.root, followlinks=True):
-            if Path(at) == self.root and shards.WORK in folders:
-                folders.remove(shards.WORK)
+            if Path(at) == self.root and schema.WORK in folders:
+                folders.remove(schema.WORK)
             for path in (Path(at, name) for name in names):
                 self.sizes[path.relative_to(self.root).as_posix()] = path.stat().st_size if path.exists() else 0
 
     def parts(self) -> list[str]:
         """The parts that have a report, in order."""
         found = [name.split("/") for name in self.sizes if name.endswith(".json")]
-        return sorted(f"{n[1]}/{n[2].removesuffix('.json')}" for n in found if len(n) == 3 and n[0] == shards.REPORTS)
+        return sorted(f"{n[1]}/{n[2].removesuffix('.json')}" for n in found if len(n) == 3 and n[0] == schema.REPORTS)
 
     def read(self, name: str, keep: bool = True) -> bytes:
-        """A file's content; of a remote one a copy stays at `root`, if that is wanted. Raises Wrong, or Unreachable."""
+        """A file's content; of a remote one a copy stays at `root`, if that is wanted. Raises DamagedFile, or Unreachable."""
         if name not in self.sizes:
-            raise Wrong(name, "is missing")
+            raise DamagedFile(name, "is missing")
         path = self.root / name
         if self.remote is not None and not self.remote.download(name, path):
-            raise Wrong(name, "is missing")
+            raise DamagedFile(name, "is missing")
         try:
             return path.read_bytes()
         except OSError as error:
-            raise Wrong(name, f"cannot be read ({error.strerror})") from error
+            raise DamagedFile(name, f"cannot be read ({error.strerror})") from error
         finally:
             if self.remote is not None and not keep:
                 path.unlink()
@@ -97,14 +97,14 @@ class Files:
         try:
             return self.read(name).decode()
         except UnicodeDecodeError as error:
-            raise Wrong(name, "is no UTF-8") from error
+            raise DamagedFile(name, "is no UTF-8") from error
 
     def json(self, name: str) -> Any:
         """As `read`, for JSON."""
         try:
             return json.loads(self.text(name))
         except ValueError as error:
-            raise Wrong(name, f"is no JSON ({error})") from error
+            raise DamagedFile(name, f"is no JSON ({error})") from error
 
 
 def difference(there: Any, expected: Any, place: str = "") -> str | None:

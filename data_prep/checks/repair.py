@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.checks.damage import Damage, Files
 from data_prep.inputs.sources import Job
 from data_prep.worker.commands import FOLDER, SavedCommand
@@ -45,7 +45,7 @@ def repair(files: Files, work: Path, damages: list[Damage], more: list[str], enc
     runs = [(command, [*command.arguments, *output, *more]) for command in commands]
     if commands:
         needed = _needed(runs, work, damaged, {d.file for d in damages}, encode)
-        runs = runs if any(d.file == shards.CARD for d in damages) else needed or runs[:1]
+        runs = runs if any(d.file == schema.CARD for d in damages) else needed or runs[:1]
     for name in sorted(damaged):
         _remove_part(files, work, name)
     _remove_files(work, {d.file for d in damages if d.part is None}, card=bool(commands))
@@ -72,7 +72,7 @@ def _needed(
         with command.in_directory(), contextlib.suppress(FileNotFoundError):
             jobs = [job for job in encode.jobs(arguments) if job.name in damaged - found]
             for job in jobs:
-                believed = f"{shards.REPORTS}/{job.name}.json" not in damaged_files
+                believed = f"{schema.REPORTS}/{job.name}.json" not in damaged_files
                 report = read_part_report(work, job.name) if believed else None
                 if report is not None and report["tar_bytes"] != job.bytes:
                     problems.append(f"{job.url} has {job.bytes} bytes, {job.name} was made of {report['tar_bytes']}")
@@ -91,19 +91,19 @@ def _remove_part(files: Files, work: Path, name: str) -> None:
     if files.remote is not None:
         paths = [file.split("/") for file in files.sizes]
         folders = {f"{source}/{p[1]}/{part}" for p in paths if len(p) == 4 and (p[0], p[2]) == (source, part)}
-        for target in (f"{shards.REPORTS}/{name}.json", f"{shards.REPORTS}/{name}.jsonl", *sorted(folders)):
+        for target in (f"{schema.REPORTS}/{name}.json", f"{schema.REPORTS}/{name}.jsonl", *sorted(folders)):
             files.remote.remove(target)
     remove_part(work, name)
 
 
 def _remove_files(work: Path, damaged: set[str], card: bool) -> None:
     """Removes the files that encode.py writes only where they are missing; a card stays if its settings can be read."""
-    if shards.NULL_TEXT in damaged:
-        (work / shards.NULL_TEXT).unlink(missing_ok=True)
+    if schema.NULL_TEXT in damaged:
+        (work / schema.NULL_TEXT).unlink(missing_ok=True)
     try:
-        shards.Card.load(work)
+        schema.Card.load(work)
     except FileNotFoundError:
         pass
     except ValueError:
         if card:
-            (work / shards.CARD).unlink()
+            (work / schema.CARD).unlink()

@@ -8,24 +8,24 @@ from collections.abc import Iterator
 import torch
 from PIL import Image
 
-from data_prep import schema as shards
-from data_prep.checks.damage import MALFORMED, Damage, Files, Json, Wrong, difference, noted
+from data_prep import schema
+from data_prep.checks.damage import MALFORMED, Damage, DamagedFile, Files, Json, collect_damage, difference
 from data_prep.checks.part import Part
 from data_prep.worker import report as reports
 from data_prep.worker.parts import count_samples, count_shards, part_shards, read_part_report
 
 
-def read_card(files: Files) -> tuple[shards.Card | None, list[Damage]]:
+def read_card(files: Files) -> tuple[schema.Card | None, list[Damage]]:
     """The card; None where it cannot be used, and why. Raises FileNotFoundError where nothing of a data set is there."""
-    if shards.CARD not in files.sizes and not files.parts():
-        raise FileNotFoundError(f"{files.data} is no data set: it has neither {shards.CARD} nor {shards.REPORTS}/")
+    if schema.CARD not in files.sizes and not files.parts():
+        raise FileNotFoundError(f"{files.data} is no data set: it has neither {schema.CARD} nor {schema.REPORTS}/")
     damages: list[Damage] = []
-    with noted(damages):
-        files.read(shards.CARD)
+    with collect_damage(damages):
+        files.read(schema.CARD)
         try:
-            return shards.Card.load(files.root), []
+            return schema.Card.load(files.root), []
         except ValueError as error:
-            raise Wrong(shards.CARD, "is damaged, was changed by hand, or is of another version") from error
+            raise DamagedFile(schema.CARD, "is damaged, was changed by hand, or is of another version") from error
     return None, damages
 
 
@@ -33,31 +33,31 @@ def named_parts(files: Files) -> set[str]:
     """The parts that report.json names, as far as it can be read: where one has no report of its own, it is missing."""
     try:
         names = {str(line["part"]) for line in files.json(reports.JSON)["parts"]}
-    except (Wrong, *MALFORMED):
+    except (DamagedFile, *MALFORMED):
         return set()
     return {n for n in names if re.fullmatch(r"[A-Za-z0-9][\w-]*/[^/]+", n) and not n.endswith(("/.", "/.."))}
 
 
-def check_whole(files: Files, card: shards.Card | None, parts: dict[str, Part]) -> list[Damage]:
+def check_whole(files: Files, card: schema.Card | None, parts: dict[str, Part]) -> list[Damage]:
     """The files that follow from all parts. While a part's report cannot be believed, the sums over all are let be."""
     damages: list[Damage] = []
     sets = _check_indexes(files, parts, damages)
     if card is None:
         return damages
-    with noted(damages):
+    with collect_damage(damages):
         _check_null_text(files, card)
     if not card.complete:
-        damages.append(Damage(shards.CARD, "is not finished: parts are missing, or are being made"))
+        damages.append(Damage(schema.CARD, "is not finished: parts are missing, or are being made"))
     elif all(part.sound for part in parts.values()):
         _check_sums(files, card, sorted(parts), sets, damages)
     for name in (reports.TOKENS, reports.SIZES):
-        with noted(damages):
+        with collect_damage(damages):
             files.read(name)
             try:
                 with Image.open(files.root / name) as picture:
                     picture.verify()
             except Exception as error:  # Pillow promises no set of exceptions for damaged pictures
-                raise Wrong(name, f"is no picture ({error})") from error
+                raise DamagedFile(name, f"is no picture ({error})") from error
     return damages
 
 
@@ -68,8 +68,8 @@ def _check_indexes(files: Files, parts: dict[str, Part], damages: list[Damage]) 
     """
     readable = {}
     for folder in sorted({f"{name.split('/')[0]}/{set_}" for name, part in parts.items() for set_ in part.sets}):
-        file, (source, set_) = f"{folder}/{shards.INDEX}", folder.split("/")
-        with noted(damages):
+        file, (source, set_) = f"{folder}/{schema.INDEX}", folder.split("/")
+        with collect_damage(damages):
             there: dict[str, list[Json]] = {}
             try:
                 entries = files.json(file)["shards"]
@@ -77,7 +77,7 @@ def _check_indexes(files: Files, parts: dict[str, Part], damages: list[Damage]) 
                 for shard in entries:
                     there.setdefault(shard["raw_data"]["basename"].split("/")[0], []).append(shard)
             except MALFORMED as error:
-                raise Wrong(file, f"is no index of shards ({type(error).__name__}: {error})") from error
+                raise DamagedFile(file, f"is no index of shards ({type(error).__name__}: {error})") from error
             expected = []
             for name, part in sorted((n, p) for n, p in parts.items() if n.startswith(f"{source}/")):
                 of = name.split("/")[1]
@@ -86,25 +86,25 @@ def _check_indexes(files: Files, parts: dict[str, Part], damages: list[Damage]) 
                 elif set_ in part.sets:
                     expected += part_shards(files.root / folder, of)
             if entries != expected:
-                raise Wrong(file, "is not what the indexes of its parts give")
+                raise DamagedFile(file, "is not what the indexes of its parts give")
     return readable
 
 
-def _check_null_text(files: Files, card: shards.Card) -> None:
-    files.read(shards.NULL_TEXT)
+def _check_null_text(files: Files, card: schema.Card) -> None:
+    files.read(schema.NULL_TEXT)
     try:
-        text = shards.load_null_text(files.root)
+        text = schema.load_null_text(files.root)
     except Exception as error:  # safetensors has exceptions of its own
-        raise Wrong(shards.NULL_TEXT, f"cannot be read ({error})") from error
+        raise DamagedFile(schema.NULL_TEXT, f"cannot be read ({error})") from error
     width = card.text_encoder["width"]
     if text.ndim != 2 or not 1 <= len(text) <= card.token_cap or text.shape[1] != width:
-        raise Wrong(shards.NULL_TEXT, f"is {list(text.shape)}, expected [1 to {card.token_cap}, {width}]")
+        raise DamagedFile(schema.NULL_TEXT, f"is {list(text.shape)}, expected [1 to {card.token_cap}, {width}]")
     if text.dtype != torch.bfloat16 or not text.isfinite().all():
-        raise Wrong(shards.NULL_TEXT, "is not bfloat16, or not finite")
+        raise DamagedFile(schema.NULL_TEXT, "is not bfloat16, or not finite")
 
 
 def _check_sums(
-    files: Files, card: shards.Card, names: list[str], sets: dict[str, Json], damages: list[Damage]
+    files: Files, card: schema.Card, names: list[str], sets: dict[str, Json], damages: list[Damage]
 ) -> None:
     """report.json, report.txt and the card, against the parts' reports and the sets' indexes."""
     about: dict[str, Json] = {}
@@ -117,17 +117,17 @@ def _check_sums(
             yield name, report
 
     whole = reports.summary(each(), card)
-    with noted(damages):
+    with collect_damage(damages):
         if other := difference(files.json(reports.JSON), whole):
-            raise Wrong(reports.JSON, other)
-    with noted(damages):
+            raise DamagedFile(reports.JSON, other)
+    with collect_damage(damages):
         if files.text(reports.TEXT) != reports.table(whole, card):
-            raise Wrong(reports.TEXT, "is not what the parts give")
+            raise DamagedFile(reports.TEXT, "is not what the parts give")
     there, expected = {"counts": card.counts, "sets": card.sets}, {"counts": reports.card_counts(whole), "sets": about}
     if sets.keys() == about.keys():
         expected["sets"] = {folder: {**details, **sets[folder]} for folder, details in about.items()}
     else:  # an index that cannot be read is a damage of its own
         del there["sets"], expected["sets"]
-    with noted(damages):
+    with collect_damage(damages):
         if other := difference(there, expected):
-            raise Wrong(shards.CARD, other)
+            raise DamagedFile(schema.CARD, other)

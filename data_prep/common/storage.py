@@ -1,4 +1,4 @@
-"""Where tars come from and shards go to: local paths, and `s3://`, `gs://` or `http(s)://` through fsspec.
+"""Storage that tars come from and shards go to: local paths, and `s3://`, `gs://` or `http(s)://` through fsspec.
 
     find_tars     lists the tars that a pattern names, each with its size
     open_tar      opens a tar for reading forwards; a remote one is opened again where the connection broke
@@ -48,7 +48,7 @@ def is_remote(url: str) -> bool:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a remote URL, and the path within it. Raises ValueError where its package is missing."""
+    """Returns fsspec's file system for a remote URL, and the path within it. Raises ValueError where its package is missing."""
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -63,7 +63,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def find_tars(pattern: str) -> dict[str, int]:
-    """The tars that a folder, a pattern or a URL names, with their sizes in bytes, in order.
+    """Finds the tars that a folder, a pattern or a URL names; returns their sizes in bytes, sorted by path.
 
     A pattern may have `*`, `**`, `?`, `[…]` and, as webdataset's, braces: `{00000..00123}.tar`.
 
@@ -72,11 +72,11 @@ def find_tars(pattern: str) -> dict[str, int]:
         ValueError: a scheme that is not supported.
     """
     found: dict[str, int] = {}
-    for one in braceexpand.braceexpand(pattern):
-        some = _remote_tars(one) if is_remote(one) else _local_tars(one)
-        if not some:  # also of a list in braces: none is left out silently
-            raise FileNotFoundError(f"{one}: no such file; quote a pattern so that the shell leaves it whole")
-        found |= some
+    for single in braceexpand.braceexpand(pattern):
+        matches = _remote_tars(single) if is_remote(single) else _local_tars(single)
+        if not matches:  # each name of a list in braces must be there
+            raise FileNotFoundError(f"{single}: no such file; quote a pattern so that the shell leaves it whole")
+        found |= matches
     return dict(sorted(found.items()))
 
 
@@ -88,7 +88,7 @@ def _local_tars(pattern: str) -> dict[str, int]:
 def _remote_tars(pattern: str) -> dict[str, int]:
     fs, path = file_system(pattern)
     try:
-        # Of a web server's file, isdir would ask for all.
+        # A web server would be asked for the whole file by isdir.
         if not fsspec.core.has_magic(path) and not path.endswith(".tar") and fs.isdir(path):
             path = f"{path.rstrip('/')}/*.tar"
         names = fs.glob(path) if fsspec.core.has_magic(path) else [path]
@@ -103,7 +103,7 @@ def _remote_tars(pattern: str) -> dict[str, int]:
 
 
 def _reason(error: BaseException, url: str) -> BaseException:
-    """What went wrong: of a web server fsspec says FileNotFoundError even where it is down, busy or refuses."""
+    """Returns the real cause: fsspec raises FileNotFoundError even where a web server is down, busy or refuses."""
     return error.__cause__ or error if isinstance(error, FileNotFoundError) and url.startswith("http") else error
 
 
@@ -112,7 +112,7 @@ def _is_absence(reason: BaseException) -> bool:
 
 
 def open_tar(url: str) -> BinaryIO:
-    """A tar to be read forwards. Raises FileNotFoundError, or Unreachable for a remote one."""
+    """Opens a tar for reading forwards. Raises FileNotFoundError, or Unreachable for a remote one."""
     return cast("BinaryIO", _ResumedFile(url)) if is_remote(url) else open(url, "rb")
 
 
@@ -177,7 +177,7 @@ class _ResumedFile:
 
 
 def _read_up_to(file: Any, size: int) -> bytes:
-    """`size` bytes, fewer only at the end of the file. Raises OSError where the connection ended before."""
+    """Reads `size` bytes, fewer only at the end of the file. Raises OSError where the connection ended before."""
     pieces, left = [], size
     while left and (piece := file.read(left)):
         pieces.append(piece)
@@ -188,21 +188,23 @@ def _read_up_to(file: Any, size: int) -> bytes:
 
 
 class Remote:
-    """A folder on object storage. Objects appear whole: an upload that is cut off leaves nothing, or what was there."""
+    """A folder on object storage. Objects appear whole: an interrupted upload leaves nothing, or the old object."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
         self._fs, self._path = file_system(self.url)
 
     def upload(self, local: Path, name: str) -> None:
-        """Uploads a file, or the files of a folder, to `name` within the folder. Raises Unreachable."""
+        """Uploads a file, or all files of a folder, to `name` within this folder. Raises Unreachable."""
         files = [local] if local.is_file() else sorted(p for p in local.rglob("*") if p.is_file())
         for file in files:
-            place = name if file == local else f"{name}/{file.relative_to(local).as_posix()}"
-            self._request(lambda file=file, place=place: self._fs.put_file(str(file), f"{self._path}/{place}"), place)
+            target = name if file == local else f"{name}/{file.relative_to(local).as_posix()}"
+            self._request(
+                lambda file=file, target=target: self._fs.put_file(str(file), f"{self._path}/{target}"), target
+            )
 
     def download(self, name: str, local: Path) -> bool:
-        """Fetches a file whole; False where there is none. Raises Unreachable."""
+        """Downloads a file; returns False where there is none. Raises Unreachable."""
         if not self._request(lambda: self._fs.exists(f"{self._path}/{name}"), name):
             return False
         local.parent.mkdir(parents=True, exist_ok=True)
@@ -210,13 +212,13 @@ class Remote:
         return True
 
     def sizes(self, name: str) -> dict[str, int]:
-        """The files under `name` with their sizes in bytes, by their names within the folder."""
+        """Returns the sizes in bytes of the files under `name`, by their names within this folder. Raises Unreachable."""
         start = len(self._path) + 1
         found = self._request(lambda: self._fs.find(f"{self._path}/{name}", detail=True), name)
         return {path[start:]: about["size"] for path, about in found.items()}
 
     def remove(self, name: str) -> None:
-        """Removes what is under `name`, if anything is."""
+        """Removes a file or folder, if it is there. Raises Unreachable."""
         if self._request(lambda: self._fs.exists(f"{self._path}/{name}"), name):
             self._request(lambda: self._fs.rm(f"{self._path}/{name}", recursive=True), name)
 

@@ -80,7 +80,7 @@ class DecoderPool:
                 done, answer = _unpack(_read(child.stdout))
                 break
             except (EOFError, BrokenPipeError):
-                self._bury(child)
+                self._reap(child)
                 if (code := child.returncode) == -signal.SIGPROF:
                     raise Unusable("too_slow", f"more than {self._seconds:g} s of computing") from None
                 if not again:  # the first time somebody else may have killed it: the kernel, short of memory
@@ -118,13 +118,13 @@ class DecoderPool:
         try:
             _read(child.stdout)
         except EOFError:
-            words = self._bury(child).decode(errors="replace").split("\n")
+            words = self._reap(child).decode(errors="replace").split("\n")
             why = next((line for line in reversed(words) if line.strip()), f"exit code {child.returncode}")
             raise RuntimeError(f"a decoding process does not start: {why}") from None
         child.stderr.close()
         return child
 
-    def _bury(self, child: subprocess.Popen[bytes]) -> bytes:
+    def _reap(self, child: subprocess.Popen[bytes]) -> bytes:
         """Leaves neither a zombie nor an open pipe of a child that has died; returns its last words."""
         _, words = child.communicate()
         with self._lock:

@@ -28,7 +28,7 @@ from data_prep.pictures.images import cut, decode
 
 MAX_DISTANCE = 8  # of 64 bits; beyond it different pictures begin to meet
 
-# ------------------------------------------------------------------------------------------------------- 1. the hashes
+# ---- 1. the hashes ----
 
 _SIDE, _LOW = 32, 8
 # DCT-II, orthonormal up to a factor of 2^14, [U, W]. Whole numbers make the hash the same on every machine, and all that
@@ -61,7 +61,7 @@ def perceptual_hash(data: bytes) -> int:
 
 
 @dataclass(frozen=True)
-class Look:
+class PictureHash:
     """A picture's hash, and its size when it is upright, in pixels."""
 
     hash: int
@@ -69,15 +69,15 @@ class Look:
     height: int
 
 
-def look(data: bytes, method: str, resolutions: tuple[int, ...], buckets: bool) -> Look:
+def hash_picture(data: bytes, method: str, resolutions: tuple[int, ...], buckets: bool) -> PictureHash:
     """The hash (exact | perceptual) of a picture that `cut` would cut. Raises `Unusable` as `cut`, of any other."""
     # The smallest cut says whether the picture is usable at all.
     whole = cut(data, (min(resolutions),), buckets)
     value = exact_hash(data) if method == "exact" else perceptual_hash(data)
-    return Look(value, whole.width, whole.height)
+    return PictureHash(value, whole.width, whole.height)
 
 
-# ------------------------------------------------------------------------------------------------------ 2. the repeats
+# ---- 2. the repeats ----
 
 
 def repeats(hashes: np.ndarray, distance: int) -> np.ndarray:
@@ -115,7 +115,7 @@ def _first_equal(hashes: np.ndarray) -> np.ndarray:
     return first
 
 
-# ------------------------------------------------------------------------------------------------------- 3. the search
+# ---- 3. the search ----
 
 _LONG = 1024  # runs of up to so many hashes are compared without thinking
 _CHUNK = 2**18  # of hashes, for the processor's cache

@@ -29,7 +29,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-# ----------------------------------------------------------------------------------------------- 1. what is dropped
+# ---- 1. what is dropped ----
 
 UnusableReason = Literal[
     "unsupported_format",  # neither JPEG nor PNG nor WebP by its first bytes
@@ -58,7 +58,7 @@ class Unusable(ValueError):
         return f"{self.reason}: {self.detail}"
 
 
-# -------------------------------------------------------------------------------------------------------- 2. decode
+# ---- 2. decode ----
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -183,7 +183,7 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-# ------------------------------------------------------------------------------------------------------- 3. buckets
+# ---- 3. buckets ----
 
 _WIDE = ((16, 16), (15, 17), (14, 18), (13, 20), (12, 21), (11, 23), (10, 26))
 # Shapes of nearly one area, as (rows, columns) in sixteenths of the resolution; transposed ones after the wide ones.
@@ -203,7 +203,7 @@ def shape_of(bucket: tuple[int, int], resolution: int) -> tuple[int, int]:
     return bucket[0] * resolution // 16, bucket[1] * resolution // 16
 
 
-# ------------------------------------------------------------------------------------------------- 4. resize and crop
+# ---- 4. resize and crop ----
 
 
 def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -231,7 +231,7 @@ def _resize(image: Image.Image, box: tuple[float, float, float, float], height: 
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
-# ------------------------------------------------------------------------------------------------------------ 5. cut
+# ---- 5. cut ----
 
 
 @dataclass(frozen=True)

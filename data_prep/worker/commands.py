@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.schema import WORK, write
+from data_prep.schema import WORK, write_file
 
 FOLDER = f"{WORK}/encode"
 
@@ -52,4 +52,4 @@ def save_command(root: Path, arguments: list[str], output: str) -> None:
     """Keeps a command that is run in the current folder; one file for each command that differs."""
     command = {"directory": os.getcwd(), "arguments": arguments}
     name = hashlib.sha256(json.dumps(command).encode()).hexdigest()[:16]
-    write(root, f"{FOLDER}/{name}.json", json.dumps({"output": output, **command}, indent=1) + "\n")
+    write_file(root, f"{FOLDER}/{name}.json", json.dumps({"output": output, **command}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The parts of a data set: written, renamed into place whole, listed, removed, and joined under one index and one card.
+"""Parts of a data set: written, renamed into place whole, listed, removed, and joined under one index and one card.
 
 A part is written under work/, each of its folders is renamed into place whole, and it counts from the moment its report is
 there. A part's bytes follow from its tar and the settings alone; so two workers that make the same one (a slow worker that was
@@ -36,17 +36,17 @@ from data_prep.schema import (
     Record,
     columns,
     set_name,
-    size_of,
+    stored_size,
     text_of,
     to_row,
-    write,
+    write_file,
 )
 
 
 class PartWriter:
-    """Writes the part `source/part` of a data set. Use as a context; nothing shows in the data set until `commit`.
+    """Writer of the part `source/part` of a data set. For use as a context; the data set is unchanged until `commit`.
 
-    `token` tells this writer's half-made files from those of any other one.
+    `token` is different for every writer, and names its temporary folder.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class PartWriter:
         self.written: dict[str, int] = {}
         self.sets: dict[str, dict[str, Any]] = {}
         self.bytes: dict[str, int] = {}
-        self.text_error = [0.0, 0.0]  # sums of squares: of what 8 bits lost, of what there was
+        self.text_error = [0.0, 0.0]  # sums of squares: of the error of 8 bits, of the values
         self._writers: dict[str, MDSWriter] = {}
         self._temporary = root / WORK / "parts" / self.source / self.part / token
 
     def __enter__(self) -> PartWriter:
-        shutil.rmtree(self._temporary.parent, ignore_errors=True)  # of a writer that died
+        shutil.rmtree(self._temporary.parent, ignore_errors=True)  # left by a writer that died
         return self
 
     def write(self, record: Record) -> None:
-        """Adds a record to the shards of its set, which is that of its resolutions and bucket."""
+        """Adds a record to the shards of its set, which follows from its resolutions and bucket."""
         name = set_name(record.latents, record.bucket)
         if name not in self._writers:
             self.sets[name] = {"resolutions": sorted(record.latents), "bucket": record.bucket}
@@ -86,18 +86,18 @@ class PartWriter:
                 compression=self.compression,
             )
         writer = self._writers[name]
-        row = mds.sealed(to_row(record, self.card), writer.encode_sample)
+        row = mds.with_checksum(to_row(record, self.card), writer.encode_sample)
         for column, value in row.items():
-            self.bytes[column] = self.bytes.get(column, 0) + size_of(value)
+            self.bytes[column] = self.bytes.get(column, 0) + stored_size(value)
         if self.card.text_dtype in EIGHT_BITS:
-            was = record.text.float()
-            self.text_error[0] += float((text_of(row, self.card.text_dtype).float() - was).square().sum())
-            self.text_error[1] += float(was.square().sum())
+            text = record.text.float()
+            self.text_error[0] += float((text_of(row, self.card.text_dtype).float() - text).square().sum())
+            self.text_error[1] += float(text.square().sum())
         writer.write(row)
         self.written[name] = self.written.get(name, 0) + 1
 
     def finish(self) -> int:
-        """Ends the shards, which are on the disk from then on; returns the bytes that they take."""
+        """Closes the shards and syncs them to the disk; returns their size in bytes."""
         for writer in self._writers.values():
             writer.finish()
         shards = list(self._temporary.rglob("*.mds*"))
@@ -107,7 +107,7 @@ class PartWriter:
         return sum(s.stat().st_size for s in shards)
 
     def commit(self, report: dict[str, Any], rejects: list[dict[str, str]]) -> None:
-        """Moves the finished shards into place, and writes the part's report last."""
+        """Moves the finished shards into place, or uploads them, and writes the part's report last."""
         if self.remote is not None:
             for name in self._writers:
                 self.remote.upload(self._temporary / name, f"{self.source}/{name}/{self.part}")
@@ -115,39 +115,42 @@ class PartWriter:
                     shard.unlink()
         for stale in (self.root / self.source).glob(f"*/{glob.escape(self.part)}"):
             if stale.parent.name not in self._writers:
-                shutil.rmtree(stale)  # of a tar that had other samples
+                shutil.rmtree(stale)  # written when the tar had other samples
         for name in self._writers:
             _move_into_place(self._temporary / name, self.root / self.source / name / self.part)
         lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects)
         name = f"{REPORTS}/{self.source}/{self.part}.json"
-        for place, content in ((f"{name}l", lines), (name, json.dumps(report, indent=1, ensure_ascii=False) + "\n")):
-            path = write(self.root, place, content)
+        for path_name, content in (
+            (f"{name}l", lines),
+            (name, json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
+        ):
+            path = write_file(self.root, path_name, content)
             if self.remote is not None:
-                self.remote.upload(path, place)
+                self.remote.upload(path, path_name)
 
     def __exit__(self, *error: object) -> None:
         for writer in self._writers.values():
             writer.cancel_future_jobs()
         shutil.rmtree(self._temporary, ignore_errors=True)
-        with suppress(OSError):  # it never was, or another worker is at work in it
+        with suppress(OSError):  # not there, or another worker writes in it
             self._temporary.parent.rmdir()
 
 
-def _move_into_place(folder: Path, place: Path) -> None:
-    """Renames a folder into place. What is there already stays if it is the same: another worker may just count it in."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.is_dir():
+def _move_into_place(folder: Path, target: Path) -> None:
+    """Renames a folder into place. An equal folder that is there stays: another worker may be reading it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
         files = sorted(p.name for p in folder.iterdir())
-        if filecmp.cmpfiles(folder, place, files, shallow=False)[0] == files:
+        if filecmp.cmpfiles(folder, target, files, shallow=False)[0] == files:
             return
         aside = folder.with_name(temporary_name(folder.name))
-        place.rename(aside)
+        target.rename(aside)
         shutil.rmtree(aside)
-    folder.rename(place)
+    folder.rename(target)
 
 
 def read_part_report(root: Path, name: str) -> dict[str, Any] | None:
-    """The report of the whole part `source/part`; None while it is not made. Raises ValueError where it is damaged."""
+    """Reads the report of the part `source/part`; None where there is no whole part. Raises ValueError where damaged."""
     path = root / REPORTS / f"{name}.json"
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -156,13 +159,13 @@ def read_part_report(root: Path, name: str) -> dict[str, Any] | None:
 
 
 def whole_parts(root: Path) -> list[str]:
-    """The names `source/part` of all whole parts, in order."""
+    """Lists the names `source/part` of all whole parts, sorted."""
     folder = root / REPORTS
     return sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.glob("*/*.json"))
 
 
 def part_reports(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every whole part with its report, by name."""
+    """Yields each whole part's name and report, sorted by name."""
     for name in whole_parts(root):
         report = read_part_report(root, name)
         if report is not None:
@@ -170,23 +173,23 @@ def part_reports(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def remove_part(root: Path, name: str) -> None:
-    """Takes a part out of the data set, its report first: it is missing from then on."""
+    """Removes a part from the data set, its report first: without one, the part counts as missing."""
     source, part = name.split("/")
     (root / REPORTS / f"{name}.json").unlink(missing_ok=True)
     (root / REPORTS / f"{name}.jsonl").unlink(missing_ok=True)
-    for place in (root / source).glob(f"*/{glob.escape(part)}"):
-        shutil.rmtree(place)
+    for folder in (root / source).glob(f"*/{glob.escape(part)}"):
+        shutil.rmtree(folder)
 
 
 def remove_leftovers(root: Path, whole: Collection[str]) -> None:
-    """Removes what killed workers left of parts that are whole by now."""
+    """Removes the temporary folders that killed workers left of parts that are whole by now."""
     for folder in (root / WORK / "parts").glob("*/*"):
         if f"{folder.parent.name}/{folder.name}" in whole:
-            shutil.rmtree(folder, ignore_errors=True)  # another worker may be at it, too
+            shutil.rmtree(folder, ignore_errors=True)  # another worker may be removing it, too
 
 
 def finish_data_set(root: Path, card: Card, counts: dict[str, Any], remote: Remote | None = None) -> Card:
-    """Writes each set's index over all whole parts, and the card; the same again for the same parts."""
+    """Writes each set's index over all whole parts, and the card; the same bytes for the same parts."""
     shards: dict[str, list[dict[str, Any]]] = {}
     about: dict[str, dict[str, Any]] = {}
     for name, report in part_reports(root):
@@ -197,7 +200,7 @@ def finish_data_set(root: Path, card: Card, counts: dict[str, Any], remote: Remo
             shards.setdefault(folder, []).extend(part_shards(root / folder, part))
     for folder, entries in shards.items():
         about[folder] |= count_shards(entries)
-        write(root, f"{folder}/{INDEX}", json.dumps({"version": 2, "shards": entries}) + "\n")
+        write_file(root, f"{folder}/{INDEX}", json.dumps({"version": 2, "shards": entries}) + "\n")
         if remote is not None:
             remote.upload(root / folder / INDEX, f"{folder}/{INDEX}")
     card.sets, card.counts, card.complete = about, counts, True
@@ -208,20 +211,20 @@ def finish_data_set(root: Path, card: Card, counts: dict[str, Any], remote: Remo
 
 
 def count_samples(about: dict[str, dict[str, Any]], source: str, report: dict[str, Any]) -> None:
-    """Adds a part's report to what the card says of the sets, by their folders."""
+    """Adds the samples of a part's report to `about`: the card's entries of the sets, by their folders."""
     for set_, details in report["sets"].items():
         there = about.setdefault(f"{source}/{set_}", {"source": source, **details, "samples": 0})
         there["samples"] += report["written"][set_]
 
 
 def count_shards(entries: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """What the card says of a set's shards, by its index."""
+    """Returns number and bytes of a set's shards for the card, from the entries of its index."""
     sizes = [(s["zip_data"] or s["raw_data"])["bytes"] for s in entries]
     return {"shards": len(sizes), "bytes": sum(sizes)}
 
 
 def part_shards(folder: Path, part: str) -> list[dict[str, Any]]:
-    """A part's shards with names as seen from the set's folder."""
+    """Returns the index entries of a part's shards, with file names relative to the set's folder."""
     shards = json.loads((folder / part / INDEX).read_text())["shards"]
     for shard in shards:
         for data in (shard["raw_data"], shard["zip_data"]):

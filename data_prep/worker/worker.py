@@ -24,7 +24,7 @@ from queue import Empty, Queue
 
 from data_prep import schema
 from data_prep.common.storage import Remote
-from data_prep.inputs.filters import with_sizes
+from data_prep.inputs.filters import add_sizes
 from data_prep.inputs.sources import Job
 from data_prep.inputs.tars import Reject, Sample, expected_samples, read_tar
 from data_prep.pictures.decoders import DecoderPool
@@ -210,7 +210,7 @@ class Worker:
         except Unusable as error:
             item.tally.drop(item.number, sample.key, error.reason, error.detail)
             return None
-        fields = with_sizes(sample.metadata, pictures.width, pictures.height)
+        fields = add_sizes(sample.metadata, pictures.width, pictures.height)
         if refusal := item.tally.job.source.filter.after.refusal(fields):
             item.tally.drop(item.number, sample.key, refusal.reason, refusal.detail)
             return None
@@ -234,7 +234,7 @@ class Worker:
                         message = next(messages)
                     self._finish_part(message, part)
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT) or self.claims.still_mine(job.name):
+                if error.errno in (errno.ENOSPC, errno.EDQUOT) or self.claims.owns(job.name):
                     raise
                 self.monitor.say(f"{job.url}: another worker took it over while this one stood still; left to it")
                 if not isinstance(message, _EndOfTar):

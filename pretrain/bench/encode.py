@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from data_prep import schema as shards
 from data_prep.encoders import ASSETS, encode_tokens, tokenize
-from data_prep.inputs.sources import ONLY, Job, source
+from data_prep.inputs.sources import DEFAULT_SOURCE, Job, make_source
 from data_prep.inputs.tars import Sample, read_tar
 from data_prep.pictures.decoders import DecoderPool
 from data_prep.pictures.images import Cut, cut
@@ -113,7 +113,7 @@ def _tar(path: Path, args: argparse.Namespace, seed: int) -> Path:
 
 
 def _pipeline(root: Path, paths: list[Path], encoder: Encoder, pool: DecoderPool) -> None:
-    one = source(ONLY, [str(p) for p in paths], None, "")
+    one = make_source(DEFAULT_SOURCE, [str(p) for p in paths], None, "")
     jobs: list[Job] = one.jobs()
     root.mkdir()
     with Claims(root / shards.WORK / "claims") as claims, contextlib.redirect_stdout(io.StringIO()):

@@ -65,7 +65,7 @@ class Shard(MDSReader):
         return data
 
     def decode_sample(self, data: memoryview) -> dict[str, Any]:  # type: ignore[override]
-        return mds.decode(self, data)
+        return mds.decode_sample(self, data)
 
 
 class SetStream(Stream):

@@ -27,7 +27,7 @@ from PIL import Image, ImageCms
 from streaming import StreamingDataset
 from support import contents
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.encode import main
 from data_prep.inputs.tars import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 from data_prep.pictures.images import UNUSABLE_REASONS
@@ -353,9 +353,9 @@ def damaged_tars(folder: Path, count: int) -> Iterator[tuple[str, list[Expected]
 
 def rows_of(root: Path) -> dict[str, str]:
     """The captions of all samples by key."""
-    found, card = {}, shards.Card.load(root)
+    found, card = {}, schema.Card.load(root)
     for row in StreamingDataset(local=str(root / "images" / "64"), batch_size=1):
-        latent, text = shards.latent_of(row, 64), shards.text_of(row, card.text_dtype)
+        latent, text = schema.latent_of(row, 64), schema.text_of(row, card.text_dtype)
         assert latent.mean.shape == (4, 8, 8) and latent.std is not None
         assert all(values.isfinite().all() for values in (latent.mean, latent.std, text))
         assert found.setdefault(row["key"], row["caption"]) is row["caption"], "a key twice"

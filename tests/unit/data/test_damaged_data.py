@@ -55,7 +55,7 @@ def keys_in(root: Path, number: int, set_: str = SET) -> list[str]:
     """The keys of a shard's samples, in order."""
     about = entry(root, number, set_)
     columns = dict(zip(about["column_names"], about["column_encodings"], strict=True))
-    return [row["key"] for row in mds.rows_of(file_of(root, number, set_).read_bytes(), about, columns)]
+    return [row["key"] for row in mds.decode_rows(file_of(root, number, set_).read_bytes(), about, columns)]
 
 
 def places(shard: Path) -> np.ndarray:

@@ -15,7 +15,7 @@ from PIL import Image
 from streaming import StreamingDataset
 from support import contents
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.encode import main
 from data_prep.inputs.sources import read_sources
 from data_prep.pictures.images import BUCKETS, bucket_of, shape_of
@@ -43,7 +43,7 @@ def encode(output: Path, *options: str) -> int:
 
 def rows(root: Path) -> dict[str, dict]:
     """All samples by key."""
-    card = shards.Card.load(root)
+    card = schema.Card.load(root)
     sets = [StreamingDataset(local=str(root / name), batch_size=1) for name in card.sets]
     return {row["key"]: row for one in sets for row in one}
 
@@ -135,7 +135,7 @@ def test_buckets_keep_the_aspect_ratio(tmp_path: Path) -> None:
     options = ("--encoders", "tiny", "--decoders", "1", "--resolutions", "256", "512", "--buckets")
     assert main(["--input", str(tmp_path / "0.tar"), "--output", str(root), *options]) == 0
     found = rows(root)
-    card = shards.Card.load(root)
+    card = schema.Card.load(root)
     assert card.buckets
     for key, row in found.items():
         name = key.rpartition("/")[2]
@@ -163,8 +163,8 @@ def test_text_in_8_bits(shape_tars: Path, tmp_path: Path, dtype: str) -> None:
     exact, small = rows(roots["bfloat16"]), rows(roots[dtype])
     lost = there = 0.0
     for key, row in exact.items():
-        text, other = shards.text_of(row, "bfloat16").float(), shards.text_of(small[key], dtype).float()
-        assert shards.text_of(small[key], dtype).dtype == torch.bfloat16
+        text, other = schema.text_of(row, "bfloat16").float(), schema.text_of(small[key], dtype).float()
+        assert schema.text_of(small[key], dtype).dtype == torch.bfloat16
         assert text.shape == other.shape
         # Half a step of the token's own scale, and bf16's rounding of the result.
         step = text.abs().amax(1, keepdim=True) / 127 if dtype == "int8" else text.abs() / 8 + 1e-3
@@ -174,7 +174,7 @@ def test_text_in_8_bits(shape_tars: Path, tmp_path: Path, dtype: str) -> None:
     assert report(roots["bfloat16"])["text_error"] is None
     columns = {kind: report(root)["column_bytes"] for kind, root in roots.items()}
     assert columns[dtype]["text"] * 2 == columns["bfloat16"]["text"]
-    assert shards.Card.load(roots[dtype]).fingerprint != shards.Card.load(roots["bfloat16"]).fingerprint
+    assert schema.Card.load(roots[dtype]).fingerprint != schema.Card.load(roots["bfloat16"]).fingerprint
 
 
 def test_compressed_shards_hold_the_same(shape_tars: Path, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_compressed_shards_hold_the_same(shape_tars: Path, tmp_path: Path) -> No
     assert encode(packed, "--input", str(shape_tars / "00000.tar"), "--compression", "zstd:3") == 0
     assert {p.suffix for p in packed.rglob("shard.*")} == {".zstd"}
     one = rows(plain)
-    card = shards.Card.load(packed)
+    card = schema.Card.load(packed)
     unpacked = StreamingDataset(
         remote=str(packed / next(iter(card.sets))), local=str(tmp_path / "cache"), batch_size=1, validate_hash="sha256"
     )

@@ -17,7 +17,7 @@ from PIL import Image
 from streaming import StreamingDataset
 from support import ROOT, contents
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.encode import main, parse
 from data_prep.shapes import draw, scenes
 from data_prep.worker.parts import whole_parts
@@ -88,7 +88,7 @@ def test_bad_input_is_counted_and_the_rest_goes_on(tmp_path: Path, capsys: pytes
 
 
 def test_records_come_back_as_they_were(data_set: Path) -> None:
-    card = shards.Card.load(data_set)
+    card = schema.Card.load(data_set)
     assert set(card.sets) == {"images/256", "images/256-512"}
     keys = []
     for name, resolutions in (("images/256", [256]), ("images/256-512", [256, 512])):
@@ -96,18 +96,18 @@ def test_records_come_back_as_they_were(data_set: Path) -> None:
         assert len(rows) == card.sets[name]["samples"]
         for row in rows:
             keys.append(row["key"])
-            text = shards.text_of(row, card.text_dtype)
+            text = schema.text_of(row, card.text_dtype)
             assert text.dtype == torch.bfloat16 and text.shape[1] == 128
             assert text.float().std() > 0
             assert (min(row["width"], row["height"]) >= 512) == (resolutions == [256, 512])
             for r in resolutions:
-                latent = shards.latent_of(row, r)
+                latent = schema.latent_of(row, r)
                 assert latent.mean.shape == (4, r // 8, r // 8) and latent.std is not None
                 assert 0.2 < latent.mean.std() < 2
                 assert latent.std.min() >= 0
             assert "latent_512_mean" in row or resolutions == [256]
     assert len(keys) == len(set(keys)) == card.counts["written"]
-    assert shards.load_null_text(data_set).shape == (1, 128)
+    assert schema.load_null_text(data_set).shape == (1, 128)
 
 
 def test_a_second_run_makes_only_what_is_missing(data_set: Path, shape_tars: Path, tmp_path: Path, capsys) -> None:
@@ -130,8 +130,8 @@ def test_mean_alone_and_a_token_cap(shape_tars: Path, tmp_path: Path, capsys) ->
     options = ("--posterior", "mean", "--resolutions", "256", "--token-cap", "5")
     assert encode(f"{shape_tars}/00000.tar", root, *options) == 0
     row = StreamingDataset(local=str(root / "images" / "256"), shuffle=False, batch_size=1)[0]
-    assert shards.latent_of(row, 256).std is None
-    assert len(shards.text_of(row, "bfloat16")) == 5
+    assert schema.latent_of(row, 256).std is None
+    assert len(schema.text_of(row, "bfloat16")) == 5
     assert "10 captions were cut to 5 tokens" in capsys.readouterr().out
 
 
@@ -212,4 +212,4 @@ def test_tars_of_which_one_name_begins_like_another(shape_tars: Path, tmp_path: 
     root = tmp_path / "data"
     assert encode(str(tmp_path / "*.tar"), root, "--resolutions", "64") == 0
     assert whole_parts(root) == ["images/[a]", "images/a", "images/a.b"]
-    assert shards.Card.load(root).counts["written"] == 30
+    assert schema.Card.load(root).counts["written"] == 30
