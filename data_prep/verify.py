@@ -1,11 +1,11 @@
-"""Whether a data set is whole, to the last sample; makes damaged parts again; shows pictures of what is in it.
+"""Checks a data set to the last sample; makes damaged parts again; draws some of its pictures.
 
-    python data_prep/verify.py DATA                   reads all of it: exit code 0 whole, 1 damaged, 2 could not be checked
-    python data_prep/verify.py DATA --repair          and makes the damaged parts again, by the commands in its work/encode/
-    python data_prep/verify.py DATA --sample 16       checks nothing: decodes 16 latents into a picture, with their captions
+    python data_prep/verify.py DATA                   checks all of it: exit code 0 whole, 1 damaged, 2 could not be checked
+    python data_prep/verify.py DATA --repair          also makes damaged parts again, by the commands in its work/encode/
+    python data_prep/verify.py DATA --sample 16       only decodes 16 latents into a picture, with their captions
     python data_prep/verify.py s3://bucket/NAME --work /shared/NAME --repair -- --device cuda:1
 
-DATA is the folder or the URL that was encode.py's --output. What it cannot know: tars that were never encoded.
+DATA is the folder or the URL that was encode.py's --output. Tars that were never encoded are not noticed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from PIL import Image
 
 from data_prep import encode, schema
 from data_prep.checks.damage import Damage, DamagedFile, Files, Json
-from data_prep.checks.part import Part, check_part
+from data_prep.checks.data_set import check_data_set, parts_in_report, read_card
+from data_prep.checks.part import PartCheck, check_part
 from data_prep.checks.repair import EncodeCommand, repair
-from data_prep.checks.whole import check_whole, named_parts, read_card
 from data_prep.common import mds
 from data_prep.common.progress import LOG_SECONDS, Progress
 from data_prep.common.storage import is_remote
@@ -46,46 +46,46 @@ STRAYS_SHOWN = 20
 
 @dataclass
 class Result:
-    """What a check found. `strays`: files that belong to nothing, by folder."""
+    """Result of a check. `strays`: the number of files that belong to no part, by folder."""
 
     card: schema.Card | None
-    parts: dict[str, Part]
+    parts: dict[str, PartCheck]
     damages: list[Damage]
     strays: dict[str, int]
     seconds: float
 
 
-def check(files: Files, workers: int, known: dict[str, Part] | None = None) -> Result:
-    """Checks all of a data set, but for the parts that are `known` to be whole. Memory: two shards for each worker."""
+def check(files: Files, workers: int, known: dict[str, PartCheck] | None = None) -> Result:
+    """Checks a data set, without the parts that are `known` to be whole. Takes the memory of two shards for each worker."""
     start = time.monotonic()
     files.list_files()
     card, damages = read_card(files)
     known = known or {}
-    names = sorted({*files.parts(), *named_parts(files)})
+    names = sorted({*files.parts(), *parts_in_report(files)})
     unchecked = sum(".mds" in name for name in files.sizes) - sum(p.shards for p in known.values())
     todo = [name for name in names if name not in known]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one a worker: threads of threads wait for each other
+    torch.set_num_threads(1)  # one for each worker: threads of threads wait for each other
     try:
         with (
             ThreadPoolExecutor(workers, "check") as pool,
             Progress(unchecked, "shard", line_seconds=LOG_SECONDS) as progress,
         ):
-            found = pool.map(partial(check_part, files, card=card, tick=progress.update), todo)
+            found = pool.map(partial(check_part, files, card=card, on_shard=progress.update), todo)
             parts = known | {part.name: part for part in found}
     finally:
         torch.set_num_threads(threads)
     for name in names:
         damages += parts[name].damages
-    damages += check_whole(files, card, parts)
+    damages += check_data_set(files, card, parts)
     return Result(card, parts, damages, _strays(files, parts), time.monotonic() - start)
 
 
-def _strays(files: Files, parts: dict[str, Part]) -> dict[str, int]:
-    """How many files of each folder belong to nothing; of a damaged part, not all files are known, so none is named."""
+def _strays(files: Files, parts: dict[str, PartCheck]) -> dict[str, int]:
+    """Counts the files of each folder that belong to no part. Those of damaged parts are left out: not all are known."""
     known = {schema.CARD, schema.NULL_TEXT, reports.JSON, reports.TEXT, reports.TOKENS, reports.SIZES}
     for part in parts.values():
-        known |= {*part.known, *(f"{part.name.split('/')[0]}/{set_}/{schema.INDEX}" for set_ in part.sets)}
+        known |= {*part.files, *(f"{part.name.split('/')[0]}/{set_}/{schema.INDEX}" for set_ in part.sets)}
     damaged = {part.name for part in parts.values() if part.damages}
     found: dict[str, int] = {}
     for name in files.sizes.keys() - known:
@@ -98,11 +98,13 @@ def _strays(files: Files, parts: dict[str, Part]) -> dict[str, int]:
 
 
 def table(result: Result) -> str:
-    """What was checked, and every damage."""
+    """Returns as text what was checked, and every damage."""
     parts = result.parts.values()
     sets = {f"{p.name.split('/')[0]}/{set_}" for p in parts for set_ in p.sets}
     count = {name: sum(getattr(p, name) for p in parts) for name in ("shards", "bytes", "samples")}
-    left_out = "" if all(p.sound for p in parts) else "; sums over all parts cannot be: a part's report is damaged"
+    left_out = (
+        "" if all(p.report_valid for p in parts) else "; sums over all parts cannot be: a part's report is damaged"
+    )
     rate = count["shards"] / max(1e-9, result.seconds)
     rows = (
         ("parts", len(parts), f"{sum(not p.damages for p in parts)} whole: report, rejects, indexes"),
@@ -130,9 +132,9 @@ def table(result: Result) -> str:
 
 
 def sample(files: Files, count: int, seed: int, device: str) -> tuple[Image.Image, list[str]]:
-    """A grid of decoded latents with their captions, and their keys; each at its largest resolution.
+    """Draws a grid of decoded latents with their captions; returns it and their keys. Each has its largest resolution.
 
-    Raises ValueError where the VAE that the card names is not the one that encoded them.
+    Raises ValueError where the VAE that the card names is not the one that encoded the data set.
     """
     files.list_files()
     card, damages = read_card(files)
@@ -146,7 +148,7 @@ def sample(files: Files, count: int, seed: int, device: str) -> tuple[Image.Imag
 
 
 def _chosen(files: Files, card: schema.Card, count: int, seed: int) -> Iterator[tuple[Json, int]]:
-    """Samples drawn by the seed, in the data set's order, each with its largest resolution."""
+    """Draws samples by the seed; yields them in the data set's order, each with its largest resolution."""
     total = sum(about["samples"] for about in card.sets.values())
     if not total:
         raise ValueError(f"{files.data} has no samples yet; run encode.py on it again")
@@ -168,7 +170,7 @@ def _chosen(files: Files, card: schema.Card, count: int, seed: int) -> Iterator[
 
 
 def run(args: argparse.Namespace, more: list[str], temporary: Path) -> int:
-    """Does what the command line asks for; returns the exit code."""
+    """Runs the check, the repair or the sample; returns the exit code."""
     files = Files(args.data, temporary)
     if args.sample:
         picture, keys = sample(files, args.sample, args.seed, args.device)
@@ -182,41 +184,43 @@ def run(args: argparse.Namespace, more: list[str], temporary: Path) -> int:
         raise ValueError(f"the shards of {work} lie at {remote}: run verify.py {remote} --work {work}")
     result = check(files, args.workers)
     print(table(result), flush=True)
-    for _ in range(2 if args.repair else 0):  # twice: under a damaged card, damaged samples are not seen
+    for _ in range(2 if args.repair else 0):  # twice: samples are checked only once the card is repaired
         if not result.damages:
             break
         repair(files, work, result.damages, more, EncodeCommand(encode.main, encode.jobs_from))
-        whole = {name: part for name, part in result.parts.items() if result.card and not part.damages}
-        result = check(files, args.workers, whole)
+        known = {name: part for name, part in result.parts.items() if result.card and not part.damages}
+        result = check(files, args.workers, known)
         print(table(result), flush=True)
     return 1 if result.damages else 0
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line, and what stands behind `--`: options for encode.py."""
+    """Parses the command line; also returns the options for encode.py, behind `--`."""
     argv = sys.argv[1:] if argv is None else argv
     own, more = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description="Checks a data set, repairs it, or shows pictures of it.")
     add = parser.add_argument
     add("data", metavar="DATA", help="the data set's folder, or its s3:// or gs:// URL")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads (default: one a core)")
-    does = parser.add_mutually_exclusive_group()
-    does.add_argument("--repair", action="store_true", help="make damaged parts again; options for encode.py after --")
-    does.add_argument("--sample", type=int, metavar="N", help="decode N latents into a picture, and check nothing")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument(
+        "--repair", action="store_true", help="make damaged parts again; options for encode.py after --"
+    )
+    action.add_argument("--sample", type=int, metavar="N", help="decode N latents into a picture, and check nothing")
     add("--work", type=Path, help="with --repair of a URL: the folder that was encode.py's --work")
     add("--out", type=Path, default=Path("samples.png"), help="the picture of --sample (default samples.png)")
-    add("--seed", type=int, default=0, help="of --sample's choice")
-    add("--device", default=default_device(), help="that --sample decodes on")
+    add("--seed", type=int, default=0, help="seed of --sample's choice")
+    add("--device", default=default_device(), help="device that --sample decodes on")
     args = parser.parse_args(own)
     if args.workers < 1 or (args.sample is not None and args.sample < 1):
         parser.error("--workers and --sample must be above 0")
     if args.repair and is_remote(args.data) != (args.work is not None):
-        parser.error("--repair of a URL needs --work, the folder that its workers shared; that of a folder does not")
+        parser.error("--repair of a URL needs --work, the folder that its workers shared; that of a folder action not")
     return args, more
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
     args, more = parse(argv)
     try:
         with TemporaryDirectory(prefix="verify-") as temporary:

@@ -1,4 +1,4 @@
-"""Whether a part is whole: its report, its shards by size, sha256 and content, and each of its samples."""
+"""Check of a part: its report, its shards by size, sha256 and content, and each of its samples."""
 
 from __future__ import annotations
 
@@ -20,29 +20,35 @@ from data_prep.worker import report as reports
 
 
 @dataclass
-class Part:
-    """What was found of a part. `sound`: its report can be believed, whatever the state of its shards."""
+class PartCheck:
+    """Result of a part's check.
+
+    Attributes:
+        sets: those that its report names.
+        files: the names of the files that belong to it.
+        report_valid: its report holds together and can be used, whatever the state of its shards.
+    """
 
     name: str
     damages: list[Damage] = field(default_factory=list)
     sets: list[str] = field(default_factory=list)
-    known: list[str] = field(default_factory=list)
-    sound: bool = False
+    files: list[str] = field(default_factory=list)
+    report_valid: bool = False
     samples: int = 0
     shards: int = 0
     bytes: int = 0
 
 
-def check_part(files: Files, name: str, card: schema.Card | None, tick: Callable[[], None]) -> Part:
-    """Reads all of a part; without a card its samples are not looked at. `tick` is called after each shard."""
-    return _PartCheck(files, name, card, tick).run()
+def check_part(files: Files, name: str, card: schema.Card | None, on_shard: Callable[[], None]) -> PartCheck:
+    """Checks all of a part; without a card, all but its samples. `on_shard` is called after each shard."""
+    return _PartChecker(files, name, card, on_shard).run()
 
 
-class _PartCheck:
-    def __init__(self, files: Files, name: str, card: schema.Card | None, tick: Callable[[], None]):
-        self.files, self.card, self.tick = files, card, tick
+class _PartChecker:
+    def __init__(self, files: Files, name: str, card: schema.Card | None, on_shard: Callable[[], None]):
+        self.files, self.card, self.on_shard = files, card, on_shard
         self.source, self.part = name.split("/")
-        self.found = Part(name)
+        self.found = PartCheck(name)
         self._report_file = f"{schema.REPORTS}/{name}.json"
         self._keys: set[str] = set()
         self._written: Counter[str] = Counter()
@@ -50,7 +56,7 @@ class _PartCheck:
         self._tokens: Counter[str] = Counter()
         self._sizes: Counter[str] = Counter()
 
-    def run(self) -> Part:
+    def run(self) -> PartCheck:
         with self._collect_damage():
             report = self._report()
             for set_, details in report["sets"].items():
@@ -58,16 +64,16 @@ class _PartCheck:
                     self._check_set(set_, details)
             if self.card is not None and not self.found.damages:
                 self._compare(report)
-            self.found.sound = self._report_file not in {d.file for d in self.found.damages}
+            self.found.report_valid = self._report_file not in {d.file for d in self.found.damages}
         return self.found
 
     def _collect_damage(self) -> AbstractContextManager[None]:
         return collect_damage(self.found.damages, self.found.name)
 
     def _report(self) -> Json:
-        """The part's report, if it holds together and with the list of what was dropped."""
+        """Reads the part's report. Raises DamagedFile where its sums, or its list of dropped samples, do not fit."""
         file, rejects_file = self._report_file, f"{schema.REPORTS}/{self.found.name}.jsonl"
-        self.found.known += [file, rejects_file]
+        self.found.files += [file, rejects_file]
         report = self.files.json(file)
         try:
             read, written, dropped = report["read"], sum(report["written"].values()), sum(report["dropped"].values())
@@ -80,7 +86,7 @@ class _PartCheck:
         except MALFORMED as error:
             raise DamagedFile(file, f"is no part's report ({type(error).__name__}: {error})") from error
         try:
-            *lines, rest = self.files.text(rejects_file).split("\n")  # not splitlines: a key may hold a \u2028
+            *lines, rest = self.files.text(rejects_file).split("\n")  # splitlines would split at a \u2028 in a key, too
             reasons = Counter(json.loads(line)["reason"] for line in lines)
         except MALFORMED as error:
             raise DamagedFile(
@@ -94,7 +100,7 @@ class _PartCheck:
     def _check_set(self, set_: str, details: Json) -> None:
         folder, card = f"{self.source}/{set_}/{self.part}", self.card
         index = f"{folder}/{schema.INDEX}"
-        self.found.known.append(index)
+        self.found.files.append(index)
         self.found.sets.append(set_)
         try:
             resolutions, bucket = details["resolutions"], details["bucket"] and tuple(details["bucket"])
@@ -121,17 +127,17 @@ class _PartCheck:
         for shard in entries:
             with self._collect_damage():
                 self._check_shard(folder, set_, shard, details)
-            self.tick()
+            self.on_shard()
 
     def _check_shard(self, folder: str, set_: str, shard: Json, details: Json) -> None:
-        """Its file, by size and hash, what that holds when unpacked, and all samples."""
+        """Checks a shard: its file by size and hash, its uncompressed bytes, and all samples."""
         raw, stored = shard["raw_data"], shard["zip_data"] or shard["raw_data"]
-        name, beside = f"{folder}/{stored['basename']}", f"{folder}/{raw['basename']}"
-        self.found.known.append(name)
+        name, raw_name = f"{folder}/{stored['basename']}", f"{folder}/{raw['basename']}"
+        self.found.files.append(name)
         data = self._shard_file(name, stored)
-        if stored is not raw and beside in self.files.sizes:  # streaming unpacked it there, and reads it from now on
-            self.found.known.append(beside)
-            self._shard_file(beside, raw)
+        if stored is not raw and raw_name in self.files.sizes:  # decompressed by streaming, which reads it from then on
+            self.found.files.append(raw_name)
+            self._shard_file(raw_name, raw)
         self.found.shards += 1
         self.found.bytes += len(data)
         try:
@@ -146,10 +152,10 @@ class _PartCheck:
             raise DamagedFile(name, f"{len(bad)} of its {shard['samples']} samples are damaged; the first is {bad[0]}")
 
     def _problems(self, data: bytes, shard: Json, set_: str, details: Json, card: schema.Card) -> Iterator[str]:
-        """The damaged samples of a shard, each with its problem; the others are counted."""
+        """Yields the damaged samples of a shard with their problems, and counts the others."""
         for row in mds.decode_rows(data, shard, schema.columns(details["resolutions"], card)):
             self.found.samples += 1
-            key, problem = row["key"], problem_of(row, self.found.name, card, details)
+            key, problem = row["key"], sample_problem(row, self.found.name, card, details)
             if key in self._keys:
                 problem = "its key occurs twice"
             self._keys.add(key)
@@ -172,7 +178,7 @@ class _PartCheck:
         return data
 
     def _compare(self, report: Json) -> None:
-        """What the samples give, and what the report says."""
+        """Compares the counts of the samples with those of the report."""
         found = {
             "written": dict(self._written),
             "tokens": dict(self._tokens),
@@ -184,8 +190,8 @@ class _PartCheck:
             raise DamagedFile(self._report_file, other)
 
 
-def problem_of(row: Json, part: str, card: schema.Card, details: Json) -> str | None:
-    """What is wrong with a stored sample of a set, in a few words."""
+def sample_problem(row: Json, part: str, card: schema.Card, details: Json) -> str | None:
+    """Returns what is wrong with a stored sample of a set, in a few words; None where nothing is."""
     if not row["key"].startswith(f"{part}/"):
         return f"its key does not start with {part}/"
     if not row["caption"].strip():
@@ -222,5 +228,5 @@ def problem_of(row: Json, part: str, card: schema.Card, details: Json) -> str | 
 
 
 def _finite(values: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity: both show in the extremes, which takes a tenth of a look at each value."""
+    """Returns whether all values are finite; by their extremes, which takes a tenth of the time of testing each one."""
     return all(isfinite(float(extreme)) for extreme in values.aminmax())

@@ -1,4 +1,4 @@
-"""Whether what is written over all parts is whole: the card, the null text, the sets' indexes, the report."""
+"""Check of the files over all parts: the card, the null text, the sets' indexes, the report."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from PIL import Image
 
 from data_prep import schema
 from data_prep.checks.damage import MALFORMED, Damage, DamagedFile, Files, Json, collect_damage, difference
-from data_prep.checks.part import Part
+from data_prep.checks.part import PartCheck
 from data_prep.worker import report as reports
 from data_prep.worker.parts import count_samples, count_shards, part_shards, read_part_report
 
 
 def read_card(files: Files) -> tuple[schema.Card | None, list[Damage]]:
-    """The card; None where it cannot be used, and why. Raises FileNotFoundError where nothing of a data set is there."""
+    """Reads the card; returns None and the damage where it cannot be used. Raises FileNotFoundError without a data set."""
     if schema.CARD not in files.sizes and not files.parts():
         raise FileNotFoundError(f"{files.data} is no data set: it has neither {schema.CARD} nor {schema.REPORTS}/")
     damages: list[Damage] = []
@@ -29,8 +29,8 @@ def read_card(files: Files) -> tuple[schema.Card | None, list[Damage]]:
     return None, damages
 
 
-def named_parts(files: Files) -> set[str]:
-    """The parts that report.json names, as far as it can be read: where one has no report of its own, it is missing."""
+def parts_in_report(files: Files) -> set[str]:
+    """Returns the parts that report.json names, none where it cannot be read; those without a report are missing."""
     try:
         names = {str(line["part"]) for line in files.json(reports.JSON)["parts"]}
     except (DamagedFile, *MALFORMED):
@@ -38,8 +38,8 @@ def named_parts(files: Files) -> set[str]:
     return {n for n in names if re.fullmatch(r"[A-Za-z0-9][\w-]*/[^/]+", n) and not n.endswith(("/.", "/.."))}
 
 
-def check_whole(files: Files, card: schema.Card | None, parts: dict[str, Part]) -> list[Damage]:
-    """The files that follow from all parts. While a part's report cannot be believed, the sums over all are let be."""
+def check_data_set(files: Files, card: schema.Card | None, parts: dict[str, PartCheck]) -> list[Damage]:
+    """Checks the files that are made from all parts; the sums only if every part's report is valid."""
     damages: list[Damage] = []
     sets = _check_indexes(files, parts, damages)
     if card is None:
@@ -48,7 +48,7 @@ def check_whole(files: Files, card: schema.Card | None, parts: dict[str, Part]) 
         _check_null_text(files, card)
     if not card.complete:
         damages.append(Damage(schema.CARD, "is not finished: parts are missing, or are being made"))
-    elif all(part.sound for part in parts.values()):
+    elif all(part.report_valid for part in parts.values()):
         _check_sums(files, card, sorted(parts), sets, damages)
     for name in (reports.TOKENS, reports.SIZES):
         with collect_damage(damages):
@@ -61,30 +61,30 @@ def check_whole(files: Files, card: schema.Card | None, parts: dict[str, Part]) 
     return damages
 
 
-def _check_indexes(files: Files, parts: dict[str, Part], damages: list[Damage]) -> dict[str, Json]:
-    """Each set's index against those of its parts; returns what the readable ones say for the card.
+def _check_indexes(files: Files, parts: dict[str, PartCheck], damages: list[Damage]) -> dict[str, Json]:
+    """Compares each set's index with those of its parts; returns shards and bytes by the readable ones, for the card.
 
-    What it says of a part whose own index may be wrong is let be.
+    Entries of a part whose own index may be damaged are not compared.
     """
     readable = {}
     for folder in sorted({f"{name.split('/')[0]}/{set_}" for name, part in parts.items() for set_ in part.sets}):
         file, (source, set_) = f"{folder}/{schema.INDEX}", folder.split("/")
         with collect_damage(damages):
-            there: dict[str, list[Json]] = {}
+            by_part: dict[str, list[Json]] = {}
             try:
                 entries = files.json(file)["shards"]
                 readable[folder] = count_shards(entries)
                 for shard in entries:
-                    there.setdefault(shard["raw_data"]["basename"].split("/")[0], []).append(shard)
+                    by_part.setdefault(shard["raw_data"]["basename"].split("/")[0], []).append(shard)
             except MALFORMED as error:
                 raise DamagedFile(file, f"is no index of shards ({type(error).__name__}: {error})") from error
             expected = []
             for name, part in sorted((n, p) for n, p in parts.items() if n.startswith(f"{source}/")):
-                of = name.split("/")[1]
-                if not part.sound or any(d.file.startswith(f"{folder}/{of}/") for d in part.damages):
-                    expected += there.get(of, [])
+                part_name = name.split("/")[1]
+                if not part.report_valid or any(d.file.startswith(f"{folder}/{part_name}/") for d in part.damages):
+                    expected += by_part.get(part_name, [])
                 elif set_ in part.sets:
-                    expected += part_shards(files.root / folder, of)
+                    expected += part_shards(files.root / folder, part_name)
             if entries != expected:
                 raise DamagedFile(file, "is not what the indexes of its parts give")
     return readable
@@ -106,28 +106,31 @@ def _check_null_text(files: Files, card: schema.Card) -> None:
 def _check_sums(
     files: Files, card: schema.Card, names: list[str], sets: dict[str, Json], damages: list[Damage]
 ) -> None:
-    """report.json, report.txt and the card, against the parts' reports and the sets' indexes."""
+    """Compares report.json, report.txt and the card with the parts' reports and the sets' indexes."""
     about: dict[str, Json] = {}
 
-    def each() -> Iterator[tuple[str, Json]]:
+    def part_reports() -> Iterator[tuple[str, Json]]:
         for name in names:
             report = read_part_report(files.root, name)
             assert report is not None, name
             count_samples(about, name.split("/")[0], report)
             yield name, report
 
-    whole = reports.summary(each(), card)
+    expected_report = reports.summary(part_reports(), card)
     with collect_damage(damages):
-        if other := difference(files.json(reports.JSON), whole):
+        if other := difference(files.json(reports.JSON), expected_report):
             raise DamagedFile(reports.JSON, other)
     with collect_damage(damages):
-        if files.text(reports.TEXT) != reports.table(whole, card):
+        if files.text(reports.TEXT) != reports.table(expected_report, card):
             raise DamagedFile(reports.TEXT, "is not what the parts give")
-    there, expected = {"counts": card.counts, "sets": card.sets}, {"counts": reports.card_counts(whole), "sets": about}
+    found, expected = (
+        {"counts": card.counts, "sets": card.sets},
+        {"counts": reports.card_counts(expected_report), "sets": about},
+    )
     if sets.keys() == about.keys():
         expected["sets"] = {folder: {**details, **sets[folder]} for folder, details in about.items()}
     else:  # an index that cannot be read is a damage of its own
-        del there["sets"], expected["sets"]
+        del found["sets"], expected["sets"]
     with collect_damage(damages):
-        if other := difference(there, expected):
+        if other := difference(found, expected):
             raise DamagedFile(schema.CARD, other)
