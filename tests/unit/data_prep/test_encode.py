@@ -184,11 +184,14 @@ def test_options_out_of_range(options: list[str]) -> None:
         parse(["--input", "x", "--output", "y", "--encoders", "tiny", *options])
 
 
-def test_it_runs_as_a_script() -> None:
-    """`python data_prep/encode.py` puts data_prep/ itself first on the path: no module there may hide a package."""
-    done = subprocess.run([sys.executable, "data_prep/encode.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "--encoders" in done.stdout
+@pytest.mark.parametrize("command", ["encode", "verify", "shapes"])
+def test_the_commands_run_by_their_paths(command: str) -> None:
+    """`python data_prep/encode.py` puts data_prep/ first on the path: no file or folder there may hide a package."""
+    done = subprocess.run(
+        [sys.executable, f"data_prep/{command}.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {command}.py ")
 
 
 def test_a_stats_file_that_says_nothing_stops_no_tar(shape_tars: Path, tmp_path: Path, capsys) -> None:
