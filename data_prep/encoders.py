@@ -113,7 +113,7 @@ def working_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def default_device() -> str:
-    """The GPU of this task among those of its node, or the CPU where there is none."""
+    """Returns the GPU of this task among those of its node, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('SLURM_LOCALID', os.environ.get('LOCAL_RANK', 0))) % torch.cuda.device_count()}"

@@ -44,7 +44,7 @@ RejectReason = Literal[
     "duplicate_member",  # two images, two txt or two json of one key
     "unsafe_member",  # a link, a device, a sparse file, or a name that is absolute or climbs by `..`
     "oversized_member",  # an image or a text over its limit; it is not read into memory
-    "truncated_tar",  # the group in hand where the tar is cut or damaged; always the last item
+    "truncated_tar",  # the current group where the tar is cut or damaged; always the last item
 ]
 REJECT_REASONS: tuple[str, ...] = get_args(RejectReason)
 

@@ -10,7 +10,7 @@ unchanged for the timeout. Other nodes' clocks and modification times are not tr
 heartbeats, which stop while it is suspended: workers that are suspended and resumed together do not take each other for dead.
 
 In rare races (an owner stopped between reading and writing, a file system that answers late) two workers may hold one name.
-This does no harm where the result is the same bytes whoever writes it, as a part is.
+This does no harm where the result is the same bytes from any worker, as for a part.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 
 Reading and decoding run ahead into the next tar while this one is encoded and written, so that the encoders wait for nothing;
 at most two tars are open. What is encoded together comes from one tar and follows from its samples alone: the same tar gives
-the same bytes, whoever encodes it and whatever was killed before.
+the same bytes, whichever worker encodes it and whatever was killed before.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ import pytest
 from support import ROOT
 
 from data_prep.common import files
-from data_prep.common.files import atomic_write
 from data_prep.worker import claims
 from data_prep.worker.claims import Claims
 
@@ -297,15 +296,6 @@ def test_the_heartbeat_outlives_a_full_disk(tmp_path, here, monkeypatch):
         assert here.owns("a")
     wait_for_beat(tmp_path, "a")
     assert os.listdir(tmp_path) == ["a.claim"], "the beats that failed left nothing"
-
-
-def test_a_failed_write_leaves_the_old_file_only(tmp_path, monkeypatch):
-    atomic_write(tmp_path / "file", "old")
-    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    with pytest.raises(OSError, match="full"):
-        atomic_write(tmp_path / "file", "new")
-    assert os.listdir(tmp_path) == ["file"]
-    assert (tmp_path / "file").read_text() == "old"
 
 
 def test_all_is_done_once_though_a_worker_dies(tmp_path, worker):
