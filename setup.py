@@ -37,6 +37,7 @@ setup(
         "omegaconf>=2.3",
         "pydantic>=2.6",
         "tqdm>=4.66",
+        "tenacity>=8.2",  # retries of remote reads and writes
     ],
     # What fsspec needs for tars from, and shards to, object storage and web servers.
     extras_require={

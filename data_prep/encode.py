@@ -1,19 +1,17 @@
-"""Captioned pictures in webdataset tars to MDS shards of text embeddings and latents.
+"""Encodes captioned pictures in webdataset tars to MDS shards of text embeddings and latents.
 
     python data_prep/encode.py --input 'tars/*.tar' --output data/NAME --encoders flan-t5-xxl+mochi --resolutions 256 512
     python data_prep/encode.py --sources sources.yaml --output s3://bucket/NAME --work /shared/NAME --encoders …
 
-One tar in, one part out. Run it again after a stop, however it came: only what is missing is made, and the result has the same
-bytes as if there had been none. Start as many workers as there are GPUs, on any number of nodes and at any time: they share
-the tars through the output folder. Whoever sees the last part done writes the card and the report.
+Each tar becomes one part. Run it again after any stop: only missing parts are made, and the result has the same bytes as without
+the stop. Start as many workers as there are GPUs, on any number of nodes and at any time: they share the tars through the
+output folder. The worker that finds all parts done writes the card and the report.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
-import json
 import os
 import re
 import socket
@@ -23,29 +21,30 @@ from typing import Any
 
 import torch
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.common.storage import Remote, is_remote
-from data_prep.encoders import DOWNSAMPLE
-from data_prep.inputs.sources import ONLY, Job, Source, read_sources, source
+from data_prep.encoders import DOWNSAMPLE, default_device
+from data_prep.inputs.sources import DEFAULT_SOURCE, Job, Source, make_source, read_sources
 from data_prep.pictures.decoders import DecoderPool
 from data_prep.pictures.hashes import MAX_DISTANCE
 from data_prep.pictures.images import BUCKET_STEP
 from data_prep.worker import claims, report
-from data_prep.worker.deduplicate import Search, find
-from data_prep.worker.progress import Progress
-from data_prep.worker.worker import Encoder, Settings, Worker
-
-COMMANDS = f"{shards.WORK}/encode"
+from data_prep.worker.commands import save_command
+from data_prep.worker.deduplicate import DuplicateSearch, find_repeats
+from data_prep.worker.encoder import Encoder, Settings
+from data_prep.worker.monitor import EncodingMonitor
+from data_prep.worker.parts import finish_data_set, read_part_report, remove_leftovers, whole_parts
+from data_prep.worker.worker import Worker
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encodes what is missing; the worker after whom nothing is missing finishes the data set. Returns the exit code.
+    """Encodes the missing parts; the worker that finds all of them done finishes the data set. Returns the exit code.
 
     Raises:
-        ValueError: the output was made with other settings or of other tars, or two tars have one name.
-        OSError: no such tars or encoders, or no place to write.
+        ValueError: the output was made with other settings or from other tars, or two tars have the same name.
+        OSError: tars or encoders are missing, or the output cannot be written.
     """
-    sources = sources_of(args)
+    sources = sources_from(args)
     jobs = [job for each in sources for job in each.jobs()]
     root = args.work or Path(args.output)
     remote = Remote(args.output) if is_remote(args.output) else None
@@ -60,65 +59,66 @@ def run(args: argparse.Namespace) -> int:
     )
     encoder = Encoder(args.encoders, settings, args.device, args.compile)
     card = open_data_set(root, encoder, args, sources, remote)
-    keep_command(args, root)
+    save_command(root, options_from(args), args.output)
     check_parts(jobs, root)
-    made = set(shards.made(root))
-    made_bytes = sum(j.bytes for j in jobs if j.name in made)
-    print(f"{len(jobs)} tars, {sum(j.name in made for j in jobs)} of them already encoded", flush=True)
-    progress = Progress(sum(j.bytes for j in jobs), made_bytes, root / shards.WORK / "tensorboard" / worker_name())
+    whole = set(whole_parts(root))
+    encoded = [j for j in jobs if j.name in whole]
+    print(f"{len(jobs)} tars, {len(encoded)} of them already encoded", flush=True)
+    monitor = EncodingMonitor(
+        sum(j.bytes for j in jobs), sum(j.bytes for j in encoded), root / schema.WORK / "tensorboard" / worker_name()
+    )
     with (
-        claims.Claims(root / shards.WORK / "claims", args.claim_timeout) as own,
+        claims.Claims(root / schema.WORK / "claims", args.claim_timeout) as own_claims,
         DecoderPool(args.decoders, args.image_seconds, args.image_memory_mb << 20) as pool,
     ):
-        worker = Worker(root, card, encoder, jobs, own, pool, progress, remote)
+        worker = Worker(root, card, encoder, jobs, own_claims, pool, monitor, remote)
         try:
             if args.duplicates != "keep":
-                search = Search(args.duplicates, args.duplicate_distance, settings.resolutions, args.buckets)
-                worker.repeats = find(root, jobs, search, own, pool, progress.say)
+                search = DuplicateSearch(args.duplicates, args.duplicate_distance, settings.resolutions, args.buckets)
+                worker.repeats = find_repeats(root, jobs, search, own_claims, pool, monitor.say)
             worker.run()
         finally:
-            progress.close()
+            monitor.close()
     return finish(root, card, jobs, worker.failed, remote)
 
 
-def finish(root: Path, card: shards.Card, jobs: list[Job], failed: dict[str, OSError], remote: Remote | None) -> int:
-    """The report, the indexes and the card, once all parts are there."""
-    made = set(shards.made(root))
+def finish(root: Path, card: schema.Card, jobs: list[Job], failed: dict[str, OSError], remote: Remote | None) -> int:
+    """Writes report, indexes and card once all parts are there. Returns the exit code."""
+    encoded = set(whole_parts(root))
     if failed:
         names = "\n".join(f"  {error}" for error in failed.values())
         print(f"encode: {len(failed)} tars could not be read; run this again:\n{names}", file=sys.stderr)
         return 1
-    if missing := [j.name for j in jobs if j.name not in made]:
+    if missing := [j.name for j in jobs if j.name not in encoded]:
         print(f"nothing is left for this worker; others are at work on {len(missing)} parts")
         return 0
-    shards.clear(root, made)
-    claims.clear(root / shards.WORK / "claims", made)
-    whole = report.publish(root, card, remote)
-    shards.finish(root, card, counts_of(whole), remote)
+    remove_leftovers(root, encoded)
+    claims.remove_claims(root / schema.WORK / "claims", encoded)
+    counts = report.write_reports(root, card, remote)
+    finish_data_set(root, card, report.card_counts(counts), remote)
     print(f"{root}: {(root / report.TEXT).read_text(encoding='utf-8')}", end="")
-    if not whole["written"]:
+    if not counts["written"]:
         print("encode: not one sample was written; the reasons stand above", file=sys.stderr)
         return 1
     return 0
 
 
-def counts_of(whole: dict[str, Any]) -> dict[str, Any]:
-    """The card's counts from the report over all parts."""
-    counts = {k: whole[k] for k in ("read", "written", "dropped", "captions_cut", "bytes_per_sample")}
-    return {"parts": len(whole["parts"]), **counts}
-
-
-def sources_of(args: argparse.Namespace) -> list[Source]:
-    """The sources that the command line names."""
+def sources_from(args: argparse.Namespace) -> list[Source]:
+    """Returns the sources that the options name."""
     if args.sources:
         return read_sources(args.sources)
-    return [source(ONLY, [args.input], args.captions, args.filter)]
+    return [make_source(DEFAULT_SOURCE, [args.input], args.captions, args.filter)]
+
+
+def jobs_from(argv: list[str]) -> list[Job]:
+    """Lists the tars that a command line names, each with the part that it becomes."""
+    return [job for source in sources_from(parse(argv)) for job in source.jobs()]
 
 
 def open_data_set(
     root: Path, encoder: Encoder, args: argparse.Namespace, sources: list[Source], remote: Remote | None
-) -> shards.Card:
-    """Starts the data set or joins it. Raises ValueError where it was made with other settings."""
+) -> schema.Card:
+    """Starts the data set, or continues one that is there. Raises ValueError where that one has other settings."""
     card = encoder.card(args.text_dtype)
     choices = {
         "long_captions": args.long_captions,
@@ -127,10 +127,10 @@ def open_data_set(
         "shard_mb": args.shard_mb,
     }
     card.choices = {**choices, "sources": {s.name: s.choices for s in sorted(sources, key=lambda s: s.name)}}
-    if (root / shards.CARD).exists():
-        there = shards.Card.load(root)
-        old_sources = there.choices.pop("sources")
-        before = {**there.settings(), **there.choices, **{f"source {k}": v for k, v in old_sources.items()}}
+    if (root / schema.CARD).exists():
+        old = schema.Card.load(root)
+        old_sources = old.choices.pop("sources")
+        before = {**old.settings(), **old.choices, **{f"source {k}": v for k, v in old_sources.items()}}
         now = {**card.settings(), **choices, **{f"source {s.name}": s.choices for s in sources}}
         if different := [k for k, v in now.items() if k in before and before[k] != v]:
             lines = [f"  {k}: there {before[k]}, now {now[k]}" for k in different]
@@ -139,15 +139,15 @@ def open_data_set(
     else:
         root.mkdir(parents=True, exist_ok=True)
         card.save(root)
-    if not (root / shards.NULL_TEXT).exists():
-        shards.save_null_text(root, encoder.text.encode([""], args.token_cap)[0][0])
+    if not (root / schema.NULL_TEXT).exists():
+        schema.save_null_text(root, encoder.text.encode([""], args.token_cap)[0][0])
         if remote is not None:
-            remote.upload(root / shards.NULL_TEXT, shards.NULL_TEXT)
+            remote.upload(root / schema.NULL_TEXT, schema.NULL_TEXT)
     return card
 
 
-def keep_command(args: argparse.Namespace, root: Path) -> None:
-    """Notes below work/ how these parts are made, for verify.py --repair: a file for each command that differs."""
+def options_from(args: argparse.Namespace) -> list[str]:
+    """Returns the options that the parts depend on, as words of a command line: not the output and not the machine's."""
     arguments: list[str] = []
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
@@ -155,34 +155,32 @@ def keep_command(args: argparse.Namespace, root: Path) -> None:
             continue
         values = [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
         arguments += [option] if value is True else values
-    command = {"directory": os.getcwd(), "arguments": arguments}
-    name = hashlib.sha256(json.dumps(command).encode()).hexdigest()[:16]
-    shards.write(root, f"{COMMANDS}/{name}.json", json.dumps({"output": args.output, **command}, indent=1) + "\n")
+    return arguments
 
 
 def check_parts(jobs: list[Job], root: Path) -> None:
-    """Raises ValueError where a part was made of another tar of the same name."""
+    """Raises ValueError where a part was made from another tar of the same name."""
     for job in jobs:
-        there = shards.report_of(root, job.name)
-        if there is not None and there["tar_bytes"] != job.bytes:
+        old = read_part_report(root, job.name)
+        if old is not None and old["tar_bytes"] != job.bytes:
             raise ValueError(
-                f"the part {job.name} was made of {there['tar']} with {there['tar_bytes']} bytes, but {job.url} has "
-                f"{job.bytes}; to make it again, remove {root / shards.REPORTS / job.name}.json"
+                f"the part {job.name} was made of {old['tar']} with {old['tar_bytes']} bytes, but {job.url} has "
+                f"{job.bytes}; to make it again, remove {root / schema.REPORTS / job.name}.json"
             )
 
 
 def worker_name() -> str:
-    """A name for this worker's TensorBoard run."""
+    """Returns a name for this worker's TensorBoard run."""
     return re.sub(r"[^\w.-]", "_", f"{socket.gethostname()}-{os.environ.get('SLURM_JOB_ID', '')}-{os.getpid()}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked; a wrong one ends the program with one line."""
+    """Parses the command line; a wrong one ends the program with one line."""
     parser = argparse.ArgumentParser(description="Encodes webdataset tars into MDS shards.")
     add = parser.add_argument
-    of = parser.add_mutually_exclusive_group(required=True)
-    of.add_argument("--input", help="folder of tars, a quoted pattern of them, or an s3://, gs://, http(s):// URL")
-    of.add_argument(
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--input", help="folder of tars, a quoted pattern of them, or an s3://, gs://, http(s):// URL")
+    inputs.add_argument(
         "--sources", type=Path, help="YAML file of several named sources (data_prep/inputs/sources.py shows one)"
     )
     add("--output", required=True, help="the data set's folder, or an s3:// or gs:// URL")
@@ -193,13 +191,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--captions", help="field of key.json, .txt for key.txt, or several with weights: recaption=0.8,.txt=0.2")
     add("--filter", default="", help='condition on fields of key.json: "aesthetic >= 5.5 and watermark < 0.5"')
     add("--token-cap", type=int, default=300, help="tokens of a caption (default 300)")
-    add("--long-captions", choices=("cut", "drop"), default="cut", help="what becomes of longer ones (default cut)")
+    add(
+        "--long-captions",
+        choices=("cut", "drop"),
+        default="cut",
+        help="or drop the samples of longer ones (default cut)",
+    )
     add("--duplicates", choices=("keep", "exact", "perceptual"), default="keep", help="which pictures to store once")
     add("--duplicate-distance", type=int, default=3, help="perceptual: bits of 64 that may differ (default 3)")
-    add("--posterior", choices=("mean_std", "mean"), default="mean_std", help="what is kept of a latent")
-    add("--text-dtype", choices=shards.TEXT_DTYPES, default="bfloat16", help="8 bits halve the text, with some error")
+    add(
+        "--posterior",
+        choices=("mean_std", "mean"),
+        default="mean_std",
+        help="stored figures of a latent (default mean_std)",
+    )
+    add("--text-dtype", choices=schema.TEXT_DTYPES, default="bfloat16", help="8 bits halve the text, with some error")
     add("--compression", help="of the shards: zstd, or zstd:LEVEL (default none)")
-    add("--shard-mb", type=int, default=shards.SHARD_BYTES >> 20, help="largest size of a shard in MiB (default 128)")
+    add("--shard-mb", type=int, default=schema.SHARD_BYTES >> 20, help="largest size of a shard in MiB (default 128)")
     add("--decoders", type=int, default=default_decoders(), help="processes that decode pictures (default: one a core)")
     add(
         "--image-seconds",
@@ -212,13 +220,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile the encoders; pays on GPUs")
     add("--device", default=default_device())
     args = parser.parse_args(argv)
-    if problem := problem_of(args):
+    if problem := option_problem(args):
         parser.error(problem)
     return args
 
 
-def problem_of(args: argparse.Namespace) -> str | None:
-    """What is wrong with the options together, in one line."""
+def option_problem(args: argparse.Namespace) -> str | None:
+    """Returns what is wrong with the options, in one line; None where nothing is."""
     unit = BUCKET_STEP if args.buckets else DOWNSAMPLE
     if bad := [r for r in args.resolutions if r <= 0 or r % unit]:
         return f"--resolutions {bad[0]}: sizes must be above 0 and divisible by {unit}"
@@ -244,30 +252,23 @@ def problem_of(args: argparse.Namespace) -> str | None:
     return None
 
 
-def default_device() -> str:
-    """This task's GPU among those of its node, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('SLURM_LOCALID', os.environ.get('LOCAL_RANK', 0))) % torch.cuda.device_count()}"
-
-
 def default_decoders() -> int:
-    """As many as this process may use cores, but not more than 16."""
+    """Returns the number of cores that this process may use, at most 16."""
     return min(16, len(os.sched_getaffinity(0)))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
     args = parse(argv)
     try:
         return run(args)
     except (ValueError, OSError) as error:
-        print(f"encode: {explained(error, args)}", file=sys.stderr)
+        print(f"encode: {error_line(error, args)}", file=sys.stderr)
         return 1
 
 
-def explained(error: Exception, args: Any) -> str:
-    """An error's line, with the mend where the disk is full."""
+def error_line(error: Exception, args: Any) -> str:
+    """Returns an error as one line, with the mend where the disk is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"no space is left in {args.work or args.output} ({error}); every part that was finished is whole, and "

@@ -1,17 +1,18 @@
-"""The frozen encoders: a T5 for captions and a VAE for pictures, each with a fingerprint of what it computes with.
+"""Frozen encoders: a T5 for captions and a VAE for pictures, each with a fingerprint of its weights and settings.
 
-`TextEncoder` and `Vae` load them; `encode_captions` and `decode_latents` work on any that is loaded already.
+`TextEncoder` and `Vae` load them; `encode_captions` and `decode_latents` use models that are loaded already.
 
 Letters: B items, L tokens, E text width, C latent channels; H, W pixels, h, w latent pixels.
 
-`--encoders` names them as `tiny` (both ship with the package), or `TEXT+VAE`, where each is a name of the tables below, a
-hub name, or a local folder in transformers' or diffusers' layout.
+`--encoders` is `tiny` (both ship with the package) or `TEXT+VAE`, each a name of the tables below, a hub name, or a local
+folder in transformers' or diffusers' layout.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +37,13 @@ VAES = {
     "sd-ft-mse": "stabilityai/sd-vae-ft-mse",
     "sdxl": "stabilityai/sdxl-vae",
 }
-DOWNSAMPLE = 8  # pixels per latent pixel, of every VAE that is supported
-CHARACTERS_PER_TOKEN = 100  # more are not read
-TOKEN_BUDGET = 16384  # tokens that are encoded together, padding included
+DOWNSAMPLE = 8  # pixels per latent pixel of every supported VAE, along each side
+CHARACTERS_PER_TOKEN = 100  # longer captions are cut before they are tokenized
+TOKEN_BUDGET = 16384  # tokens that are encoded together, with padding
 
 
 def parse_encoders(spec: str) -> tuple[str, str]:
-    """`tiny` or `TEXT+VAE` to the two names. Raises ValueError for anything else."""
+    """Splits `tiny` or `TEXT+VAE` into the two names. Raises ValueError for anything else."""
     if spec == "tiny":
         return "tiny", "tiny"
     text, plus, vae = spec.partition("+")
@@ -55,7 +56,10 @@ def parse_encoders(spec: str) -> tuple[str, str]:
 
 
 def local_folder(name: str, known: dict[str, str]) -> Path:
-    """The local folder of weights, downloaded from the hub where it is not local; `known` are short names."""
+    """Returns the folder of weights, downloaded from the hub where it is not local; `known` are short names.
+
+    Raises FileNotFoundError where there are none, or the hub cannot be reached.
+    """
     source = known.get(name, name)
     if Path(source).is_dir():
         return Path(source)
@@ -78,9 +82,9 @@ def local_folder(name: str, known: dict[str, str]) -> Path:
 
 
 def fingerprint(module: nn.Module, about: dict) -> str:
-    """SHA-256 of what a frozen module computes with: its description, and every weight rounded to bf16.
+    """SHA-256 of a frozen module: its description `about`, and every weight rounded to bf16.
 
-    The rounding makes it the same for weights that were loaded in fp32 and in bf16.
+    Weights that were loaded in fp32 and in bf16 have the same one.
     """
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
@@ -89,14 +93,35 @@ def fingerprint(module: nn.Module, about: dict) -> str:
     return digest.hexdigest()
 
 
+def require_fingerprint(
+    component: str, name: str, found: str, expected: str, made: str = "encoded the data set"
+) -> None:
+    """Raises ValueError where a frozen encoder's fingerprint is not the one that a data set or an export states.
+
+    The message says "the `component` `name` is not the one that `made`".
+    """
+    if found != expected:
+        raise ValueError(
+            f"the {component} {name} is not the one that {made}: its fingerprint is {found[:12]}, expected "
+            f"{expected[:12]}; put the same weights there"
+        )
+
+
 def working_dtype(device: torch.device | str) -> torch.dtype:
-    """What frozen and sampling models compute in: bf16 on a GPU, fp32 on a CPU."""
+    """Returns the dtype that frozen and sampling models compute in: bf16 on a GPU, fp32 on a CPU."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
+def default_device() -> str:
+    """Returns the GPU of this task among those of its node, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('SLURM_LOCALID', os.environ.get('LOCAL_RANK', 0))) % torch.cuda.device_count()}"
+
+
 def tokenize(tokenizer: Any, captions: Sequence[str], token_cap: int) -> tuple[list[list[int]], dict[int, str]]:
-    """Token ids of each caption, at most `token_cap`, and by number what was cut off those that have more."""
-    # No caption of a megabyte shall keep the others waiting: tokens have some 4 characters.
+    """Returns each caption's token ids, at most `token_cap`, and by the caption's number the text that was cut off."""
+    # A caption of a megabyte would hold up the others; a token has about 4 characters.
     captions = [c[: CHARACTERS_PER_TOKEN * token_cap] for c in captions]
     whole = tokenizer(captions, add_special_tokens=True, truncation=False, verbose=False).input_ids
     # A cut caption keeps its end token.
@@ -106,7 +131,7 @@ def tokenize(tokenizer: Any, captions: Sequence[str], token_cap: int) -> tuple[l
 
 
 def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Numbers of the captions of each batch: neighbours in length, padded to at most `budget` tokens together."""
+    """Returns the caption numbers of each batch: of similar length, and with padding at most `budget` tokens."""
     batches: list[list[int]] = []
     longest = 0
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
@@ -121,16 +146,16 @@ def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def encode_tokens(
     model: nn.Module, ids: Sequence[Sequence[int]], pad: int, device: torch.device, budget: int = TOKEN_BUDGET
 ) -> list[Tensor]:
-    """Token ids to bf16 embeddings on the host, each [L, E] without padding.
+    """Encodes token ids to bf16 embeddings on the host, each [L, E] without padding.
 
-    From a GPU they come by copies that are under way: wait for the device before reading them.
+    Copies from a GPU may still be under way: call `wait_for` before reading them.
     """
     texts: list[Tensor] = [torch.empty(0)] * len(ids)
     for batch in batches_by_length([len(i) for i in ids], budget):
         lengths = [len(ids[n]) for n in batch]
         ids_BL = nn.utils.rnn.pad_sequence([torch.tensor(ids[n]) for n in batch], batch_first=True, padding_value=pad)
         keep_BL = torch.arange(ids_BL.shape[1]) < torch.tensor(lengths)[:, None]
-        flat_T = keep_BL.flatten().nonzero()[:, 0]  # where tokens are: found on the host, so that no GPU is waited for
+        flat_T = keep_BL.flatten().nonzero()[:, 0]  # indices of tokens; made on the host, so that no GPU is waited for
         hidden_BLE = model(to_device(ids_BL, device), attention_mask=to_device(keep_BL, device)).last_hidden_state
         packed_TE = hidden_BLE.flatten(0, 1).index_select(0, to_device(flat_T, device)).to(torch.bfloat16)
         for n, text in zip(batch, packed_TE.to("cpu", non_blocking=True).split(lengths), strict=True):
@@ -141,7 +166,7 @@ def encode_tokens(
 def encode_captions(
     tokenizer: Any, model: nn.Module, captions: Sequence[str], token_cap: int, device: torch.device
 ) -> tuple[list[Tensor], dict[int, str]]:
-    """Captions to bf16 embeddings on the host, each [L, E] without padding; and what `tokenize` cut off."""
+    """Encodes captions to bf16 embeddings on the host, each [L, E] without padding; also returns what `tokenize` cut off."""
     ids, cut = tokenize(tokenizer, captions, token_cap)
     texts = encode_tokens(model, ids, tokenizer.pad_token_id, device)
     wait_for(device)
@@ -149,18 +174,18 @@ def encode_captions(
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor's copy on the device; to a GPU from pinned memory, without waiting for it."""
+    """Copies a host tensor to the device; to a GPU from pinned memory, without waiting."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def wait_for(device: torch.device) -> None:
-    """Until all copies from the device have arrived."""
+    """Waits until all copies from the device have arrived."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
 def read_text_model(folder: Path, dtype: torch.dtype) -> Any:
-    """A folder's T5 encoder. Raises ValueError with one line where it is damaged or incomplete."""
+    """Loads a folder's T5 encoder. Raises ValueError with one line where it is damaged or incomplete."""
     from transformers import T5EncoderModel
 
     try:
@@ -169,11 +194,11 @@ def read_text_model(folder: Path, dtype: torch.dtype) -> Any:
         )
     except Exception as error:  # transformers raises many kinds for damaged files
         raise ValueError(f"{folder} holds no T5 encoder that can be loaded: {error}".splitlines()[0]) from error
-    return _complete(model, folder, info)
+    return _require_complete(model, folder, info)
 
 
 def read_vae(folder: Path, dtype: torch.dtype) -> Any:
-    """A folder's VAE. Raises ValueError with one line where it is of another class, damaged or incomplete."""
+    """Loads a folder's VAE. Raises ValueError with one line where it is of another class, damaged or incomplete."""
     from diffusers import AutoencoderKL, AutoencoderKLMochi
 
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLMochi": AutoencoderKLMochi}
@@ -192,18 +217,18 @@ def read_vae(folder: Path, dtype: torch.dtype) -> Any:
         )
     except Exception as error:  # diffusers raises many kinds for damaged files
         raise ValueError(f"{folder} holds no {kind} that can be loaded: {error}".splitlines()[0]) from error
-    return arranged(_complete(model, folder, info))
+    return in_channels_last(_require_complete(model, folder, info))
 
 
-def _complete(model: Any, folder: Path, info: dict[str, Any]) -> Any:
-    """The model, if its files held all of it: what they lack has been filled at random."""
+def _require_complete(model: Any, folder: Path, info: dict[str, Any]) -> Any:
+    """Returns the model. Raises ValueError where its files lack tensors, which the library fills at random."""
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{folder} lacks {len(missing)} of its tensors: {', '.join(missing[:10])}; copy it again")
     return model
 
 
 class TextEncoder:
-    """A frozen T5 encoder, read from `folder`. `width` is E; `fingerprint` covers weights and tokenizer."""
+    """Frozen T5 encoder, loaded from `folder`. `width` is E; `fingerprint` covers weights and tokenizer."""
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
         from transformers import AutoTokenizer
@@ -222,25 +247,25 @@ class TextEncoder:
         self.fingerprint = fingerprint(self.model, {"vocabulary": self.tokenizer.get_vocab()})
 
     def encode(self, captions: Sequence[str], token_cap: int) -> tuple[list[Tensor], dict[int, str]]:
-        """`encode_captions` with this encoder."""
+        """Encodes captions as `encode_captions` does."""
         return encode_captions(self.tokenizer, self.model, captions, token_cap, self.device)
 
 
 def pixels_to_floats(pixels_BHW3: Tensor, device: torch.device) -> Tensor:
-    """8-bit pictures on the host to [B, 3, H, W] in −1..1 on the device, in fp32."""
+    """Converts 8-bit pictures on the host to [B, 3, H, W] in −1..1 on the device, in fp32."""
     return to_device(pixels_BHW3, device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @dataclass(frozen=True)
 class Latents:
-    """A posterior's mean and standard deviation [B, C, h, w], normalised per channel."""
+    """Mean and standard deviation of a posterior, both [B, C, h, w], normalised per channel."""
 
     mean: Tensor
     std: Tensor
 
 
 def _normalisation(model: Any) -> tuple[Tensor, Tensor]:
-    """A VAE's shift and scale [C, 1, 1] of `(z − shift)·scale`, from its own config."""
+    """Returns shift and scale, both [C, 1, 1], of the normalisation `(z − shift)·scale` in the VAE's config."""
     config = model.config
     scaling = torch.tensor(float(config.scaling_factor))
     if config.get("latents_mean") and config.get("latents_std"):
@@ -252,18 +277,18 @@ def _normalisation(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def _has_frames(model: Any) -> bool:
-    """Whether pictures and latents have an axis of frames, of which one is used."""
+    """Returns whether pictures and latents have an axis of frames, of which one is used."""
     return type(model).__name__ == "AutoencoderKLMochi"
 
 
-def arranged(vae: Any) -> Any:
-    """The VAE with its weights laid out for speed. Whoever decodes does so, else the same latents differ in their last bits."""
+def in_channels_last(vae: Any) -> Any:
+    """Converts the VAE to the layout that is fastest. All decoding uses it: another layout changes the last bits."""
     return vae if _has_frames(vae) else vae.to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
 def decode_latents(model: Any, latent_BChw: Tensor, device: torch.device) -> Tensor:
-    """Normalised latents to pictures [B, 3, H, W] in −1..1, one at a time to bound memory, on the host."""
+    """Decodes normalised latents to pictures [B, 3, H, W] in −1..1 on the host; one at a time, to bound memory."""
     shift, scale = (v.to(device) for v in _normalisation(model))
     frames, pictures = _has_frames(model), []
     for latent in latent_BChw.to(device).float():
@@ -274,9 +299,9 @@ def decode_latents(model: Any, latent_BChw: Tensor, device: torch.device) -> Ten
 
 
 class Vae:
-    """A frozen VAE: diffusers' `AutoencoderKL`, or `AutoencoderKLMochi` with one frame.
+    """Frozen VAE: diffusers' `AutoencoderKL`, or `AutoencoderKLMochi` with one frame.
 
-    Latents are normalised to about zero mean and unit variance with the VAE's own figures: `(z − mean)·scale / std` per
+    Latents are normalised to about zero mean and unit variance by the VAE's config: `(z − mean)·scale / std` per
     channel where its config has `latents_mean` and `latents_std`, else `(z − shift)·scale`.
     """
 
@@ -291,18 +316,18 @@ class Vae:
 
     @property
     def normalisation(self) -> dict[str, list[float]]:
-        """Per-channel `shift` and `scale`, for the data set's card."""
+        """Returns `shift` and `scale` of each channel, for the data set's card."""
         return {"shift": self.shift.flatten().tolist(), "scale": self.scale.flatten().tolist()}
 
     def encode(self, pictures_B3HW: Tensor) -> Latents:
-        """Pictures in −1..1 to normalised posteriors, in fp32 on the host."""
+        """Encodes pictures in −1..1 to normalised posteriors, in fp32 on the host."""
         latents = self.start_encoding(pictures_B3HW)
         wait_for(self.device)
         return latents
 
     @torch.no_grad()
     def start_encoding(self, pictures_B3HW: Tensor) -> Latents:
-        """As `encode`, but from a GPU they come by copies that are under way: wait for the device before reading them."""
+        """As `encode`, but copies from a GPU may still be under way: call `wait_for` before reading them."""
         pictures, frames = pictures_B3HW.to(self.device, self.model.dtype), _has_frames(self.model)
         posterior = self.model.encode(pictures[:, :, None] if frames else pictures).latent_dist
         mean, std = (v.squeeze(2) if frames else v for v in (posterior.mean, posterior.std))
@@ -310,5 +335,5 @@ class Vae:
         return Latents(mean.to("cpu", non_blocking=True), std.to("cpu", non_blocking=True))
 
     def decode(self, latent_BChw: Tensor) -> Tensor:
-        """`decode_latents` with this VAE."""
+        """Decodes latents as `decode_latents` does."""
         return decode_latents(self.model, latent_BChw, self.device)

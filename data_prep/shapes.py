@@ -1,12 +1,12 @@
-"""The captioned-shapes world: pictures whose captions are true by construction, and a checker that reads them back.
+"""Captioned shapes: pictures whose captions are true by construction, and a checker that recognises what they show.
 
     scene ── caption()  "a small red circle above a large blue square on a yellow background"
       │
       ├──── draw()      the picture, at any size
       │
-      └──── check()     which colours (and shapes) a picture really shows: the measure of the demo and of the tests
+      └──── check()     which colours and shapes a picture shows: the measure of the demo and of the tests
 
-`write_tars` draws many scenes into webdataset tars as img2dataset would have left them (`key.jpg`, `key.txt`, `key.json`).
+`write_tars` draws many scenes into webdataset tars as img2dataset writes them (`key.jpg`, `key.txt`, `key.json`).
 Everything follows from a seed. The command line:
 
     python data_prep/shapes.py --output tars --pictures 2000 --seed 0
@@ -37,10 +37,10 @@ COLOURS = {
     "black": (22, 22, 22),
 }
 SHAPES = ("circle", "square", "triangle")
-# Half an object's extent, as a share of the picture's side: a pair's have less room.
+# Half an object's extent, as a share of the picture's side; objects of a pair are smaller.
 RADII = {"one": {"small": 0.23, "large": 0.36}, "count": {"small": 0.19}, "pair": {"small": 0.15, "large": 0.22}}
 COUNTS = {2: "two", 3: "three"}
-PLACES = {  # towards which edge (x, y), to within _MARGIN of it
+PLACES = {  # direction (x, y) from the centre to an edge, at a distance of _MARGIN
     "in the centre": (0.0, 0.0),
     "at the top": (0.0, -1.0),
     "at the bottom": (0.0, 1.0),
@@ -48,7 +48,7 @@ PLACES = {  # towards which edge (x, y), to within _MARGIN of it
     "on the right": (1.0, 0.0),
 }
 _MARGIN = 0.03
-RELATIONS = {  # the first object's side of the second
+RELATIONS = {  # direction (x, y) from the second object to the first
     "above": (0.0, -1.0),
     "below": (0.0, 1.0),
     "left of": (-1.0, 0.0),
@@ -58,12 +58,14 @@ KINDS = tuple(RADII)
 # An object's area as a share of its bounding box, by which `check` tells the shapes apart.
 _FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}
 _SUPERSAMPLING = 2
-_LEAST_AREA = 0.01  # a colour that covers less of the picture is not an object; the smallest triangle covers 4.5%
+_LEAST_AREA = (
+    0.01  # a colour that covers a smaller share of the picture is no object; the smallest triangle covers 0.045
+)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One object: its centre (x, y) and half its extent are shares of the picture's side, y downwards."""
+    """Object of a scene: its centre (x, y) and half its extent are shares of the picture's side, y downwards."""
 
     shape: str
     colour: str
@@ -74,7 +76,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's content. `phrase` is the caption without its background."""
+    """Content of a picture. `phrase` is the caption without the background."""
 
     objects: tuple[Shape, ...]
     background: str
@@ -87,13 +89,13 @@ class Scene:
 
     @property
     def foreground(self) -> frozenset[str]:
-        """The colours of the objects."""
+        """Colours of the objects."""
         return frozenset(o.colour for o in self.objects)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What `check` found. `shapes` is None where the scene has several objects of one colour."""
+class CheckResult:
+    """Whether a picture has the scene's colours and shapes; `shapes` is None with several objects of one colour."""
 
     background: bool
     foreground: bool
@@ -133,7 +135,7 @@ def random_scene(rng: random.Random, kind: str | None = None) -> Scene:
 
 
 def draw(scene: Scene, side: int = 512) -> Image.Image:
-    """The scene as a square RGB picture of `side` pixels."""
+    """Draws the scene as a square RGB picture of `side` pixels."""
     full = side * _SUPERSAMPLING
     image = Image.new("RGB", (full, full), COLOURS[scene.background])
     canvas = ImageDraw.Draw(image)
@@ -149,8 +151,8 @@ def draw(scene: Scene, side: int = 512) -> Image.Image:
     return image.resize((side, side), Image.Resampling.BOX)
 
 
-def check(image: Image.Image, scene: Scene) -> Verdict:
-    """Reads a picture's colours and shapes and compares them with the scene's.
+def check(image: Image.Image, scene: Scene) -> CheckResult:
+    """Recognises a picture's colours and shapes and compares them with the scene's.
 
     Background: the most frequent palette colour of the outer frame. Foreground: the other palette colours that cover at
     least 1% of the picture, edges left out, must be exactly the scene's. Shapes: by the filled share of each colour's
@@ -169,11 +171,11 @@ def check(image: Image.Image, scene: Scene) -> Verdict:
         shapes = all(
             o.colour in found and _shape_of((labels == names.index(o.colour)) & solid) == o.shape for o in scene.objects
         )
-    return Verdict(background == scene.background, found == scene.foreground, shapes)
+    return CheckResult(background == scene.background, found == scene.foreground, shapes)
 
 
 def _palette_labels(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest palette colour of each pixel [S, S], at a side of 128, and where its 3×3 neighbours agree with it."""
+    """Returns the nearest palette colour of each pixel [S, S], S = 128, and where all 3×3 neighbours have the same."""
     pixels = np.asarray(image.convert("RGB").resize((128, 128), Image.Resampling.BOX), dtype=np.float32)
     palette = np.array(list(COLOURS.values()), dtype=np.float32)
     labels = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
@@ -187,7 +189,7 @@ def _palette_labels(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shape_of(mask: np.ndarray) -> str:
-    """The shape whose filled share of its bounding box is nearest; the box ignores stray pixels (under 2 in a row)."""
+    """Returns the shape with the nearest share of its bounding box; rows of a single pixel do not count."""
     rows, columns = np.flatnonzero(mask.sum(1) > 1), np.flatnonzero(mask.sum(0) > 1)
     if len(rows) == 0 or len(columns) == 0:
         return "nothing"
@@ -196,20 +198,20 @@ def _shape_of(mask: np.ndarray) -> str:
 
 
 def scenes(count: int, seed: int) -> Iterator[Scene]:
-    """`count` scenes, the same for the same seed, of all kinds in turn."""
+    """Yields `count` scenes of all kinds in turn, the same for the same seed."""
     for i in range(count):
         yield random_scene(random.Random(f"{seed}/{i}"), KINDS[i % len(KINDS)])
 
 
 def tar_of(path: Path) -> webdataset.TarWriter:
-    """A writer of a tar that is the same, byte for byte, for the same samples: time, owner and mode are fixed."""
+    """Opens a writer of a tar whose bytes depend on the samples alone: time, owner and mode are fixed."""
     return webdataset.TarWriter(str(path), mtime=0, user="shapes", group="shapes")
 
 
 def write_tars(folder: Path, pictures: int, seed: int = 0, per_tar: int = 250, small_share: float = 0.5) -> list[Path]:
     """Writes `pictures` scenes as JPEGs with captions into `folder/00000.tar`, …, and returns the tars' paths.
 
-    `small_share` of them are 320 px wide, the others 512 px: the first serve 256 px training only, as in any real collection.
+    `small_share` of them are 320 px wide, and serve 256 px training only; the others are 512 px wide.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:05d}.tar" for i in range(-(-pictures // per_tar))]
@@ -233,7 +235,7 @@ def write_tars(folder: Path, pictures: int, seed: int = 0, per_tar: int = 250, s
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description="Draws captioned shapes into webdataset tars.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the tars")
     parser.add_argument("--pictures", type=int, default=2000)

@@ -1,21 +1,19 @@
-"""Whether a data set is whole, to the last sample; makes damaged parts again; shows pictures of what is in it.
+"""Checks a data set to the last sample; makes damaged parts again; draws some of its pictures.
 
-    python data_prep/verify.py DATA                   reads all of it: exit code 0 whole, 1 damaged, 2 could not be checked
-    python data_prep/verify.py DATA --repair          and makes the damaged parts again, by the commands in its work/encode/
-    python data_prep/verify.py DATA --sample 16       checks nothing: decodes 16 latents into a picture, with their captions
+    python data_prep/verify.py DATA                   checks all of it: exit code 0 whole, 1 damaged, 2 could not be checked
+    python data_prep/verify.py DATA --repair          also makes damaged parts again, by the commands in its work/encode/
+    python data_prep/verify.py DATA --sample 16       only decodes 16 latents into a picture, with their captions
     python data_prep/verify.py s3://bucket/NAME --work /shared/NAME --repair -- --device cuda:1
 
-DATA is the folder or the URL that was encode.py's --output. What it cannot know: tars that were never encoded.
+DATA is the folder or the URL that was encode.py's --output. Tars that were never encoded are not noticed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import random
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,21 +24,20 @@ from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from data_prep import schema as shards
-from data_prep.checks.damage import Damage, Files, Json, Wrong
-from data_prep.checks.part import Part, check_part
-from data_prep.checks.repair import Command, repair
-from data_prep.checks.whole import check_whole, named_parts, read_card
+from data_prep import encode, schema
+from data_prep.checks.damage import Damage, DamagedFile, Files, Json
+from data_prep.checks.data_set import check_data_set, parts_in_report, read_card
+from data_prep.checks.part import PartCheck, check_part
+from data_prep.checks.repair import EncodeCommand, repair
 from data_prep.common import mds
+from data_prep.common.progress import LOG_SECONDS, Progress
 from data_prep.common.storage import is_remote
-from data_prep.encode import default_device
-from data_prep.encoders import Vae
+from data_prep.encoders import Vae, default_device, require_fingerprint
 from data_prep.pictures.grids import labelled_grid, to_image
 from data_prep.worker import report as reports
+from data_prep.worker.commands import SavedCommand
 
-LINE_SECONDS = 30.0
 STRAYS_SHOWN = 20
 
 
@@ -49,85 +46,65 @@ STRAYS_SHOWN = 20
 
 @dataclass
 class Result:
-    """What a check found. `strays`: files that belong to nothing, by folder."""
+    """Result of a check. `strays`: the number of files that belong to no part, by folder."""
 
-    card: shards.Card | None
-    parts: dict[str, Part]
+    card: schema.Card | None
+    parts: dict[str, PartCheck]
     damages: list[Damage]
     strays: dict[str, int]
     seconds: float
 
 
-def check(files: Files, workers: int, known: dict[str, Part] | None = None) -> Result:
-    """Checks all of a data set, but for the parts that are `known` to be whole. Memory: two shards for each worker."""
+def check(files: Files, workers: int, known: dict[str, PartCheck] | None = None) -> Result:
+    """Checks a data set, without the parts that are `known` to be whole. Takes the memory of two shards for each worker."""
     start = time.monotonic()
-    files.look()
+    files.list_files()
     card, damages = read_card(files)
     known = known or {}
-    names = sorted({*files.parts(), *named_parts(files)})
-    progress = _Progress(sum(".mds" in name for name in files.sizes) - sum(p.shards for p in known.values()))
+    names = sorted({*files.parts(), *parts_in_report(files)})
+    unchecked = sum(".mds" in name for name in files.sizes) - sum(p.shards for p in known.values())
     todo = [name for name in names if name not in known]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one a worker: threads of threads wait for each other
+    torch.set_num_threads(1)  # one for each worker: threads of threads wait for each other
     try:
-        with ThreadPoolExecutor(workers, "check") as pool, contextlib.closing(progress):
-            found = pool.map(partial(check_part, files, card=card, tick=progress.one), todo)
+        with (
+            ThreadPoolExecutor(workers, "check") as pool,
+            Progress(unchecked, "shard", line_seconds=LOG_SECONDS) as progress,
+        ):
+            found = pool.map(partial(check_part, files, card=card, on_shard=progress.update), todo)
             parts = known | {part.name: part for part in found}
     finally:
         torch.set_num_threads(threads)
     for name in names:
         damages += parts[name].damages
-    damages += check_whole(files, card, parts)
+    damages += check_data_set(files, card, parts)
     return Result(card, parts, damages, _strays(files, parts), time.monotonic() - start)
 
 
-def _strays(files: Files, parts: dict[str, Part]) -> dict[str, int]:
-    """How many files of each folder belong to nothing; of a damaged part, not all files are known, so none is named."""
-    known = {shards.CARD, shards.NULL_TEXT, reports.JSON, reports.TEXT, reports.TOKENS, reports.SIZES}
+def _strays(files: Files, parts: dict[str, PartCheck]) -> dict[str, int]:
+    """Counts the files of each folder that belong to no part. Those of damaged parts are left out: not all are known."""
+    known = {schema.CARD, schema.NULL_TEXT, reports.JSON, reports.TEXT, reports.TOKENS, reports.SIZES}
     for part in parts.values():
-        known |= {*part.known, *(f"{part.name.split('/')[0]}/{set_}/{shards.INDEX}" for set_ in part.sets)}
+        known |= {*part.files, *(f"{part.name.split('/')[0]}/{set_}/{schema.INDEX}" for set_ in part.sets)}
     damaged = {part.name for part in parts.values() if part.damages}
     found: dict[str, int] = {}
     for name in files.sizes.keys() - known:
         folder, _, file = name.rpartition("/")
         source, *deeper = folder.split("/")
-        of_damaged = f"{source}/{deeper[-1]}" in damaged if len(deeper) == 2 else damaged and file == shards.INDEX
+        of_damaged = f"{source}/{deeper[-1]}" in damaged if len(deeper) == 2 else damaged and file == schema.INDEX
         if not of_damaged:
             found[folder] = found.get(folder, 0) + 1
     return dict(sorted(found.items()))
 
 
-class _Progress:
-    """A bar on a terminal, a line now and then in a log."""
-
-    def __init__(self, total: int):
-        self._bar = tqdm(total=total, unit=" shards", disable=None, dynamic_ncols=True)
-        self._total, self._done = total, 0
-        self._start = self._last = time.monotonic()
-        self._lock = threading.Lock()
-
-    def one(self) -> None:
-        """A shard is checked."""
-        with self._lock:
-            self._done += 1
-            self._bar.update()
-            now = time.monotonic()
-            if self._bar.disable and now - self._last > LINE_SECONDS:
-                self._last, rate = now, self._done / (now - self._start)
-                left = max(0, self._total - self._done) / rate / 60
-                line = f"{self._done} of {self._total} shards, {rate:.1f} shards/s, about {left:.0f} min left"
-                print(line, flush=True)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
 def table(result: Result) -> str:
-    """What was checked, and every damage."""
+    """Returns as text what was checked, and every damage."""
     parts = result.parts.values()
     sets = {f"{p.name.split('/')[0]}/{set_}" for p in parts for set_ in p.sets}
     count = {name: sum(getattr(p, name) for p in parts) for name in ("shards", "bytes", "samples")}
-    left_out = "" if all(p.sound for p in parts) else "; sums over all parts cannot be: a part's report is damaged"
+    left_out = (
+        "" if all(p.report_valid for p in parts) else "; sums over all parts cannot be: a part's report is damaged"
+    )
     rate = count["shards"] / max(1e-9, result.seconds)
     rows = (
         ("parts", len(parts), f"{sum(not p.damages for p in parts)} whole: report, rejects, indexes"),
@@ -138,7 +115,7 @@ def table(result: Result) -> str:
             f"{reports.size_text(count['bytes'])} by size, sha256 and content, {rate:.1f} shards/s",
         ),
         ("samples", count["samples"], "columns, shapes, finite values, std, keys"),
-        ("others", 6, f"{shards.CARD}, {shards.NULL_TEXT}, {reports.JSON}, {reports.TEXT}, two pictures{left_out}"),
+        ("others", 6, f"{schema.CARD}, {schema.NULL_TEXT}, {reports.JSON}, {reports.TEXT}, two pictures{left_out}"),
     )
     lines = [f"  {name:<8} {number:>11,}   {what}" for name, number, what in rows]
     strays = [
@@ -155,41 +132,37 @@ def table(result: Result) -> str:
 
 
 def sample(files: Files, count: int, seed: int, device: str) -> tuple[Image.Image, list[str]]:
-    """A grid of decoded latents with their captions, and their keys; each at its largest resolution.
+    """Draws a grid of decoded latents with their captions; returns it and their keys. Each has its largest resolution.
 
-    Raises ValueError where the VAE that the card names is not the one that encoded them.
+    Raises ValueError where the VAE that the card names is not the one that encoded the data set.
     """
-    files.look()
+    files.list_files()
     card, damages = read_card(files)
     if card is None:
         raise ValueError(str(damages[0]))
     vae = Vae(card.vae["name"], device)
-    if vae.fingerprint != card.vae["fingerprint"]:
-        raise ValueError(
-            f"{files.data} was encoded by another VAE than {vae.name} at {vae.folder}: fingerprint "
-            f"{card.vae['fingerprint'][:12]}…, there {vae.fingerprint[:12]}…"
-        )
+    require_fingerprint("VAE", str(vae.folder), vae.fingerprint, card.vae["fingerprint"])
     rows = list(_chosen(files, card, count, seed))
-    pictures = [to_image(vae.decode(shards.latent_of(row, r).mean[None])[0]) for row, r in rows]
+    pictures = [to_image(vae.decode(schema.latent_of(row, r).mean[None])[0]) for row, r in rows]
     return labelled_grid(pictures, [row["caption"] for row, _ in rows]), [row["key"] for row, _ in rows]
 
 
-def _chosen(files: Files, card: shards.Card, count: int, seed: int) -> Iterator[tuple[Json, int]]:
-    """Samples drawn by the seed, in the data set's order, each with its largest resolution."""
+def _chosen(files: Files, card: schema.Card, count: int, seed: int) -> Iterator[tuple[Json, int]]:
+    """Draws samples by the seed; yields them in the data set's order, each with its largest resolution."""
     total = sum(about["samples"] for about in card.sets.values())
     if not total:
         raise ValueError(f"{files.data} has no samples yet; run encode.py on it again")
     chosen = sorted(random.Random(seed).sample(range(total), min(count, total)))
     first = 0
     for folder, about in card.sets.items():
-        columns = shards.columns(about["resolutions"], card)
-        for shard in files.json(f"{folder}/{shards.INDEX}")["shards"]:
+        columns = schema.columns(about["resolutions"], card)
+        for shard in files.json(f"{folder}/{schema.INDEX}")["shards"]:
             inside = {n - first for n in chosen if first <= n < first + shard["samples"]}
             first += shard["samples"]
             if inside:
                 stored = shard["zip_data"] or shard["raw_data"]
-                data = mds.unpacked(files.read(f"{folder}/{stored['basename']}", keep=False), shard)
-                rows = enumerate(mds.rows_of(data, shard, columns))
+                data = mds.decompressed(files.read(f"{folder}/{stored['basename']}", keep=False), shard)
+                rows = enumerate(mds.decode_rows(data, shard, columns))
                 yield from ((row, max(about["resolutions"])) for n, row in rows if n in inside)
 
 
@@ -197,7 +170,7 @@ def _chosen(files: Files, card: shards.Card, count: int, seed: int) -> Iterator[
 
 
 def run(args: argparse.Namespace, more: list[str], temporary: Path) -> int:
-    """Does what the command line asks for; returns the exit code."""
+    """Runs the check, the repair or the sample; returns the exit code."""
     files = Files(args.data, temporary)
     if args.sample:
         picture, keys = sample(files, args.sample, args.seed, args.device)
@@ -205,50 +178,54 @@ def run(args: argparse.Namespace, more: list[str], temporary: Path) -> int:
         print("\n".join([*keys, f"{args.out}: {len(keys)} latents, decoded, in this order"]))
         return 0
     work = args.work or Path(args.data)
-    if files.remote is None and (remote := next((c.output for c in Command.all_of(work) if is_remote(c.output)), None)):
+    if files.remote is None and (
+        remote := next((c.output for c in SavedCommand.load_all(work) if is_remote(c.output)), None)
+    ):
         raise ValueError(f"the shards of {work} lie at {remote}: run verify.py {remote} --work {work}")
     result = check(files, args.workers)
     print(table(result), flush=True)
-    for _ in range(2 if args.repair else 0):  # twice: under a damaged card, damaged samples are not seen
+    for _ in range(2 if args.repair else 0):  # twice: samples are checked only once the card is repaired
         if not result.damages:
             break
-        repair(files, work, result.damages, more)
-        whole = {name: part for name, part in result.parts.items() if result.card and not part.damages}
-        result = check(files, args.workers, whole)
+        repair(files, work, result.damages, more, EncodeCommand(encode.main, encode.jobs_from))
+        known = {name: part for name, part in result.parts.items() if result.card and not part.damages}
+        result = check(files, args.workers, known)
         print(table(result), flush=True)
     return 1 if result.damages else 0
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line, and what stands behind `--`: options for encode.py."""
+    """Parses the command line; also returns the options for encode.py, behind `--`."""
     argv = sys.argv[1:] if argv is None else argv
     own, more = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description="Checks a data set, repairs it, or shows pictures of it.")
     add = parser.add_argument
     add("data", metavar="DATA", help="the data set's folder, or its s3:// or gs:// URL")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads (default: one a core)")
-    does = parser.add_mutually_exclusive_group()
-    does.add_argument("--repair", action="store_true", help="make damaged parts again; options for encode.py after --")
-    does.add_argument("--sample", type=int, metavar="N", help="decode N latents into a picture, and check nothing")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument(
+        "--repair", action="store_true", help="make damaged parts again; options for encode.py after --"
+    )
+    action.add_argument("--sample", type=int, metavar="N", help="decode N latents into a picture, and check nothing")
     add("--work", type=Path, help="with --repair of a URL: the folder that was encode.py's --work")
     add("--out", type=Path, default=Path("samples.png"), help="the picture of --sample (default samples.png)")
-    add("--seed", type=int, default=0, help="of --sample's choice")
-    add("--device", default=default_device(), help="that --sample decodes on")
+    add("--seed", type=int, default=0, help="seed of --sample's choice")
+    add("--device", default=default_device(), help="device that --sample decodes on")
     args = parser.parse_args(own)
     if args.workers < 1 or (args.sample is not None and args.sample < 1):
         parser.error("--workers and --sample must be above 0")
     if args.repair and is_remote(args.data) != (args.work is not None):
-        parser.error("--repair of a URL needs --work, the folder that its workers shared; that of a folder does not")
+        parser.error("--repair of a URL needs --work, the folder that its workers shared; that of a folder action not")
     return args, more
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
     args, more = parse(argv)
     try:
         with TemporaryDirectory(prefix="verify-") as temporary:
             return run(args, more, Path(temporary))
-    except (Wrong, ValueError, OSError) as error:
+    except (DamagedFile, ValueError, OSError) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
 

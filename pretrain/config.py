@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model
 
+from data_prep.encoders import DOWNSAMPLE
 from pretrain.deepspeed_config import read_deepspeed
 from pretrain.diffusion import EpsilonPrediction, Objective, RectifiedFlow
 from pretrain.models import DiTConfig, preset
@@ -230,15 +231,15 @@ class Config(Section):
         except ValueError as error:
             found.append(f"model.preset: {error}")
         else:
-            problems = backbone.problems()
+            problems, unit = backbone.problems(), DOWNSAMPLE * backbone.patch
             found += [f"model.{p}" for p in problems]
-            if self.data.resolution % (8 * backbone.patch):
+            if self.data.resolution % unit:
                 found.append(
-                    f"data.resolution: {self.data.resolution} must be divisible by {8 * backbone.patch} "
-                    f"(8 of the VAE × the patch of {backbone.patch})"
+                    f"data.resolution: {self.data.resolution} must be divisible by {unit} "
+                    f"({DOWNSAMPLE} of the VAE × the patch of {backbone.patch})"
                 )
             elif not problems:
-                side = self.data.resolution // (8 * backbone.patch)
+                side = self.data.resolution // unit
                 found += [f"model.{p}" for p in backbone.grid_problems((side, side))]
         found += [f"data.{p}" for p in self.data.problems()]
         if self.optimizer.warmup_steps > self.steps:

@@ -1,4 +1,4 @@
-"""Output of the commands: progress as a bar on a terminal or lines in a log, and the libraries silenced."""
+"""Output of the commands: the libraries silenced, and one reader for commands of several parts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Protocol
-
-from tqdm import tqdm
 
 
 def silence_libraries() -> None:
@@ -49,26 +46,3 @@ def run_one_of(program: str, description: str, modules: Mapping[str, Subcommand]
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-class Progress:
-    """Progress through `total` items: a bar, or a line after each update where there is no terminal."""
-
-    def __init__(self, total: int, unit: str):
-        self._bar = tqdm(total=total, unit=unit, disable=None)
-        self._total, self._unit, self._done = total, unit, 0
-
-    def update(self, count: int) -> None:
-        """Adds `count` finished items."""
-        self._done += count
-        self._bar.update(count)
-        if self._bar.disable:
-            print(f"{self._done} of {self._total} {self._unit}s", flush=True)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()

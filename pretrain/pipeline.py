@@ -31,12 +31,13 @@ from data_prep.encoders import (
     DOWNSAMPLE,
     TextEncoder,
     Vae,
-    arranged,
     decode_latents,
     encode_captions,
+    in_channels_last,
     local_folder,
     read_text_model,
     read_vae,
+    require_fingerprint,
 )
 from pretrain.checkpoint.export_folder import check_export, check_transformer, only_safetensors, read_backbone
 from pretrain.diffusion import FfnWork, Guidance, choose_rule, generate
@@ -209,7 +210,7 @@ class FocusDiTPipeline(DiffusionPipeline):
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
-            vae=None if vae is None else arranged(vae),
+            vae=None if vae is None else in_channels_last(vae),
             transformer=transformer,
             scheduler=scheduler,
         )
@@ -348,8 +349,8 @@ class FocusDiTPipeline(DiffusionPipeline):
             if side < unit or side % unit:
                 near = max(unit, round(side / unit) * unit)
                 raise ValueError(
-                    f"{name}: {side} px must be divisible by {unit} (8 of the VAE × the patch of {unit // DOWNSAMPLE}); "
-                    f"{near} is the nearest that is"
+                    f"{name}: {side} px must be divisible by {unit} ({DOWNSAMPLE} of the VAE × the patch of "
+                    f"{unit // DOWNSAMPLE}); {near} is the nearest that is"
                 )
         return sides[0] // DOWNSAMPLE, sides[1] // DOWNSAMPLE
 
@@ -430,11 +431,8 @@ def _encoders(folder: Path, references: dict[str, dict[str, str]], given: dict[s
         if component in given:
             continue
         encoder = (TextEncoder if component == "text_encoder" else Vae)(about["name"], "cpu", dtype)
-        if encoder.fingerprint != about["fingerprint"]:
-            raise ValueError(
-                f"the {component} {about['name']} is not the one that this model was trained with: its fingerprint is "
-                f"{encoder.fingerprint[:12]}, the export's is {about['fingerprint'][:12]}; put the same weights there"
-            )
+        made = "this model was trained with"
+        require_fingerprint(component, about["name"], encoder.fingerprint, about["fingerprint"], made)
         found[component] = encoder.model
         if isinstance(encoder, TextEncoder):
             found["tokenizer"] = encoder.tokenizer

@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_prep.common.progress import Progress
 from pretrain.checkpoint.export_folder import new_folder
-from pretrain.console import Progress, silence_libraries
+from pretrain.console import silence_libraries
 from pretrain.models import DiT
 from pretrain.models.cost import count_parameters
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput, FocusDiTTransformer2DModel

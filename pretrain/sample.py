@@ -24,9 +24,10 @@ import torch
 from PIL import Image
 
 from data_prep.common.files import atomic_write
-from data_prep.encoders import fingerprint, working_dtype
+from data_prep.common.progress import Progress
+from data_prep.encoders import DOWNSAMPLE, fingerprint, working_dtype
 from data_prep.pictures.grids import labelled_grid
-from pretrain.console import Progress, silence_libraries
+from pretrain.console import silence_libraries
 from pretrain.diffusion import FfnWork
 from pretrain.models.cost import saved_flops
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
@@ -106,7 +107,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[Focus
 
 def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[str, Any]:
     """The settings that a picture depends on, beside its prompt and seed."""
-    height, width = (side * 8 for side in pipeline.latent_size(args.height, args.width))
+    height, width = (side * DOWNSAMPLE for side in pipeline.latent_size(args.height, args.width))
     return {
         "data_fingerprint": (pipeline.config.data_fingerprint or "")[:16],  # of the encoders, too
         "weights_fingerprint": fingerprint(pipeline.transformer, {"backbone": str(pipeline.transformer.dit.config)})[
@@ -173,7 +174,7 @@ def draw_batch(pipeline: FocusDiTPipeline, jobs: Sequence[Job], args: argparse.N
         raise ValueError("--save-masks: this model has no query masks")
     for k, (job, image) in enumerate(zip(jobs, output.images, strict=True)):
         if masks is not None:
-            unit = 8 * pipeline.transformer.dit.config.patch
+            unit = DOWNSAMPLE * pipeline.transformer.dit.config.patch
             grid = (image.height // unit, image.width // unit)
             sheet = mask_map(masks[k], grid, pipeline.scheduler.timesteps.tolist(), image)
             write_png(sheet, job.masks(args.out), job.description)

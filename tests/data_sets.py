@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from support import ROOT, free_port
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.common import mds
+from data_prep.worker.parts import PartWriter, finish_data_set
 from pretrain.config import load
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
@@ -25,13 +26,13 @@ from pretrain.models import preset
 SET = "a/256"  # the set that `write_set` makes of the source a
 
 
-def record(source: str, i: int, chance: random.Random, bucket: tuple[int, int] | None = None) -> shards.Record:
+def record(source: str, i: int, chance: random.Random, bucket: tuple[int, int] | None = None) -> schema.Record:
     generator = torch.Generator().manual_seed(chance.randrange(2**40))
     text = torch.randn(chance.randint(2, 9), 128, generator=generator).bfloat16()
     height, width = (2 * side for side in bucket or (16, 16))
     mean, std = torch.randn(4, height, width, generator=generator), torch.rand(4, height, width, generator=generator)
-    latents = {256: shards.Latent(mean, std)}
-    return shards.Record(f"{source}/{i:04d}", f"caption é {i}", text, latents, 300, 300, bucket)
+    latents = {256: schema.Latent(mean, std)}
+    return schema.Record(f"{source}/{i:04d}", f"caption é {i}", text, latents, 300, 300, bucket)
 
 
 def write_set(
@@ -41,16 +42,16 @@ def write_set(
     choices = {"compression": options.get("compression")}
     vae = {"name": "tiny", "channels": 4, "downsample": 8}
     text = {"name": "tiny", "width": 128}
-    card = shards.Card(text, vae, 300, "mean_std", [256], dtype, buckets=buckets, choices=choices)
+    card = schema.Card(text, vae, 300, "mean_std", [256], dtype, buckets=buckets, choices=choices)
     for source, count in sources.items():
         chance = random.Random(f"{source}/{options.pop('seed', 0)}")
-        with shards.PartWriter(root, f"{source}/00000", card, "t", shard_bytes=1 << 18, **options) as part:
+        with PartWriter(root, f"{source}/00000", card, "t", shard_bytes=1 << 18, **options) as part:
             for i in range(count):
                 part.write(record(source, i, chance, ((16, 16) if i % 3 else (14, 18)) if buckets else None))
             part.finish()
             part.commit({"sets": part.sets, "written": part.written}, [])
-    shards.finish(root, card, {})
-    shards.save_null_text(root, torch.zeros(1, 128, dtype=torch.bfloat16))
+    finish_data_set(root, card, {})
+    schema.save_null_text(root, torch.zeros(1, 128, dtype=torch.bfloat16))
     return root
 
 
@@ -65,7 +66,7 @@ def epoch_of(loader: Loader) -> list[Any]:
 
 
 def entry(root: Path, number: int, set_: str = SET) -> dict[str, Any]:
-    return json.loads((root / set_ / shards.INDEX).read_text())["shards"][number]
+    return json.loads((root / set_ / schema.INDEX).read_text())["shards"][number]
 
 
 def file_of(root: Path, number: int, set_: str = SET) -> Path:
@@ -77,7 +78,7 @@ def keys_in(root: Path, number: int, set_: str = SET) -> list[str]:
     """The keys of a shard's samples, in order."""
     about = entry(root, number, set_)
     columns = dict(zip(about["column_names"], about["column_encodings"], strict=True))
-    return [row["key"] for row in mds.rows_of(file_of(root, number, set_).read_bytes(), about, columns)]
+    return [row["key"] for row in mds.decode_rows(file_of(root, number, set_).read_bytes(), about, columns)]
 
 
 def places(shard: Path) -> np.ndarray:

@@ -1,13 +1,13 @@
 """Makes the two small frozen encoders that ship with the package, `assets/tiny_t5` and `assets/tiny_vae`.
 
-They let the whole pipeline run for real on a CPU, with no download: a T5 encoder with its own tokenizer, and an 8×8
+With them the whole pipeline runs on a CPU, without a download: a T5 encoder with its own tokenizer, and an 8×8
 AutoencoderKL. Both learn from the captioned-shapes world (`shapes.py`) alone:
 
-- the T5 encoder from captions: each position must name its neighbours up to four words away, so that "circle" knows
-  that it is the red one;
-- the autoencoder from pictures: L1 + MSE reconstruction of random crops, a small KL term, and no adversary. Its first three
-  latent channels are held to the picture's 8×8 averages. Without that term the latents reconstruct as well, but a small
-  model learns them several times more slowly, as their fine structure is arbitrary.
+- the T5 encoder from captions: each position must predict its neighbours up to four words away, so that the embedding of
+  "circle" tells that it is the red one;
+- the autoencoder from pictures: L1 + MSE reconstruction of random crops, a small KL term, and no adversary. A loss term
+  holds its first three latent channels to the picture's 8×8 averages. Without it the reconstruction is as good, but a small
+  model learns the latents several times more slowly, as their fine structure is arbitrary.
 
 About 25 minutes on two CPU cores; run it again only to change the encoders (every data set's fingerprint changes with them):
 
@@ -31,18 +31,18 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from data_prep.encoders import pixels_to_floats
+from data_prep.encoders import DOWNSAMPLE, pixels_to_floats
 from data_prep.shapes import draw, random_scene, scenes
 
 ASSETS = Path(__file__).parent
-NEIGHBOURS = 4  # tokens to each side
+NEIGHBOURS = 4  # predicted tokens on each side
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A Unigram tokenizer in T5's form: <pad> 0, </s> 1 (appended to each text), <unk> 2.
+    """Makes a Unigram tokenizer in T5's form: <pad> 0, </s> 1 (appended to each text), <unk> 2.
 
     Its pieces are the captions' words, by their log-probability, and single letters for all other words. A trained Unigram
-    model spelled most of these few words letter by letter, and no token stood for a colour.
+    model splits most of these few words into letters, so that no token stands for a colour.
     """
     words = Counter(word for s in scenes(4000, seed=1) for word in s.caption.split())
     letters = ["▁", *(chr(c) for c in range(33, 127))]
@@ -66,7 +66,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train_text_encoder(tokenizer: PreTrainedTokenizerFast, steps: int) -> T5EncoderModel:
-    """A T5 encoder of width 128 whose every position can name its neighbours; `steps` of 64 captions."""
+    """Trains a T5 encoder of width 128 to predict each position's neighbours; `steps` of 64 captions."""
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=len(tokenizer),
@@ -101,14 +101,14 @@ def train_text_encoder(tokenizer: PreTrainedTokenizerFast, steps: int) -> T5Enco
 
 
 def _shifted(ids_BL: Tensor, offset: int) -> Tensor:
-    """The token `offset` places on, 0 (ignored) past the ends."""
+    """Returns each position's token `offset` places on, 0 (ignored) past the ends."""
     length = ids_BL.shape[1]
     padded = F.pad(ids_BL, (NEIGHBOURS, NEIGHBOURS))
     return padded[:, NEIGHBOURS + offset : NEIGHBOURS + offset + length]
 
 
 def random_crops(rng: random.Random, count: int, side: int) -> Tensor:
-    """Crops [count, 3, side, side] in -1..1 of pictures drawn at 256 to 512 px, as data prep would resize them."""
+    """Returns crops [count, 3, side, side] in -1..1 of pictures drawn at 256 to 512 px, as data prep resizes them."""
     crops = []
     for _ in range(count):
         full = rng.choice([256, 320, 512])
@@ -119,7 +119,7 @@ def random_crops(rng: random.Random, count: int, side: int) -> Tensor:
 
 
 def train_vae(steps: int) -> AutoencoderKL:
-    """An 8×8 AutoencoderKL of 4 latent channels with their mean and std in its config; `steps` of 8 crops of 96 px."""
+    """Trains an 8×8 AutoencoderKL of 4 latent channels, whose mean and std are in its config; `steps` of 8 crops of 96 px."""
     torch.manual_seed(0)
     rng = random.Random("vae")
     vae = AutoencoderKL(
@@ -139,7 +139,7 @@ def train_vae(steps: int) -> AutoencoderKL:
         posterior = vae.encode(pictures).latent_dist
         output = vae.decode(posterior.sample()).sample
         reconstruction = F.l1_loss(output, pictures) + F.mse_loss(output, pictures)
-        averages = F.mse_loss(posterior.mean[:, :3], F.avg_pool2d(pictures, 8))
+        averages = F.mse_loss(posterior.mean[:, :3], F.avg_pool2d(pictures, DOWNSAMPLE))
         loss = reconstruction + averages + 2e-5 * posterior.kl().mean() / posterior.mean[0].numel()
         optimizer.zero_grad()
         loss.backward()
@@ -159,14 +159,14 @@ def train_vae(steps: int) -> AutoencoderKL:
 
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKL, rng: random.Random) -> tuple[list[float], list[float]]:
-    """Each latent channel's mean and standard deviation over 64 pictures, by which data prep normalises."""
+    """Returns each latent channel's mean and standard deviation over 64 pictures, by which data prep normalises."""
     latents = torch.cat([vae.encode(random_crops(rng, 8, 256)).latent_dist.sample() for _ in range(8)])
     std, mean = torch.std_mean(latents, dim=(0, 2, 3))
     return [round(v, 5) for v in mean.tolist()], [round(v, 5) for v in std.tolist()]
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description="Trains the small encoders that ship with the package.")
     parser.add_argument("--output", type=Path, default=ASSETS)
     parser.add_argument("--text-steps", type=int, default=1000)

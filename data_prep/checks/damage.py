@@ -1,4 +1,4 @@
-"""What verify.py finds: damages, each of them one line, in the files of a folder or of object storage."""
+"""Damages of a data set, each one line, and its files in a folder or on object storage."""
 
 from __future__ import annotations
 
@@ -10,48 +10,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.common.storage import Remote, is_remote
 
 Json = dict[str, Any]
-MALFORMED = (AttributeError, KeyError, TypeError, ValueError)  # what reading JSON of another structure raises
+MALFORMED = (AttributeError, KeyError, TypeError, ValueError)  # raised by reading JSON of another structure
 
 
-class Wrong(Exception):
-    """A file that is not as it should be, and in what."""
+class DamagedFile(Exception):
+    """Raised where a file is damaged, with the problem."""
 
-    def __init__(self, file: str, what: str):
-        super().__init__(file, what)
-        self.file, self.what = file, what
+    def __init__(self, file: str, problem: str):
+        super().__init__(file, problem)
+        self.file, self.problem = file, problem
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.what}"
+        return f"{self.file}: {self.problem}"
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One line of the result. `part` is to be made again; without one, it is a file that follows from all parts."""
+    """Damage of a file. A repair makes `part` again; without one, it writes a file that is made from all parts."""
 
     file: str
-    what: str
+    problem: str
     part: str | None = None
 
     def __str__(self) -> str:
         mend = f"makes {self.part} again" if self.part else "writes it again"
-        return f"{self.file}: {self.what}; --repair {mend}"
+        return f"{self.file}: {self.problem}; --repair {mend}"
 
 
 @contextmanager
-def noted(damages: list[Damage], part: str | None = None) -> Iterator[None]:
-    """Around one check: what is wrong becomes a line."""
+def collect_damage(damages: list[Damage], part: str | None = None) -> Iterator[None]:
+    """Context of a check: adds a `DamagedFile` that it raises to `damages`."""
     try:
         yield
-    except Wrong as wrong:
-        damages.append(Damage(wrong.file, wrong.what, part))
+    except DamagedFile as error:
+        damages.append(Damage(error.file, error.problem, part))
 
 
 class Files:
-    """The files of a data set: of a folder, or of object storage, fetched to `temporary` when they are asked for."""
+    """Files of a data set: in a folder, or on object storage and downloaded to `temporary` when they are read."""
 
     def __init__(self, data: str, temporary: Path):
         self.data = data
@@ -59,62 +59,62 @@ class Files:
         self.root = temporary if self.remote else Path(data)
         self.sizes: dict[str, int] = {}
 
-    def look(self) -> None:
-        """Lists anew what there is, but for what is under way in work/."""
+    def list_files(self) -> None:
+        """Lists the files with their sizes in bytes in `sizes`, without those in work/."""
         if self.remote is not None:
             found = self.remote.sizes("")
-            self.sizes = {n: size for n, size in found.items() if not n.startswith(f"{shards.WORK}/")}
+            self.sizes = {n: size for n, size in found.items() if not n.startswith(f"{schema.WORK}/")}
             return
         self.sizes = {}
         for at, folders, names in os.walk(self.root, followlinks=True):
-            if Path(at) == self.root and shards.WORK in folders:
-                folders.remove(shards.WORK)
+            if Path(at) == self.root and schema.WORK in folders:
+                folders.remove(schema.WORK)
             for path in (Path(at, name) for name in names):
                 self.sizes[path.relative_to(self.root).as_posix()] = path.stat().st_size if path.exists() else 0
 
     def parts(self) -> list[str]:
-        """The parts that have a report, in order."""
+        """Returns the parts that have a report, sorted."""
         found = [name.split("/") for name in self.sizes if name.endswith(".json")]
-        return sorted(f"{n[1]}/{n[2].removesuffix('.json')}" for n in found if len(n) == 3 and n[0] == shards.REPORTS)
+        return sorted(f"{n[1]}/{n[2].removesuffix('.json')}" for n in found if len(n) == 3 and n[0] == schema.REPORTS)
 
     def read(self, name: str, keep: bool = True) -> bytes:
-        """A file's content; of a remote one a copy stays at `root`, if that is wanted. Raises Wrong, or Unreachable."""
+        """Reads a file; with `keep` the copy of a remote one stays at `root`. Raises DamagedFile or Unreachable."""
         if name not in self.sizes:
-            raise Wrong(name, "is missing")
+            raise DamagedFile(name, "is missing")
         path = self.root / name
         if self.remote is not None and not self.remote.download(name, path):
-            raise Wrong(name, "is missing")
+            raise DamagedFile(name, "is missing")
         try:
             return path.read_bytes()
         except OSError as error:
-            raise Wrong(name, f"cannot be read ({error.strerror})") from error
+            raise DamagedFile(name, f"cannot be read ({error.strerror})") from error
         finally:
             if self.remote is not None and not keep:
                 path.unlink()
 
     def text(self, name: str) -> str:
-        """As `read`, for UTF-8."""
+        """Reads a file of UTF-8 text. Raises as `read`."""
         try:
             return self.read(name).decode()
         except UnicodeDecodeError as error:
-            raise Wrong(name, "is no UTF-8") from error
+            raise DamagedFile(name, "is no UTF-8") from error
 
     def json(self, name: str) -> Any:
-        """As `read`, for JSON."""
+        """Reads a file of JSON. Raises as `read`."""
         try:
             return json.loads(self.text(name))
         except ValueError as error:
-            raise Wrong(name, f"is no JSON ({error})") from error
+            raise DamagedFile(name, f"is no JSON ({error})") from error
 
 
-def difference(there: Any, expected: Any, place: str = "") -> str | None:
-    """The first place where two JSON values differ, in words."""
-    if isinstance(there, dict) and isinstance(expected, dict):
-        for key in [*expected, *(k for k in there if k not in expected)]:
-            if found := difference(there.get(key), expected.get(key), f"{place}.{key}".lstrip(".")):
-                return found
+def difference(found: Any, expected: Any, path: str = "") -> str | None:
+    """Describes the first place where two JSON values differ; None where they are equal."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in [*expected, *(k for k in found if k not in expected)]:
+            if words := difference(found.get(key), expected.get(key), f"{path}.{key}".lstrip(".")):
+                return words
         return None
-    return None if there == expected else f"{place} is {_short(there)}, the parts give {_short(expected)}"
+    return None if found == expected else f"{path} is {_short(found)}, the parts give {_short(expected)}"
 
 
 def _short(value: Any) -> str:

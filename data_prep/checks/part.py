@@ -1,4 +1,4 @@
-"""Whether a part is whole: its report, its shards by size, sha256 and content, and each of its samples."""
+"""Check of a part: its report, its shards by size, sha256 and content, and each of its samples."""
 
 from __future__ import annotations
 
@@ -12,97 +12,105 @@ from math import isfinite
 
 from torch import Tensor
 
-from data_prep import schema as shards
-from data_prep.checks.damage import MALFORMED, Damage, Files, Json, Wrong, difference, noted
+from data_prep import schema
+from data_prep.checks.damage import MALFORMED, Damage, DamagedFile, Files, Json, collect_damage, difference
 from data_prep.common import mds
 from data_prep.pictures.images import BUCKETS, shape_of
 from data_prep.worker import report as reports
 
 
 @dataclass
-class Part:
-    """What was found of a part. `sound`: its report can be believed, whatever the state of its shards."""
+class PartCheck:
+    """Result of a part's check.
+
+    Attributes:
+        sets: those that its report names.
+        files: the names of the files that belong to it.
+        report_valid: its report holds together and can be used, whatever the state of its shards.
+    """
 
     name: str
     damages: list[Damage] = field(default_factory=list)
     sets: list[str] = field(default_factory=list)
-    known: list[str] = field(default_factory=list)
-    sound: bool = False
+    files: list[str] = field(default_factory=list)
+    report_valid: bool = False
     samples: int = 0
     shards: int = 0
     bytes: int = 0
 
 
-def check_part(files: Files, name: str, card: shards.Card | None, tick: Callable[[], None]) -> Part:
-    """Reads all of a part; without a card its samples are not looked at. `tick` is called after each shard."""
-    return _PartCheck(files, name, card, tick).run()
+def check_part(files: Files, name: str, card: schema.Card | None, on_shard: Callable[[], None]) -> PartCheck:
+    """Checks all of a part; without a card, all but its samples. `on_shard` is called after each shard."""
+    return _PartChecker(files, name, card, on_shard).run()
 
 
-class _PartCheck:
-    def __init__(self, files: Files, name: str, card: shards.Card | None, tick: Callable[[], None]):
-        self.files, self.card, self.tick = files, card, tick
+class _PartChecker:
+    def __init__(self, files: Files, name: str, card: schema.Card | None, on_shard: Callable[[], None]):
+        self.files, self.card, self.on_shard = files, card, on_shard
         self.source, self.part = name.split("/")
-        self.found = Part(name)
-        self._report_file = f"{shards.REPORTS}/{name}.json"
+        self.found = PartCheck(name)
+        self._report_file = f"{schema.REPORTS}/{name}.json"
         self._keys: set[str] = set()
         self._written: Counter[str] = Counter()
         self._columns: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._sizes: Counter[str] = Counter()
 
-    def run(self) -> Part:
-        with self._noted():
+    def run(self) -> PartCheck:
+        with self._collect_damage():
             report = self._report()
             for set_, details in report["sets"].items():
-                with self._noted():
+                with self._collect_damage():
                     self._check_set(set_, details)
             if self.card is not None and not self.found.damages:
                 self._compare(report)
-            self.found.sound = self._report_file not in {d.file for d in self.found.damages}
+            self.found.report_valid = self._report_file not in {d.file for d in self.found.damages}
         return self.found
 
-    def _noted(self) -> AbstractContextManager[None]:
-        return noted(self.found.damages, self.found.name)
+    def _collect_damage(self) -> AbstractContextManager[None]:
+        return collect_damage(self.found.damages, self.found.name)
 
     def _report(self) -> Json:
-        """The part's report, if it holds together and with the list of what was dropped."""
-        file, rejects_file = self._report_file, f"{shards.REPORTS}/{self.found.name}.jsonl"
-        self.found.known += [file, rejects_file]
+        """Reads the part's report. Raises DamagedFile where its sums, or its list of dropped samples, do not fit."""
+        file, rejects_file = self._report_file, f"{schema.REPORTS}/{self.found.name}.jsonl"
+        self.found.files += [file, rejects_file]
         report = self.files.json(file)
         try:
             read, written, dropped = report["read"], sum(report["written"].values()), sum(report["dropped"].values())
             if read != written + dropped:
-                raise Wrong(file, f"read {read} is not written {written} + dropped {dropped}")
+                raise DamagedFile(file, f"read {read} is not written {written} + dropped {dropped}")
             if self.card is not None:
                 reports.summary([(self.found.name, report)], self.card)
             if report["sets"].keys() != report["written"].keys():
-                raise Wrong(file, "its sets are not those it says were written")
+                raise DamagedFile(file, "its sets are not those it says were written")
         except MALFORMED as error:
-            raise Wrong(file, f"is no part's report ({type(error).__name__}: {error})") from error
+            raise DamagedFile(file, f"is no part's report ({type(error).__name__}: {error})") from error
         try:
-            *lines, rest = self.files.text(rejects_file).split("\n")  # not splitlines: a key may hold a \u2028
+            *lines, rest = self.files.text(rejects_file).split("\n")  # splitlines would split at a \u2028 in a key, too
             reasons = Counter(json.loads(line)["reason"] for line in lines)
         except MALFORMED as error:
-            raise Wrong(rejects_file, f"is no list of dropped samples ({type(error).__name__}: {error})") from error
+            raise DamagedFile(
+                rejects_file, f"is no list of dropped samples ({type(error).__name__}: {error})"
+            ) from error
         if rest or reasons != report["dropped"]:
             other = difference(dict(reasons), report["dropped"], "dropped") or f"it ends in {rest!r}"
-            raise Wrong(rejects_file, f"its {len(lines)} lines are not the {dropped} dropped ({other})")
+            raise DamagedFile(rejects_file, f"its {len(lines)} lines are not the {dropped} dropped ({other})")
         return report
 
     def _check_set(self, set_: str, details: Json) -> None:
         folder, card = f"{self.source}/{set_}/{self.part}", self.card
-        index = f"{folder}/{shards.INDEX}"
-        self.found.known.append(index)
+        index = f"{folder}/{schema.INDEX}"
+        self.found.files.append(index)
         self.found.sets.append(set_)
         try:
             resolutions, bucket = details["resolutions"], details["bucket"] and tuple(details["bucket"])
-            fits = set_ == shards.set_name(resolutions, bucket) and (bucket is None or bucket in BUCKETS)
+            fits = set_ == schema.set_name(resolutions, bucket) and (bucket is None or bucket in BUCKETS)
             if card is not None:
                 fits &= set(resolutions) <= set(card.resolutions) and card.buckets == (bucket is not None)
         except MALFORMED:
             fits = False
         if not fits:
-            raise Wrong(self._report_file, f"its set {set_} is none that the card allows")
+            raise DamagedFile(self._report_file, f"its set {set_} is none that the card allows")
         content = self.files.json(index)
         try:
             entries = content["shards"]
@@ -115,39 +123,39 @@ class _PartCheck:
                 if (shard["zip_data"] is None) != (shard["compression"] is None):
                     raise ValueError(f"compression {shard['compression']}")
         except MALFORMED as error:
-            raise Wrong(index, f"is no index of shards ({type(error).__name__}: {error})") from error
+            raise DamagedFile(index, f"is no index of shards ({type(error).__name__}: {error})") from error
         for shard in entries:
-            with self._noted():
+            with self._collect_damage():
                 self._check_shard(folder, set_, shard, details)
-            self.tick()
+            self.on_shard()
 
     def _check_shard(self, folder: str, set_: str, shard: Json, details: Json) -> None:
-        """Its file, by size and hash, what that holds when unpacked, and all samples."""
+        """Checks a shard: its file by size and hash, its uncompressed bytes, and all samples."""
         raw, stored = shard["raw_data"], shard["zip_data"] or shard["raw_data"]
-        name, beside = f"{folder}/{stored['basename']}", f"{folder}/{raw['basename']}"
-        self.found.known.append(name)
+        name, raw_name = f"{folder}/{stored['basename']}", f"{folder}/{raw['basename']}"
+        self.found.files.append(name)
         data = self._shard_file(name, stored)
-        if stored is not raw and beside in self.files.sizes:  # streaming unpacked it there, and reads it from now on
-            self.found.known.append(beside)
-            self._shard_file(beside, raw)
+        if stored is not raw and raw_name in self.files.sizes:  # decompressed by streaming, which reads it from then on
+            self.found.files.append(raw_name)
+            self._shard_file(raw_name, raw)
         self.found.shards += 1
         self.found.bytes += len(data)
         try:
             if stored is not raw:
-                data = mds.unpacked(data, shard)
+                data = mds.decompressed(data, shard)
                 if len(data) != raw["bytes"] or sha256(data).hexdigest() != raw["hashes"]["sha256"]:
                     raise ValueError("unpacks to other bytes than its index says")
             bad = [] if self.card is None else list(self._problems(data, shard, set_, details, self.card))
         except ValueError as error:
-            raise Wrong(name, str(error)) from error
+            raise DamagedFile(name, str(error)) from error
         if bad:
-            raise Wrong(name, f"{len(bad)} of its {shard['samples']} samples are damaged; the first is {bad[0]}")
+            raise DamagedFile(name, f"{len(bad)} of its {shard['samples']} samples are damaged; the first is {bad[0]}")
 
-    def _problems(self, data: bytes, shard: Json, set_: str, details: Json, card: shards.Card) -> Iterator[str]:
-        """The damaged samples of a shard, each with its problem; the others are counted."""
-        for row in mds.rows_of(data, shard, shards.columns(details["resolutions"], card)):
+    def _problems(self, data: bytes, shard: Json, set_: str, details: Json, card: schema.Card) -> Iterator[str]:
+        """Yields the damaged samples of a shard with their problems, and counts the others."""
+        for row in mds.decode_rows(data, shard, schema.columns(details["resolutions"], card)):
             self.found.samples += 1
-            key, problem = row["key"], problem_of(row, self.found.name, card, details)
+            key, problem = row["key"], sample_problem(row, self.found.name, card, details)
             if key in self._keys:
                 problem = "its key occurs twice"
             self._keys.add(key)
@@ -158,19 +166,19 @@ class _PartCheck:
             self._tokens[str(len(row["text"]))] += 1
             self._sizes[str(min(row["width"], row["height"]) // reports.SIZE_STEP * reports.SIZE_STEP)] += 1
             for column, value in row.items():
-                self._columns[column] += shards.size_of(value)
+                self._columns[column] += schema.stored_size(value)
 
     def _shard_file(self, name: str, about: Json) -> bytes:
         size = self.files.sizes.get(name)
         if size is not None and size != about["bytes"]:
-            raise Wrong(name, f"has {size} bytes, its index says {about['bytes']}")
+            raise DamagedFile(name, f"has {size} bytes, its index says {about['bytes']}")
         data = self.files.read(name, keep=False)
         if sha256(data).hexdigest() != about["hashes"]["sha256"]:
-            raise Wrong(name, "its sha256 is not the one in its index")
+            raise DamagedFile(name, "its sha256 is not the one in its index")
         return data
 
     def _compare(self, report: Json) -> None:
-        """What the samples give, and what the report says."""
+        """Compares the counts of the samples with those of the report."""
         found = {
             "written": dict(self._written),
             "tokens": dict(self._tokens),
@@ -179,11 +187,11 @@ class _PartCheck:
             "stored_bytes": self.found.bytes,
         }
         if other := difference({k: report[k] for k in found}, found):
-            raise Wrong(self._report_file, other)
+            raise DamagedFile(self._report_file, other)
 
 
-def problem_of(row: Json, part: str, card: shards.Card, details: Json) -> str | None:
-    """What is wrong with a stored sample of a set, in a few words."""
+def sample_problem(row: Json, part: str, card: schema.Card, details: Json) -> str | None:
+    """Returns what is wrong with a stored sample of a set, in a few words; None where nothing is."""
     if not row["key"].startswith(f"{part}/"):
         return f"its key does not start with {part}/"
     if not row["caption"].strip():
@@ -191,11 +199,11 @@ def problem_of(row: Json, part: str, card: shards.Card, details: Json) -> str | 
     shape, width = row["text"].shape, card.text_encoder["width"]
     if len(shape) != 2 or not 1 <= shape[0] <= card.token_cap or shape[1] != width:
         return f"text is {shape}, expected (1 to {card.token_cap}, {width})"
-    if card.text_dtype in shards.EIGHT_BITS and row["text_scale"].shape != shape[:1]:
+    if card.text_dtype in schema.EIGHT_BITS and row["text_scale"].shape != shape[:1]:
         return f"text_scale is {row['text_scale'].shape}, expected {shape[:1]}"
-    if card.text_dtype in shards.EIGHT_BITS and not (row["text_scale"] > 0).all():
+    if card.text_dtype in schema.EIGHT_BITS and not (row["text_scale"] > 0).all():
         return "text_scale is not above 0 everywhere"
-    if not _finite(shards.text_of(row, card.text_dtype)):
+    if not _finite(schema.text_of(row, card.text_dtype)):
         return "text is not finite"
     for r in card.resolutions:
         bucket = details["bucket"]
@@ -205,7 +213,7 @@ def problem_of(row: Json, part: str, card: shards.Card, details: Json) -> str | 
             return f"its picture of {row['width']} × {row['height']} pixels belongs to another set"
         if not large_enough:
             continue
-        latent, down = shards.latent_of(row, r), card.vae["downsample"]
+        latent, down = schema.latent_of(row, r), card.vae["downsample"]
         expected = (card.vae["channels"], height_px // down, width_px // down)
         for part_, values in (("mean", latent.mean), ("std", latent.std)):
             if values is None:
@@ -220,5 +228,5 @@ def problem_of(row: Json, part: str, card: shards.Card, details: Json) -> str | 
 
 
 def _finite(values: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity: both show in the extremes, which takes a tenth of a look at each value."""
+    """Returns whether all values are finite; by their extremes, which takes a tenth of the time of testing each one."""
     return all(isfinite(float(extreme)) for extreme in values.aminmax())

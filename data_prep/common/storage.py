@@ -1,8 +1,8 @@
-"""Where tars come from and shards go to: local paths, and `s3://`, `gs://` or `http(s)://` through fsspec.
+"""Storage that tars come from and shards go to: local paths, and `s3://`, `gs://` or `http(s)://` through fsspec.
 
-    find_tars     a pattern to the tars that there are, each with its size
-    open_tar      a tar to read forwards; a remote one is opened again where the connection broke
-    Remote        a folder on object storage that finished files are uploaded to
+    find_tars     lists the tars that a pattern names, each with its size
+    open_tar      opens a tar for reading forwards; a remote one is opened again where the connection broke
+    Remote        is a folder on object storage that finished files are uploaded to
 
 Nothing else is opened: webdataset's `pipe:` commands and fsspec's chained URLs (`a::b`) are refused.
 """
@@ -10,22 +10,31 @@ Nothing else is opened: webdataset's `pipe:` commands and fsspec's chained URLs 
 from __future__ import annotations
 
 import glob
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import braceexpand
 import fsspec
+import tenacity
 
 SCHEMES = ("s3", "gs", "gcs", "http", "https")
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
-_TRIES, _FIRST_WAIT = 5, 1.0
-_BLOCK_BYTES = 8 << 20  # that are asked for at once
+_BLOCK_BYTES = 8 << 20  # requested at once
 _SILENCE = 60.0  # seconds after which a server counts as dead
 
 
 class Unreachable(OSError):
     """A tar or folder that could not be read or written for now: says nothing about its content."""
+
+
+# The only policy of waiting: what raises `Unreachable` is tried five times, after 1, 2, 4 and 8 seconds.
+_retried = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(Unreachable),
+    stop=tenacity.stop_after_attempt(5),
+    wait=tenacity.wait_exponential(),
+    reraise=True,
+)
 
 
 def is_remote(url: str) -> bool:
@@ -39,7 +48,7 @@ def is_remote(url: str) -> bool:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a remote URL, and the path within it. Raises ValueError where its package is missing."""
+    """Returns fsspec's file system for a remote URL, and the path within it. Raises ValueError where its package is missing."""
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -54,7 +63,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def find_tars(pattern: str) -> dict[str, int]:
-    """The tars that a folder, a pattern or a URL names, with their sizes in bytes, in order.
+    """Finds the tars that a folder, a pattern or a URL names; returns their sizes in bytes, sorted by path.
 
     A pattern may have `*`, `**`, `?`, `[…]` and, as webdataset's, braces: `{00000..00123}.tar`.
 
@@ -63,11 +72,11 @@ def find_tars(pattern: str) -> dict[str, int]:
         ValueError: a scheme that is not supported.
     """
     found: dict[str, int] = {}
-    for one in braceexpand.braceexpand(pattern):
-        some = _remote_tars(one) if is_remote(one) else _local_tars(one)
-        if not some:  # also of a list in braces: none is left out silently
-            raise FileNotFoundError(f"{one}: no such file; quote a pattern so that the shell leaves it whole")
-        found |= some
+    for single in braceexpand.braceexpand(pattern):
+        matches = _remote_tars(single) if is_remote(single) else _local_tars(single)
+        if not matches:  # each name of a list in braces must be there
+            raise FileNotFoundError(f"{single}: no such file; quote a pattern so that the shell leaves it whole")
+        found |= matches
     return dict(sorted(found.items()))
 
 
@@ -79,7 +88,7 @@ def _local_tars(pattern: str) -> dict[str, int]:
 def _remote_tars(pattern: str) -> dict[str, int]:
     fs, path = file_system(pattern)
     try:
-        # Of a web server's file, isdir would ask for all.
+        # A web server would be asked for the whole file by isdir.
         if not fsspec.core.has_magic(path) and not path.endswith(".tar") and fs.isdir(path):
             path = f"{path.rstrip('/')}/*.tar"
         names = fs.glob(path) if fsspec.core.has_magic(path) else [path]
@@ -94,7 +103,7 @@ def _remote_tars(pattern: str) -> dict[str, int]:
 
 
 def _reason(error: BaseException, url: str) -> BaseException:
-    """What went wrong: of a web server fsspec says FileNotFoundError even where it is down, busy or refuses."""
+    """Returns the real cause: fsspec raises FileNotFoundError even where a web server is down, busy or refuses."""
     return error.__cause__ or error if isinstance(error, FileNotFoundError) and url.startswith("http") else error
 
 
@@ -103,51 +112,56 @@ def _is_absence(reason: BaseException) -> bool:
 
 
 def open_tar(url: str) -> BinaryIO:
-    """A tar to be read forwards. Raises FileNotFoundError, or Unreachable for a remote one."""
-    return cast("BinaryIO", _Resumed(url)) if is_remote(url) else open(url, "rb")
+    """Opens a tar for reading forwards. Raises FileNotFoundError, or Unreachable for a remote one."""
+    return cast("BinaryIO", _ResumedFile(url)) if is_remote(url) else open(url, "rb")
 
 
-class _Resumed:
-    """A remote file, read forwards; after an error it is opened again at the same byte, some seconds later."""
+class _ResumedFile:
+    """A remote file, read forwards; after an error it is opened again at the same byte."""
 
     def __init__(self, url: str):
-        self._url, self._at = url, 0
+        self._url, self._offset = url, 0
         self._file: IO[bytes] | None = None
-        self._whole = False  # whether the server sends files from their first byte only
+        self._from_start = False  # whether the server sends files from their first byte only
 
+    @_retried
     def read(self, size: int) -> bytes:
-        """`size` bytes, fewer only at the end of the file."""
-        wait = _FIRST_WAIT
-        for left in reversed(range(_TRIES)):
-            try:
-                if self._file is None:
-                    self._file = self._open()
-                data = _read_up_to(self._file, size)
-                self._at += len(data)
-                return data
-            except Exception as error:  # each back end raises its own kinds
-                self.close()
-                reason = _reason(error, self._url)
-                if _is_absence(reason):
-                    raise FileNotFoundError(f"{self._url}: no such file") from error
-                if not left:
-                    raise Unreachable(f"{self._url} cannot be read at byte {self._at}: {_line(reason)}") from error
-                if isinstance(error, ValueError) and not self._whole and self._url.startswith("http"):
-                    self._whole = True  # so fsspec says that the server passes over which bytes it was asked for
-                else:
-                    time.sleep(wait)
-                    wait *= 2
-        raise AssertionError
+        """Returns `size` bytes, fewer only at the end of the file. Raises FileNotFoundError or Unreachable."""
+        try:
+            data = self._read_or_restart(size)
+        except Exception as error:  # each back end raises its own kinds
+            self.close()
+            reason = _reason(error, self._url)
+            if _is_absence(reason):
+                raise FileNotFoundError(f"{self._url}: no such file") from error
+            raise Unreachable(f"{self._url} cannot be read at byte {self._offset}: {_line(reason)}") from error
+        self._offset += len(data)
+        return data
+
+    def _read_or_restart(self, size: int) -> bytes:
+        try:
+            return self._read(size)
+        except ValueError:  # fsspec's, of a server that ignores which bytes it was asked for
+            if self._from_start or not self._url.startswith("http"):
+                raise
+        self.close()
+        self._from_start = True
+        return self._read(size)
+
+    def _read(self, size: int) -> bytes:
+        if self._file is None:
+            self._file = self._open()
+        return _read_up_to(self._file, size)
 
     def _open(self) -> Any:
-        """The file from `_at` on."""
+        """Opens the file at `_offset`."""
         fs, path = file_system(self._url)
-        file = fs.open(path, "rb", block_size=0 if self._whole else _BLOCK_BYTES, cache_type="readahead")
+        file = fs.open(path, "rb", block_size=0 if self._from_start else _BLOCK_BYTES, cache_type="readahead")
         if file.size is not None:
-            file.seek(self._at)
+            file.seek(self._offset)
         else:  # a server that sends the whole file at each request, or does not say how long it is
-            for start in range(0, self._at, _BLOCK_BYTES):
-                _read_up_to(file, min(_BLOCK_BYTES, self._at - start))
+            for start in range(0, self._offset, _BLOCK_BYTES):
+                _read_up_to(file, min(_BLOCK_BYTES, self._offset - start))
         return file
 
     def close(self) -> None:
@@ -155,7 +169,7 @@ class _Resumed:
             self._file.close()
             self._file = None
 
-    def __enter__(self) -> _Resumed:
+    def __enter__(self) -> _ResumedFile:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -163,7 +177,7 @@ class _Resumed:
 
 
 def _read_up_to(file: Any, size: int) -> bytes:
-    """`size` bytes, fewer only at the end of the file. Raises OSError where the connection ended before."""
+    """Reads `size` bytes, fewer only at the end of the file. Raises OSError where the connection ended before."""
     pieces, left = [], size
     while left and (piece := file.read(left)):
         pieces.append(piece)
@@ -174,52 +188,49 @@ def _read_up_to(file: Any, size: int) -> bytes:
 
 
 class Remote:
-    """A folder on object storage. Objects appear whole: an upload that is cut off leaves nothing, or what was there."""
+    """A folder on object storage. Objects appear whole: an interrupted upload leaves nothing, or the old object."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
         self._fs, self._path = file_system(self.url)
 
     def upload(self, local: Path, name: str) -> None:
-        """Uploads a file, or the files of a folder, to `name` within the folder. Raises Unreachable."""
+        """Uploads a file, or all files of a folder, to `name` within this folder. Raises Unreachable."""
         files = [local] if local.is_file() else sorted(p for p in local.rglob("*") if p.is_file())
         for file in files:
-            place = name if file == local else f"{name}/{file.relative_to(local).as_posix()}"
-            self._try(lambda file=file, place=place: self._fs.put_file(str(file), f"{self._path}/{place}"), place)
+            target = name if file == local else f"{name}/{file.relative_to(local).as_posix()}"
+            self._request(
+                lambda file=file, target=target: self._fs.put_file(str(file), f"{self._path}/{target}"), target
+            )
 
     def download(self, name: str, local: Path) -> bool:
-        """Fetches a file whole; False where there is none. Raises Unreachable."""
-        if not self._try(lambda: self._fs.exists(f"{self._path}/{name}"), name):
+        """Downloads a file; returns False where there is none. Raises Unreachable."""
+        if not self._request(lambda: self._fs.exists(f"{self._path}/{name}"), name):
             return False
         local.parent.mkdir(parents=True, exist_ok=True)
-        self._try(lambda: self._fs.get_file(f"{self._path}/{name}", str(local)), name)
+        self._request(lambda: self._fs.get_file(f"{self._path}/{name}", str(local)), name)
         return True
 
     def sizes(self, name: str) -> dict[str, int]:
-        """The files under `name` with their sizes in bytes, by their names within the folder."""
+        """Returns the sizes in bytes of the files under `name`, by their names within this folder. Raises Unreachable."""
         start = len(self._path) + 1
-        found = self._try(lambda: self._fs.find(f"{self._path}/{name}", detail=True), name)
+        found = self._request(lambda: self._fs.find(f"{self._path}/{name}", detail=True), name)
         return {path[start:]: about["size"] for path, about in found.items()}
 
     def remove(self, name: str) -> None:
-        """Removes what is under `name`, if anything is."""
-        if self._try(lambda: self._fs.exists(f"{self._path}/{name}"), name):
-            self._try(lambda: self._fs.rm(f"{self._path}/{name}", recursive=True), name)
+        """Removes a file or folder, if it is there. Raises Unreachable."""
+        if self._request(lambda: self._fs.exists(f"{self._path}/{name}"), name):
+            self._request(lambda: self._fs.rm(f"{self._path}/{name}", recursive=True), name)
 
-    def _try(self, action: Any, name: str) -> Any:
-        wait = _FIRST_WAIT
-        for left in reversed(range(_TRIES)):
-            try:
-                return action()
-            except Exception as error:  # each back end raises its own kinds
-                self._fs.invalidate_cache()
-                if not left:
-                    raise Unreachable(
-                        f"{self.url}/{name}: {_line(error)}; check the address, the credentials and the network"
-                    ) from error
-                time.sleep(wait)
-                wait *= 2
-        raise AssertionError
+    @_retried
+    def _request(self, action: Callable[[], Any], name: str) -> Any:
+        try:
+            return action()
+        except Exception as error:  # each back end raises its own kinds
+            self._fs.invalidate_cache()
+            raise Unreachable(
+                f"{self.url}/{name}: {_line(error)}; check the address, the credentials and the network"
+            ) from error
 
 
 def _line(error: BaseException) -> str:

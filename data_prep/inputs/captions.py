@@ -1,4 +1,4 @@
-"""Which caption a sample is stored with: one of `key.txt` and the fields of `key.json`, by choice or drawn by weight.
+"""Choice of the caption that a sample is stored with: `key.txt` or a field of `key.json`, named or drawn by weight.
 
     None                             the default: `key.txt`, or without one the field "caption" (img2dataset writes both)
     ".txt"                           `key.txt` alone
@@ -6,10 +6,10 @@
     ["recaption", ".txt"]            one of several, drawn for each sample with equal weights ...
     {"recaption": 0.8, ".txt": 0.2}  ... or with these; on a command line: recaption=0.8,.txt=0.2
 
-A caption is drawn among those that the sample has: a text that is not only white space, or a number. The draw follows
-from the sample's key alone, whatever the order and the number of workers: of all names the least -ln(u)/weight wins,
-where u in (0, 1) is a hash of key and name (Efraimidis and Spirakis, 2006). So a name falls out without stirring the
-draws among the others, and its share goes to them by their weights.
+A caption is drawn among those that the sample has: a text that is not only white space, or a number. The draw depends on
+the sample's key alone, not on the order or number of workers: the name with the least -ln(u)/weight wins, where u in (0, 1)
+is a hash of key and name (Efraimidis and Spirakis, 2006). Where a sample lacks one of the captions, the draws among the others
+stay as they are, and its share goes to them by their weights.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
 
 @dataclass(frozen=True)
 class CaptionChoice:
-    """The names to draw from, sorted, with their shares, which add up to 1; no names are the default."""
+    """Names to draw from, sorted, with their shares, which add up to 1; without names, the default."""
 
     shares: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def parse(cls, spec: str | Mapping[str, float] | Sequence[str] | None) -> "CaptionChoice":
-        """Raises ValueError at a spec that names nothing, names something twice, or has a weight that is none."""
+        """Reads a spec. Raises ValueError where it has no names, a name twice, or a weight out of range."""
         if spec is None:
             return cls()
         pairs = _pairs(spec)
@@ -47,21 +47,21 @@ class CaptionChoice:
                     spec, f"the weight of {name!r} is {weight!r}, no number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}"
                 )
         total = math.fsum(weight for _, weight in pairs)
-        total = 1.0 if math.isclose(total, 1.0) else total  # so that the shares of `setting` give themselves again
+        total = 1.0 if math.isclose(total, 1.0) else total  # so that `parse` gives the shares of `setting` unchanged
         return cls(tuple(sorted((name, float(f"{weight / total:.12g}")) for name, weight in pairs)))
 
     @property
     def setting(self) -> dict[str, float] | None:
-        """The spec in one form, for JSON: two runs with equal ones choose alike; `parse` takes it."""
+        """The spec in a canonical form for JSON, which `parse` takes: equal settings choose the same captions."""
         return dict(self.shares) or None
 
     @property
     def reads_txt(self) -> bool:
-        """Whether `pick` looks at `key.txt`: where not, it need not even be UTF-8."""
+        """Whether `pick` uses `key.txt`; where not, that need not be UTF-8."""
         return not self.shares or TXT in dict(self.shares)
 
     def pick(self, key: str, txt: str | None, metadata: Mapping[str, Any]) -> str | None:
-        """The caption of the sample `key`: None if it has none of those named, only white space if all are blank."""
+        """Returns the caption of the sample `key`: None without any of the named ones, white space if all are blank."""
         if not self.shares:
             return txt if txt is not None else _text(metadata.get("caption"))
         found = {name: txt if name == TXT else _text(metadata.get(name)) for name, _ in self.shares}
@@ -73,7 +73,7 @@ class CaptionChoice:
 
 
 def _pairs(spec: Any) -> list[tuple[Any, Any]]:
-    """Names with their weights, not yet checked."""
+    """Returns names with weights, which are not checked yet."""
     if isinstance(spec, Mapping):
         return list(spec.items())
     if isinstance(spec, Sequence) and not isinstance(spec, (str, bytes)):
@@ -107,6 +107,6 @@ def _text(value: object) -> str | None:
 
 
 def _uniform(name: str, key: str) -> float:
-    """A hash in (0, 1), never at its ends."""
+    """Hashes name and key to a number within (0, 1), never 0 or 1."""
     digest = hashlib.sha256(f"{name}\0{key}".encode("utf-8", "surrogatepass")).digest()
     return ((int.from_bytes(digest[:8], "big") >> 12) + 0.5) / 2**52

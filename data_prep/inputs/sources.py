@@ -1,4 +1,4 @@
-"""What is encoded: one source by the command line, or several named ones by a YAML file.
+"""Sources of captioned pictures: one given by the command line, or several named ones in a YAML file.
 
     sources:
       coyo:
@@ -8,7 +8,7 @@
       niji:
         tars: s3://bucket/niji/{00000..01023}.tar
 
-Each source has a folder of its own in the data set, so that training can mix them by any proportions.
+Each source has its own folder in the data set, so that training can mix them in any proportions.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from data_prep.common.storage import find_tars
 from data_prep.inputs.captions import CaptionChoice
 from data_prep.inputs.filters import Filter
 
-ONLY = "images"  # the source's name where the command line gives one
+DEFAULT_SOURCE = "images"  # name of the source that the command line gives
 RESERVED = ("reports", "work")
-UNFIT = ("", ".", "..", "index.json")  # for a part: no folder of its own, or a name that its set needs
+UNUSABLE_PARTS = ("", ".", "..", "index.json")  # names that cannot be a part's folder, or that its set uses itself
 
 
 @dataclass(frozen=True)
 class Job:
-    """One tar, and the part that it becomes."""
+    """A tar, and the part that it becomes. `bytes` is the tar's size."""
 
     source: Source
     part: str
@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Source:
-    """A named collection of tars, and how their samples are read."""
+    """Named collection of tars, with the caption choice and filter for their samples."""
 
     name: str
     tars: tuple[str, ...]
@@ -56,16 +56,16 @@ class Source:
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What all parts of this source must share."""
+        """Settings that are the same for all parts of this source."""
         return {"captions": self.captions.setting, "filter": str(self.filter)}
 
     def jobs(self) -> list[Job]:
-        """One for each tar. Raises FileNotFoundError, or ValueError where two tars have one name."""
+        """Returns a job for each tar. Raises FileNotFoundError, or ValueError where two tars have the same name."""
         found: dict[str, Job] = {}
         for pattern in self.tars:
             for url, size in find_tars(pattern).items():
                 part = PurePosixPath(url).stem
-                if part in UNFIT or part.encode(errors="ignore").decode() != part:
+                if part in UNUSABLE_PARTS or part.encode(errors="ignore").decode() != part:
                     raise ValueError(
                         f"{url!r} would become the part {part!r}, which no folder can be called; rename it"
                     )
@@ -90,8 +90,8 @@ class _File(BaseModel):
     sources: dict[str, _Entry]
 
 
-def source(name: str, tars: list[str], captions: Any, filter_: str) -> Source:
-    """A source from its settings. Raises ValueError with one clear line."""
+def make_source(name: str, tars: list[str], captions: Any, filter_: str) -> Source:
+    """Makes a source from its settings. Raises ValueError with one clear line."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in RESERVED:
         raise ValueError(
             f"source {name!r}: a name has letters, digits, - and _ only, and is not {' or '.join(RESERVED)}"
@@ -100,7 +100,7 @@ def source(name: str, tars: list[str], captions: Any, filter_: str) -> Source:
 
 
 def read_sources(path: Path) -> list[Source]:
-    """The sources of a YAML file. Raises FileNotFoundError, or ValueError with every problem of the file."""
+    """Reads the sources of a YAML file. Raises FileNotFoundError, or ValueError with every problem of the file."""
     if not path.is_file():
         raise FileNotFoundError(f"--sources {path}: no such file; data_prep/inputs/sources.py shows what it holds")
     try:
@@ -114,7 +114,7 @@ def read_sources(path: Path) -> list[Source]:
     for name, entry in content.sources.items():
         try:
             tars = [entry.tars] if isinstance(entry.tars, str) else entry.tars
-            found.append(source(name, tars, entry.captions, entry.filter))
+            found.append(make_source(name, tars, entry.captions, entry.filter))
         except ValueError as error:
             problems.append(f"  sources.{name}: {error}")
     if problems or not found:

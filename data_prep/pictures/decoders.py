@@ -1,12 +1,11 @@
-"""Picture functions in child processes, under a limit of time and of memory: a hostile file costs itself and no other.
+"""Pool of child processes that decode pictures, with limits of time and memory: a hostile file fails alone.
 
-Each child has a thread that writes a task to its stdin and waits for the answer on its stdout. A child that overruns the
-time is ended by its own alarm, even inside of libjpeg and when nobody waits for it any more; one that wants too much
-memory gets a MemoryError; one that dies twice of the same task is crashed by it. Each of these is an `Unusable` of that
-one task, and the thread goes on with a new child. A child whose parent is gone, however that came, reads the end of its
-stdin and exits.
+Each child has a thread that writes a task to its stdin and waits for the answer on its stdout. A child that exceeds the time
+is ended by its own alarm, even inside of libjpeg and when no thread waits for it; one that exceeds the memory gets a
+MemoryError; a task at which a child dies twice has crashed it. Each of these is an `Unusable` of that one task, and the
+thread goes on with a new child. A child whose parent is gone reads the end of its stdin and exits.
 
-The child is this file as a program: it imports no torch, nor the parent's main module as multiprocessing would. A
+The child runs this file as a program: it imports no torch, and not the parent's main module as multiprocessing would. A
 message is a pickle and the arrays that it refers to: their number, their lengths, their bytes.
 """
 
@@ -34,27 +33,27 @@ PIPE_BYTES = 1 << 20  # the most that an unprivileged process may ask for
 
 
 class DecoderPool:
-    """`processes` children; `seconds` and `memory_bytes` (of address space) are the limits of each task."""
+    """Pool of `processes` children; each task may take `seconds` of computing and `memory_bytes` of address space."""
 
     def __init__(self, processes: int, seconds: float = 30.0, memory_bytes: int = 4 << 30):
         self._seconds, self._memory_bytes = seconds, memory_bytes
         self._threads = ThreadPoolExecutor(processes, "decoder")
-        self._own = threading.local()  # .child: a thread's child
+        self._own = threading.local()  # .child: the child of a thread
         self._children: set[subprocess.Popen[bytes]] = set()
         self._closed = False
-        self._lock = threading.Lock()  # of both: no child is started once the pool is closed
+        self._lock = threading.Lock()  # no child is started once the pool is closed
 
     def submit(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
-        """The future of function(*args), where the function is one that a child can import.
+        """Returns the future of function(*args); a child must be able to import the function.
 
-        It raises what the function raises; `Unusable`: too_slow, too_much_memory, decoder_crashed; RuntimeError where
-        no child can be started; CancelledError where the pool was closed.
+        The future raises what the function raises, and `Unusable`: too_slow, too_much_memory, decoder_crashed;
+        RuntimeError where no child can be started; CancelledError where the pool was closed.
         """
         assert function.__module__ != "__main__", f"{function.__name__}: a child has another main module"
         return self._threads.submit(self._run, function, args)
 
     def close(self) -> None:
-        """Ends all children at once; what was not done is cancelled."""
+        """Kills all children; tasks that are not done are cancelled."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             self._closed = True
@@ -71,7 +70,7 @@ class DecoderPool:
         self.close()
 
     def _run(self, function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
-        for again in (True, False):
+        for may_repeat in (True, False):
             child = getattr(self._own, "child", None)
             if child is None or child.poll() is not None:
                 child = self._own.child = self._start()
@@ -80,21 +79,21 @@ class DecoderPool:
                 done, answer = _unpack(_read(child.stdout))
                 break
             except (EOFError, BrokenPipeError):
-                self._bury(child)
+                self._reap(child)
                 if (code := child.returncode) == -signal.SIGPROF:
                     raise Unusable("too_slow", f"more than {self._seconds:g} s of computing") from None
-                if not again:  # the first time somebody else may have killed it: the kernel, short of memory
+                if not may_repeat:  # the first time the kernel may have killed it, short of memory
                     raise Unusable("decoder_crashed", f"signal {-code}" if code < 0 else f"exit code {code}") from None
         if not done:
             raise answer
         return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """A child that has imported all it needs, which is on no task's time."""
+        """Starts a child and waits until it has imported all it needs, so that this counts for no task."""
         with self._lock:
             if self._closed:
                 raise CancelledError
-            stderr = os.dup(2)  # the child's once it is ready; what it says before that is read here
+            stderr = os.dup(2)  # used by the child once it is ready; what it prints before that is read here
             child = subprocess.Popen(
                 [
                     sys.executable,
@@ -113,19 +112,19 @@ class DecoderPool:
             self._children.add(child)
         assert child.stdin and child.stdout and child.stderr
         for pipe in (child.stdin, child.stdout):
-            with contextlib.suppress(OSError):  # above what this user may have in all: slower, no more
+            with contextlib.suppress(OSError):  # above the user's limit for all pipes: only slower
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         try:
             _read(child.stdout)
         except EOFError:
-            words = self._bury(child).decode(errors="replace").split("\n")
+            words = self._reap(child).decode(errors="replace").split("\n")
             why = next((line for line in reversed(words) if line.strip()), f"exit code {child.returncode}")
             raise RuntimeError(f"a decoding process does not start: {why}") from None
         child.stderr.close()
         return child
 
-    def _bury(self, child: subprocess.Popen[bytes]) -> bytes:
-        """Leaves neither a zombie nor an open pipe of a child that has died; returns its last words."""
+    def _reap(self, child: subprocess.Popen[bytes]) -> bytes:
+        """Waits for a child that has died and closes its pipes; returns its last output on stderr."""
         _, words = child.communicate()
         with self._lock:
             if self._closed:
@@ -151,7 +150,7 @@ def _write(pipe: Any, parts: list[Any]) -> None:
 
 
 def _read(pipe: Any) -> list[bytearray]:
-    """Raises EOFError where the other side is gone."""
+    """Reads a message. Raises EOFError where the other side is gone."""
 
     def exactly(size: int) -> bytearray:
         found = bytearray(size)
@@ -164,22 +163,22 @@ def _read(pipe: Any) -> list[bytearray]:
 
 
 def main(seconds: float, memory_bytes: int, stderr: int) -> None:
-    """The child."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a job: the parent decides
+    """Runs the child: answers tasks from stdin until that ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a job; the parent ends its children
         signal.signal(number, signal.SIG_IGN)
-    for number in (signal.SIGPROF, signal.SIGPIPE):  # the time is over; the parent is gone
+    for number in (signal.SIGPROF, signal.SIGPIPE):  # the time limit; the parent is gone
         signal.signal(number, signal.SIG_DFL)
     os.nice(5)
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes if most < 0 else min(memory_bytes, most), most))
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(stderr, 1)  # stray prints break no message
+    os.dup2(stderr, 1)  # so that no print gets into a message
     _write(answers, _pack("ready"))
     os.dup2(stderr, 2)
     with contextlib.suppress(EOFError):
         while True:
             task = _read(sys.stdin.buffer)
-            signal.setitimer(signal.ITIMER_PROF, seconds)  # not the clock's: a machine may stand still
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # processor time: the machine may be suspended or busy
             answer = _answer(task, memory_bytes)
             signal.setitimer(signal.ITIMER_PROF, 0)
             _write(answers, answer)
@@ -191,7 +190,7 @@ def _answer(task: list[bytearray], memory_bytes: int) -> list[Any]:
         return _pack((True, function(*args)))
     except MemoryError:
         return _pack((False, Unusable("too_much_memory", f"more than {memory_bytes / 2**30:g} GiB")))
-    except Exception as error:  # whatever it is, the parent raises it
+    except Exception as error:  # raised in the parent
         return _pack((False, error))
 
 

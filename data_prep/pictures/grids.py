@@ -1,4 +1,4 @@
-"""Decoded pictures to labelled grids that people look at. Letters: H, W pixels."""
+"""Labelled grids of decoded pictures. Letters: H, W pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def to_image(picture_3HW: Tensor) -> Image.Image:
-    """A picture in −1..1 to 8 bits."""
+    """Converts a picture in −1..1 to an 8-bit image."""
     bytes_HW3 = ((picture_3HW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
     return Image.fromarray(bytes_HW3.cpu().numpy())
 
@@ -20,7 +20,7 @@ def to_image(picture_3HW: Tensor) -> Image.Image:
 def labelled_grid(
     images: Sequence[Image.Image], labels: Sequence[str], side: int = 256, columns: int | None = None
 ) -> Image.Image:
-    """Pictures in rows, each `side` pixels wide with its label below."""
+    """Draws pictures in rows, each `side` pixels wide with its label below; `columns` is about the root of their number."""
     columns = columns or min(len(images), max(1, math.ceil(math.sqrt(len(images)))))
     font = ImageFont.load_default(size=max(11, side // 20))
     line = max(11, side // 20) + 3

@@ -1,17 +1,17 @@
-"""Pictures that are there twice: a hash of each picture, then the search for repeats among the hashes of all tars.
+"""Hashes of pictures, and the search for repeated pictures among the hashes of all tars.
 
-The story, in the order of the code:
+In the order of the code:
 
 1. `exact_hash` is equal for files that are equal byte for byte, `perceptual_hash` nearly equal for pictures that look
    the same: at another size, quality or format, a little brighter or darker. Both are 64 bits and need only the file,
-   so that processes can hash tars in any order.
-2. `repeats` names, for each hash, the first earlier one that is near. Whoever calls it brings the hashes into an order
-   of their own (tar, then place in the tar), and gets the same answer whichever tar was hashed first.
+   so processes can hash tars in any order.
+2. `repeats` names, for each hash, the first earlier one that is near. The caller passes the hashes in a fixed order (tar,
+   then place in the tar), so the answer does not depend on which tar was hashed first.
 3. `_search` finds the near pairs among many millions of hashes without comparing them all, and without missing any.
 
-What to drop: every picture that has any near one before it, even where that earlier one is itself dropped. So a chain
-A, B, C, of which only neighbours are near, keeps A alone. Keeping C as well, since B is gone, would make each answer
-hang on all those before it.
+Every picture with a near one before it is dropped, even where the earlier one is dropped, too. So of a chain A, B, C, in
+which only neighbours are near, A alone is kept. Keeping C as well, as B is gone, would make each answer depend on all
+earlier ones.
 
 Shapes: N hashes, H height, W width, V and U frequencies down and across.
 """
@@ -26,25 +26,25 @@ from PIL import Image
 
 from data_prep.pictures.images import cut, decode
 
-MAX_DISTANCE = 8  # of 64 bits; beyond it different pictures begin to meet
+MAX_DISTANCE = 8  # of 64 bits; beyond it different pictures count as equal
 
-# ------------------------------------------------------------------------------------------------------- 1. the hashes
+# ---- 1. hashes ----
 
 _SIDE, _LOW = 32, 8
-# DCT-II, orthonormal up to a factor of 2^14, [U, W]. Whole numbers make the hash the same on every machine, and all that
-# should be zero exactly zero: what has no frequencies (a plain picture) has no random bits.
+# DCT-II, orthonormal up to a factor of 2^14, [U, W]. With whole numbers the hash is the same on every machine, and what should be
+# zero is exactly zero: a plain picture, without frequencies, has no random bits.
 _COSINES = np.cos(np.pi / _SIDE * np.outer(np.arange(_LOW), np.arange(_SIDE) + 0.5)) * (2 / _SIDE) ** 0.5
 _COSINES[0] *= 0.5**0.5
 _COSINES = np.round(_COSINES * 2**14).astype(np.int64)
 
 
 def exact_hash(data: bytes) -> int:
-    """64 bits of the file's BLAKE2b. Among 140 million different files 5e-4 pairs are expected to be equal by chance."""
+    """Returns 64 bits of the file's BLAKE2b. Among 140 million different files 5e-4 pairs are expected to be equal by chance."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def perceptual_hash(data: bytes) -> int:
-    """64 bits of how the picture looks ("pHash"): which of its 8 × 8 lowest frequencies are above their median.
+    """Returns 64 bits of the picture's look ("pHash"): which of its 8 × 8 lowest frequencies are above their median.
 
     The picture is first squeezed to a grey square of 32 pixels: colours, fine detail and format are not seen. The mean
     brightness (the highest bit) is left out of the median, which halves the other 63. So nearly all hashes have 32 ones,
@@ -61,30 +61,30 @@ def perceptual_hash(data: bytes) -> int:
 
 
 @dataclass(frozen=True)
-class Look:
-    """A picture's hash, and its size when it is upright, in pixels."""
+class PictureHash:
+    """Hash of a picture, and the size of the upright picture in pixels."""
 
     hash: int
     width: int
     height: int
 
 
-def look(data: bytes, method: str, resolutions: tuple[int, ...], buckets: bool) -> Look:
-    """The hash (exact | perceptual) of a picture that `cut` would cut. Raises `Unusable` as `cut`, of any other."""
-    # The smallest cut says whether the picture is usable at all.
+def hash_picture(data: bytes, method: str, resolutions: tuple[int, ...], buckets: bool) -> PictureHash:
+    """Hashes a picture by a method: exact | perceptual. Raises `Unusable` where `cut` would."""
+    # A picture is usable if its smallest cut can be made.
     whole = cut(data, (min(resolutions),), buckets)
     value = exact_hash(data) if method == "exact" else perceptual_hash(data)
-    return Look(value, whole.width, whole.height)
+    return PictureHash(value, whole.width, whole.height)
 
 
-# ------------------------------------------------------------------------------------------------------ 2. the repeats
+# ---- 2. repeats ----
 
 
 def repeats(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """int64 [N]: for each i of `hashes` (uint64 [N]) the least j < i that differs in at most `distance` bits, else -1.
+    """Returns int64 [N]: for each i of `hashes` (uint64 [N]) the least j < i within `distance` bits, else -1.
 
-    Exact. 140 million random hashes take one core 1.5 minutes and 7 GB at distance 0; about 12 minutes and 13 GB at 3,
-    half a day at 8 (extrapolated). Hashes that crowd together take longer.
+    The search is exact. 140 million random hashes take one core 1.5 minutes and 7 GB at distance 0, 12 minutes and 13 GB at 3,
+    half a day at 8 (extrapolated). Hashes that lie close together take longer.
     """
     if distance not in range(MAX_DISTANCE + 1):
         raise ValueError(f"distance between duplicates is {distance!r}; expected a whole number of 0 to {MAX_DISTANCE}")
@@ -93,7 +93,7 @@ def repeats(hashes: np.ndarray, distance: int) -> np.ndarray:
         return np.empty(0, dtype=np.int64)
     found = _first_equal(hashes)
     if distance > 0:
-        # Of equal hashes the first alone is searched for; whatever is found for it holds for the others too.
+        # Only the first of equal hashes is searched for; the result holds for the others, too.
         first = np.flatnonzero(found == np.arange(len(hashes)))
         best = np.arange(len(first))
         _search(hashes[first], np.arange(len(first)), np.uint64(0), distance, best)
@@ -105,7 +105,7 @@ def repeats(hashes: np.ndarray, distance: int) -> np.ndarray:
 
 
 def _first_equal(hashes: np.ndarray) -> np.ndarray:
-    """int64 [N]: the least index that has the same hash, be it the own."""
+    """Returns int64 [N]: for each hash the least index with the same one, which may be its own."""
     order = np.argsort(hashes)
     ordered = hashes[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
@@ -115,18 +115,18 @@ def _first_equal(hashes: np.ndarray) -> np.ndarray:
     return first
 
 
-# ------------------------------------------------------------------------------------------------------- 3. the search
+# ---- 3. search ----
 
-_LONG = 1024  # runs of up to so many hashes are compared without thinking
-_CHUNK = 2**18  # of hashes, for the processor's cache
-_SORT = 20  # what sorting costs a hash, in comparisons of two hashes
+_LONG = 1024  # in runs of up to this many hashes all pairs are compared
+_CHUNK = 2**18  # hashes that are compared together, for the processor's cache
+_SORT = 20  # cost of sorting a hash, in comparisons of two hashes
 
 
 def _search(h: np.ndarray, ids: np.ndarray, mask: np.uint64, distance: int, best: np.ndarray) -> None:
     """Lowers `best[b]` to a for all a < b of `ids` whose hashes `h` are near and agree in the bits of `mask`.
 
-    `h`, all different, is so ordered that those which agree in `mask` are a run. In short runs all pairs are compared.
-    Long runs are split by the pigeonhole principle: of distance + k blocks of bits, two near hashes differ in at most
+    The hashes `h` all differ, and are ordered so that those which agree in `mask` form a run. All pairs of a short run are
+    compared. Long runs are split by the pigeonhole principle: of distance + k blocks of bits, two near hashes differ in at most
     `distance` and so agree in some k. For each choice of k blocks, the hashes that agree in these too are the new runs.
     """
     split = _in_long_runs(h, mask)
@@ -155,18 +155,18 @@ def _search(h: np.ndarray, ids: np.ndarray, mask: np.uint64, distance: int, best
 
 
 def _in_long_runs(h: np.ndarray, mask: np.uint64) -> np.ndarray:
-    """bool [N]: which hashes are in a run of more than `_LONG`."""
+    """Returns bool [N]: which hashes are in a run of more than `_LONG`."""
     starts = np.flatnonzero(np.concatenate([[True], ((h[1:] ^ h[:-1]) & mask) != 0]))
     lengths = np.diff(starts, append=len(h))
     return np.repeat(lengths > _LONG, lengths)
 
 
 def _choices(h: np.ndarray, mask: np.uint64, distance: int) -> list[np.uint64]:
-    """The masks of each k of distance + k blocks, of the k that promises the least work; none: better not to split."""
+    """Returns a mask for each choice of k of distance + k blocks, for the k with the least work; none to not split."""
     steps = h[1:] ^ h[:-1]
     inside = (steps & mask) == 0
     varying = int(np.bitwise_or.reduce(steps, where=inside, initial=np.uint64(0)))
-    bits = [1 << n for n in range(64) if varying >> n & 1]  # those by which hashes of one run differ
+    bits = [1 << n for n in range(64) if varying >> n & 1]  # in which hashes of one run differ
     lengths = np.diff(np.flatnonzero(np.concatenate([[True], ~inside, [True]]))).astype(float)
     pairs = (lengths**2).sum() / len(h) / 2  # for each hash
 

@@ -1,21 +1,21 @@
-"""The bytes of an image in, its pictures at the resolutions of a training out: pure functions, data prep's second step.
+"""Decoding and cropping: the bytes of an image in, its pictures at the wanted resolutions out. Pure functions.
 
-The story, in the order of the code:
+In the order of the code:
 
 1. `Unusable`: an image that cannot be trained on, with a reason of the fixed set `UNUSABLE_REASONS`.
-2. `decode`: bytes → upright 8-bit sRGB picture. Only JPEG, PNG and WebP are tried, whatever the file is called. The
+2. `decode`: bytes → upright 8-bit sRGB picture. Only JPEG, PNG and WebP are tried, by content and not by name. The
    size is judged by the header, before a pixel is decoded. Then all pixels are read (a truncated file is broken),
-   16 bits become 8, the embedded colour profile is converted to sRGB, what is transparent is laid over white, and the
+   16 bits become 8, the embedded colour profile is converted to sRGB, transparent pixels are laid over white, and the
    picture is turned as its EXIF says.
 3. `bucket_of`: the one of a few fixed aspect ratios that is nearest to the picture's.
 4. `resize_and_crop`: the largest centred part that has the wanted aspect ratio, at the wanted size.
-5. `cut`: all of this at once: bytes → a picture for each resolution that the image is large enough for. A large JPEG
+5. `cut`: all of this together: bytes → a picture for each resolution that the image is large enough for. A large JPEG
    is decoded at a half, a quarter or an eighth of its size.
 
 Shapes: H height, W width, 3 colours (red, green, blue). Sizes are in pixels; a (width, height) is Pillow's order, a
 (height, width) or (rows, columns) that of arrays.
 
-No torch in here: the child processes of `decoders.py` import this file, and are many.
+This file imports no torch: it is imported by the many child processes of `decoders.py`.
 """
 
 import io
@@ -29,7 +29,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-# ----------------------------------------------------------------------------------------------- 1. what is dropped
+# ---- 1. unusable images ----
 
 UnusableReason = Literal[
     "unsupported_format",  # neither JPEG nor PNG nor WebP by its first bytes
@@ -38,8 +38,8 @@ UnusableReason = Literal[
     "animated",  # an APNG or WebP of several frames: no caption says which of them it is about
     "too_small",  # a side is below the wanted size: nothing is ever scaled up
     "too_slow",  # decoding took more processor time than the limit
-    "too_much_memory",  # decoding wanted more than the limit
-    "decoder_crashed",  # the process that decoded it died of it
+    "too_much_memory",  # decoding needed more than the limit
+    "decoder_crashed",  # the process that decoded it died
 ]
 UNUSABLE_REASONS: tuple[str, ...] = get_args(UnusableReason)
 
@@ -47,10 +47,10 @@ MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open an image: a squa
 
 
 class Unusable(ValueError):
-    """An image to drop: `reason` is one of `UNUSABLE_REASONS`, `detail` is for people."""
+    """Image that is dropped: `reason` is one of `UNUSABLE_REASONS`, `detail` is for people."""
 
     def __init__(self, reason: UnusableReason, detail: str) -> None:
-        super().__init__(reason, detail)  # all of the arguments, so that it crosses from a worker process
+        super().__init__(reason, detail)  # all arguments, so that it can be pickled
         self.reason = reason
         self.detail = detail
 
@@ -58,11 +58,11 @@ class Unusable(ValueError):
         return f"{self.reason}: {self.detail}"
 
 
-# -------------------------------------------------------------------------------------------------------- 2. decode
+# ---- 2. decode ----
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The upright picture in `data`: mode RGB, 8 bits, sRGB, over white, without metadata.
+    """Decodes the upright picture in `data`: mode RGB, 8 bits, sRGB, over white, without metadata.
 
     `max_pixels` limits width × height; above `MAX_PIXELS` it has no effect, as Pillow refuses such images itself.
 
@@ -70,19 +70,19 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     image = _open(data, max_pixels)
     rgb = _turned(_read_rgb(image), _orientation(image))
-    rgb.info = {}  # profile and orientation are used up: nothing may apply them again
+    rgb.info = {}  # profile and orientation are applied, and must not be applied again
     return rgb
 
 
 def _may_be_supported(data: bytes) -> bool:
-    """Whether the first bytes, or the few that there are, are those of a JPEG, PNG or WebP."""
+    """Returns whether the first bytes, if there are enough, are those of a JPEG, PNG or WebP."""
     first, without_size = data[:8], data[:4] + data[8:12]
     pairs = ((first, b"\xff\xd8\xff"), (first, b"\x89PNG\r\n\x1a\n"), (without_size, b"RIFFWEBP"))
     return any(head.startswith(magic) or magic.startswith(head) for head, magic in pairs)
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """The first and only frame, of which the header is read but no pixel."""
+    """Opens the only frame; reads its header but no pixels."""
     if not _may_be_supported(data):
         raise Unusable("unsupported_format", f"neither JPEG nor PNG nor WebP: starts with {data[:12]!r}")
     with _damage_is_unusable():
@@ -90,14 +90,14 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise Unusable("too_large", f"{width} × {height} pixels, limit {max_pixels}")
-    # Not asked of a JPEG: phones append further pictures (MPO), of which the first is the photograph.
+    # A JPEG is not asked: phones append further pictures (MPO), of which the first is the photograph.
     if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
         raise Unusable("animated", f"{image.format} of several frames")
     return image
 
 
 def _read_rgb(image: Image.Image) -> Image.Image:
-    """All pixels of an opened image in sRGB over white, in the file's own orientation."""
+    """Reads all pixels of an opened image in sRGB over white, in the file's own orientation."""
     with _damage_is_unusable():
         image.load()
     colour, alpha = _colour_and_alpha(image)
@@ -111,7 +111,7 @@ def _read_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _damage_is_unusable() -> Iterator[None]:
-    """Around calls to Pillow alone: it promises no set of exceptions for damaged data.
+    """Context that turns errors of Pillow into `Unusable`; Pillow promises no set of exceptions for damaged data.
 
     OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error and IndexError are all known from it.
     """
@@ -119,15 +119,17 @@ def _damage_is_unusable() -> Iterator[None]:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Unusable("too_large", str(error)) from error
-    except MemoryError:  # says something of the machine and not of the image
+    except MemoryError:  # a matter of the machine and not of the image
         raise
     except Exception as error:
-        words = re.sub(r" at 0x[0-9a-f]+", "", str(error))  # Pillow names objects by address: another one in each run
+        words = re.sub(
+            r" at 0x[0-9a-f]+", "", str(error)
+        )  # Pillow names objects by their address, which differs in each run
         raise Unusable("broken_image", f"{type(error).__name__}: {words}") from error
 
 
 def _colour_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The colours in mode L, RGB or CMYK, 8 bits a channel, and the opacity in mode L (None: opaque everywhere)."""
+    """Returns the colours in mode L, RGB or CMYK, 8 bits a channel, and the opacity in mode L (None: opaque)."""
     if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
         values_HW = np.asarray(image).astype(np.uint32)
         colour = Image.fromarray(((values_HW * 255 + 32767) // 65535).astype(np.uint8))
@@ -146,7 +148,7 @@ def _colour_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | No
 
 
 def _to_srgb(colour: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB in sRGB. A profile that is damaged or made for another mode says nothing about the colours: it is ignored."""
+    """Converts colours to sRGB. A profile that is damaged or made for another mode is ignored."""
     if not profile:
         return colour.convert("RGB")
     try:
@@ -171,7 +173,7 @@ _TRANSPOSING = (5, 6, 7, 8)
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 (upright) to 8. A damaged EXIF block says nothing about it: 1."""
+    """Returns EXIF's orientation, 1 (upright) to 8; 1 where the EXIF block is damaged."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # as for damaged pixels, Pillow promises no set of exceptions
@@ -183,34 +185,34 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-# ------------------------------------------------------------------------------------------------------- 3. buckets
+# ---- 3. buckets ----
 
 _WIDE = ((16, 16), (15, 17), (14, 18), (13, 20), (12, 21), (11, 23), (10, 26))
 # Shapes of nearly one area, as (rows, columns) in sixteenths of the resolution; transposed ones after the wide ones.
 BUCKETS: tuple[tuple[int, int], ...] = (*_WIDE, *((columns, rows) for rows, columns in _WIDE[1:]))
-# A sixteenth must hold whole patches: 16 pixels are 2 latents of the VAE (8 pixels each), which are 1 token.
+# A sixteenth of a resolution must hold whole tokens: 16 pixels, or 2 latent pixels.
 BUCKET_STEP = 256
 
 
 def bucket_of(width: int, height: int) -> tuple[int, int]:
-    """The bucket whose aspect ratio is nearest, as a factor: the same at every resolution."""
+    """Returns the bucket with the nearest aspect ratio, by the ratio of both; the same at every resolution."""
     return min(BUCKETS, key=lambda bucket: abs(math.log(width / height) - math.log(bucket[1] / bucket[0])))
 
 
 def shape_of(bucket: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """(height, width) of a bucket's pictures."""
+    """Returns (height, width) of a bucket's pictures."""
     assert resolution % BUCKET_STEP == 0, resolution
     return bucket[0] * resolution // 16, bucket[1] * resolution // 16
 
 
-# ------------------------------------------------------------------------------------------------- 4. resize and crop
+# ---- 4. resize and crop ----
 
 
 def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The centre of `image` at [height, width]: one of its sides is kept whole, the other cropped on both ends.
+    """Returns the centre of `image` at [height, width]: one side is kept whole, the other cropped at both ends.
 
     The filter is Lanczos, which widens with the factor and so does not alias; from a factor of six on, Pillow first
-    averages whole blocks (`reducing_gap`), which is faster and hardly to be told from the plain filter.
+    averages whole blocks (`reducing_gap`), which is faster and hardly differs from the plain filter.
 
     Raises `Unusable`: too_small.
     """
@@ -218,7 +220,7 @@ def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _centre(image_width: int, image_height: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """The largest centred box of the aspect ratio, in whole pixels, so that a side that fits is not interpolated."""
+    """Returns the largest centred box of the aspect ratio, in whole pixels, so that a side that fits is not interpolated."""
     if image_width < width or image_height < height:
         raise Unusable("too_small", f"{image_width} × {image_height} pixels, below {width} × {height}")
     box_width = min(image_width, round(image_height * width / height))
@@ -231,12 +233,12 @@ def _resize(image: Image.Image, box: tuple[float, float, float, float], height: 
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
-# ------------------------------------------------------------------------------------------------------------ 5. cut
+# ---- 5. cut ----
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What is kept of an image: width, height and bucket of the upright picture in the file, and its cut pictures."""
+    """Pictures cut from an image, with width, height and bucket of the upright picture in the file."""
 
     width: int
     height: int
@@ -245,12 +247,12 @@ class Cut:
 
 
 def cut(data: bytes, resolutions: tuple[int, ...], buckets: bool = False, max_pixels: int = MAX_PIXELS) -> Cut:
-    """The picture in `data` at each resolution that it is large enough for, as a square or in its bucket's shape.
+    """Decodes the picture in `data` and cuts it at each resolution that it is large enough for, to a square or its bucket.
 
-    Raises `Unusable`: as `decode`, and too_small where it is too small for all of them, which the header tells.
+    Raises `Unusable`: as `decode`, and too_small by the header, where it is too small for all of them.
     """
     image = _open(data, max_pixels)
-    # All up to the last step is done as the file lies. Turning transposes size, bucket and shapes alike.
+    # Turning comes last, and transposes size, bucket and shapes alike.
     width, height = image.size
     bucket = bucket_of(width, height) if buckets else None
     shapes = {r: shape_of(bucket, r) if bucket else (r, r) for r in resolutions}
@@ -270,10 +272,10 @@ def cut(data: bytes, resolutions: tuple[int, ...], buckets: bool = False, max_pi
 
 
 def _draft(image: Image.Image, height: int, width: int) -> float:
-    """Has libjpeg decode at 1/2, 1/4 or 1/8 of the size, if that leaves twice [height, width]; returns the 2, 4 or 8.
+    """Sets libjpeg to decode at 1/2, 1/4 or 1/8 of the size, if that leaves twice [height, width]; returns 2, 4 or 8.
 
-    1 where nothing is gained, and for other formats. The last row and column of a draft may lie partly outside of the
-    picture: a place in it is the picture's divided by the number, whatever the rounded sizes.
+    Returns 1 where nothing is gained, and for other formats. The last row and column of a draft may lie partly outside of
+    the picture: coordinates in it are the picture's divided by the number, whatever the rounded sizes.
     """
     whole = image.width
     draft = image.draft(image.mode, (2 * width, 2 * height))

@@ -1,12 +1,12 @@
-"""The pass before the encoding that finds pictures which are there twice, across all tars of all sources.
+"""Deduplication before the encoding: finds pictures that repeat an earlier one, across all tars of all sources.
 
     work/hashes/…/SOURCE/PART.npz     keys and hashes of a tar's pictures; made in any order, by any worker
-    work/repeats/…/SOURCE/PART.json   the pictures of a tar that an earlier one repeats: key → source/part/key of that one
-    work/repeats/…/done               written last, by the worker that compared them all
+    work/repeats/…/SOURCE/PART.json   pictures of a tar that repeat an earlier one: key → source/part/key of the earlier one
+    work/repeats/…/done               written last, by the worker that compared all hashes
 
-Of several copies the first one stays, by the order of the sources, their tars, and the samples within; so it does not matter
-which tar was read first. Samples that would not be written anyway (filtered, without a caption, too small, broken) take no part:
-none of them can push out a copy that would.
+Of several copies the first one is kept, in the order of sources, tars and samples; so it does not matter which tar was read
+first. Samples that are dropped anyway (filtered, without a caption, too small, broken) are left out of the comparison: a copy of
+one of them that can be written is kept.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.common.files import atomic_write
-from data_prep.inputs.filters import with_sizes
+from data_prep.inputs.filters import add_sizes
 from data_prep.inputs.sources import Job
 from data_prep.inputs.tars import Sample, read_tar
 from data_prep.pictures.decoders import DecoderPool
-from data_prep.pictures.hashes import look, repeats
+from data_prep.pictures.hashes import hash_picture, repeats
 from data_prep.pictures.images import Unusable
 from data_prep.schema import WORK
 from data_prep.worker.claims import Claims
 
-AHEAD = 256  # samples that are read before their hashes are asked for
-POLL_SECONDS = 1.0
+AHEAD = 256  # pictures that are being hashed at once
 
 
 @dataclass(frozen=True)
-class Search:
-    """How repeats are found. `method`: exact | perceptual; `distance`: bits of 64 that may differ."""
+class DuplicateSearch:
+    """Settings of the search. `method`: exact | perceptual; `distance`: bits of 64 that may differ; sizes in pixels."""
 
     method: str
     distance: int
@@ -46,18 +45,21 @@ class Search:
 
     @property
     def folder(self) -> str:
-        """Hashes hold for this method alone."""
+        """Name of the folder for hashes and repeats of these settings."""
         sizes = "-".join(map(str, self.resolutions)) + ("b" if self.buckets else "")
         return f"{self.method}-{self.distance}-{sizes}" if self.method == "perceptual" else f"{self.method}-{sizes}"
 
 
-def find(
-    root: Path, jobs: list[Job], search: Search, claims: Claims, pool: DecoderPool, say: Callable[[str], None]
+def find_repeats(
+    root: Path, jobs: list[Job], search: DuplicateSearch, claims: Claims, pool: DecoderPool, say: Callable[[str], None]
 ) -> Callable[[Job], dict[str, str]]:
-    """The repeats of each job's tar, once all workers together have found them.
+    """Hashes and compares all pictures, together with the other workers; returns a function from a job to its repeats.
+
+    The repeats of a tar are the keys of its pictures that repeat an earlier one, each with the earlier one's name.
+    `say` prints a line.
 
     Raises:
-        OSError: a tar cannot be read; without it nobody knows what repeats it.
+        OSError: a tar cannot be read; what repeats its pictures is not known then.
     """
     hashes, found = (root / WORK / name / search.folder for name in ("hashes", "repeats"))
     by_name = {job.name: job for job in jobs}
@@ -82,10 +84,10 @@ def find(
     return lambda job: json.loads((found / f"{job.name}.json").read_text(encoding="utf-8"))
 
 
-def _hash_tar(job: Job, path: Path, search: Search, pool: DecoderPool) -> None:
-    """Keys and hashes of the pictures of a tar that will be written if no other one is like them."""
+def _hash_tar(job: Job, path: Path, search: DuplicateSearch, pool: DecoderPool) -> None:
+    """Writes keys and hashes of a tar's pictures, but for those that are dropped for another reason."""
     keys, values = [], []
-    for key, value in _looked_at(job, search, pool):
+    for key, value in _hashes_of(job, search, pool):
         keys.append(key)
         values.append(value)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,9 +97,9 @@ def _hash_tar(job: Job, path: Path, search: Search, pool: DecoderPool) -> None:
     temporary.replace(path)
 
 
-def _looked_at(job: Job, search: Search, pool: DecoderPool) -> Iterator[tuple[str, int]]:
+def _hashes_of(job: Job, search: DuplicateSearch, pool: DecoderPool) -> Iterator[tuple[str, int]]:
     before, after = job.source.filter.before, job.source.filter.after
-    submit = partial(pool.submit, look)
+    submit = partial(pool.submit, hash_picture)
 
     def submitted() -> Iterator[tuple[Sample, Future]]:
         for sample in read_tar(job.url, job.source.captions):
@@ -107,21 +109,21 @@ def _looked_at(job: Job, search: Search, pool: DecoderPool) -> Iterator[tuple[st
     try:
         waiting = submitted()
         ahead = list(islice(waiting, AHEAD))
-    except ValueError:  # no tar: told when it is encoded
+    except ValueError:  # no tar: reported when it is encoded
         return
     while ahead:
         sample, future = ahead.pop(0)
         ahead += islice(waiting, 1)
         try:
-            seen = future.result()
+            picture = future.result()
         except Unusable:
             continue
-        if not after.refusal(with_sizes(sample.metadata, seen.width, seen.height)):
-            yield sample.key, seen.hash
+        if not after.refusal(add_sizes(sample.metadata, picture.width, picture.height)):
+            yield sample.key, picture.hash
 
 
-def _compare(jobs: list[Job], hashes: Path, found: Path, search: Search) -> int:
-    """Writes each tar's repeats; returns how many there are."""
+def _compare(jobs: list[Job], hashes: Path, found: Path, search: DuplicateSearch) -> int:
+    """Compares all hashes and writes each tar's repeats; returns their number."""
     arrays = []
     for job in jobs:
         with np.load(hashes / f"{job.name}.npz", allow_pickle=False) as file:
@@ -129,20 +131,20 @@ def _compare(jobs: list[Job], hashes: Path, found: Path, search: Search) -> int:
     starts = np.concatenate([[0], np.cumsum([len(a) for a in arrays])])
     distance = search.distance if search.method == "perceptual" else 0
     first = repeats(np.concatenate([*arrays, np.empty(0, np.uint64)]), distance)
-    # Keys are read only for the tars that lose pictures or keep those of others.
-    needed: dict[int, np.ndarray] = {}
+    # Keys are read only of tars with a repeat or with the original of one.
+    keys: dict[int, np.ndarray] = {}
 
     def key(index: int) -> tuple[Job, str]:
         part = int(np.searchsorted(starts, index, side="right")) - 1
-        if part not in needed:
+        if part not in keys:
             with np.load(hashes / f"{jobs[part].name}.npz", allow_pickle=False) as file:
-                needed[part] = file["keys"]
-        return jobs[part], str(needed[part][index - starts[part]])
+                keys[part] = file["keys"]
+        return jobs[part], str(keys[part][index - starts[part]])
 
     total = 0
     for number, job in enumerate(jobs):
-        lost = np.flatnonzero(first[starts[number] : starts[number + 1]] >= 0) + starts[number]
-        originals = {key(int(i))[1]: key(int(first[i])) for i in lost}
+        repeated = np.flatnonzero(first[starts[number] : starts[number + 1]] >= 0) + starts[number]
+        originals = {key(int(i))[1]: key(int(first[i])) for i in repeated}
         total += len(originals)
         path = found / f"{job.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)

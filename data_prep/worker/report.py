@@ -1,12 +1,13 @@
-"""What became of every sample: read = written + dropped by reason, for each tar and in all.
+"""Reports of an encoding: read = written + dropped by reason, for each tar and in all.
 
-    Tally         counts one tar's samples while they pass, and becomes its part's report
-    summary       the sum over all parts' reports: `report.json`
-    table         the same for people: `report.txt`
-    histograms    token lengths and picture sizes as PNG
-    estimate      the whole set's size from the parts that are made
+    Tally            counts the samples of one tar, and gives its part's report
+    summary          sums all parts' reports: `report.json`
+    table            is the same for people: `report.txt`
+    histograms       draws token lengths and picture sizes as PNG
+    write_reports    writes all of these
+    estimate         estimates the data set's size from the parts that are made
 
-Nothing here depends on time, order or the number of workers: the same tars give the same bytes.
+Reports do not depend on time, order or the number of workers: the same tars give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.common.files import temporary_name
 from data_prep.common.storage import Remote
 from data_prep.inputs.sources import Job
+from data_prep.worker.parts import PartWriter, part_reports
 
 JSON, TEXT, TOKENS, SIZES = "report.json", "report.txt", "report_tokens.png", "report_sizes.png"
 SIZE_STEP = 64  # pixels of a bin of the shorter side
@@ -30,7 +32,7 @@ _TARS_IN_TABLE = 1000
 
 @dataclass
 class Tally:
-    """What became of a tar's samples so far."""
+    """Counts of a tar's samples. `expected` is the number that img2dataset wrote, if it is known."""
 
     job: Job
     read: int = 0
@@ -41,27 +43,27 @@ class Tally:
     _dropped: list[tuple[int, dict[str, str]]] = field(default_factory=list)
 
     def drop(self, number: int, key: str, reason: str, detail: str) -> None:
-        """The sample `number` of the tar will not be written."""
+        """Counts the sample `number` of the tar as dropped."""
         self._dropped.append((number, {"tar": self.job.url, "key": key, "reason": reason, "detail": detail}))
 
     def write(self, tokens: int, width: int, height: int) -> None:
-        """A sample is written."""
+        """Counts a sample as written; `width` and `height` are the original picture's, in pixels."""
         self.tokens[tokens] += 1
         self.sizes[min(width, height) // SIZE_STEP * SIZE_STEP] += 1
 
     @property
     def dropped(self) -> int:
-        """How many were dropped so far."""
+        """Number of samples dropped so far."""
         return len(self._dropped)
 
     def rejects(self) -> list[dict[str, str]]:
-        """The dropped samples in the tar's order."""
+        """Returns the dropped samples in the tar's order."""
         return [reject for _, reject in sorted(self._dropped, key=lambda d: d[0])]
 
-    def report(self, writer: shards.PartWriter, stored: int) -> dict[str, Any]:
-        """The part's report; `stored` are the bytes of its shards."""
+    def report(self, writer: PartWriter, stored: int) -> dict[str, Any]:
+        """Returns the part's report; `stored` is the size of its shards in bytes."""
         assert self.read == sum(writer.written.values()) + self.dropped
-        lost, there = writer.text_error
+        error, values = writer.text_error
         return {
             "tar": self.job.url,
             "tar_bytes": self.job.bytes,
@@ -73,18 +75,18 @@ class Tally:
             "captions_cut": self.captions_cut,
             "stored_bytes": stored,
             "column_bytes": dict(sorted(writer.bytes.items())),
-            "text_error": round((lost / there) ** 0.5, 6) if there else None,
+            "text_error": round((error / values) ** 0.5, 6) if values else None,
             "tokens": {str(k): v for k, v in sorted(self.tokens.items())},
             "sizes": {str(k): v for k, v in sorted(self.sizes.items())},
         }
 
 
-def summary(parts: Iterable[tuple[str, Mapping[str, Any]]], card: shards.Card) -> dict[str, Any]:
-    """The sums over all parts, by source and in all, and a line for each tar."""
+def summary(parts: Iterable[tuple[str, Mapping[str, Any]]], card: schema.Card) -> dict[str, Any]:
+    """Returns the sums over all parts, by source and in all, and an entry for each tar."""
     sources: dict[str, dict[str, Any]] = {}
-    tars, everything = [], _nothing()
+    tars, everything = [], _empty_counts()
     for name, report in parts:
-        for into in (everything, sources.setdefault(name.split("/")[0], _nothing())):
+        for into in (everything, sources.setdefault(name.split("/")[0], _empty_counts())):
             into["tars"] += 1
             for key in ("read", "captions_cut", "stored_bytes", "tar_bytes"):
                 into[key] += report[key]
@@ -104,13 +106,13 @@ def summary(parts: Iterable[tuple[str, Mapping[str, Any]]], card: shards.Card) -
     return {**everything, "sources": sources, "parts": tars}
 
 
-def _nothing() -> dict[str, Any]:
+def _empty_counts() -> dict[str, Any]:
     counts: dict[str, Any] = dict.fromkeys(("tars", "read", "written", "captions_cut", "stored_bytes", "tar_bytes"), 0)
     return counts | {"text_error": None, "dropped": {}, "column_bytes": {}, "tokens": {}, "sizes": {}}
 
 
-def _per_sample(counts: Mapping[str, Any], card: shards.Card) -> dict[str, float]:
-    """Bytes a sample on disk, and what captions padded to the cap in 16 bits, latents as here, would take."""
+def _per_sample(counts: Mapping[str, Any], card: schema.Card) -> dict[str, float]:
+    """Returns bytes per sample: as stored, and with captions padded to the cap in 16 bits instead."""
     if not counts["written"]:
         return {}
     text = sum(n for column, n in counts["column_bytes"].items() if column.startswith("text"))
@@ -122,8 +124,14 @@ def _per_sample(counts: Mapping[str, Any], card: shards.Card) -> dict[str, float
     }
 
 
-def table(report: Mapping[str, Any], card: shards.Card) -> str:
-    """The report for people. Beyond a thousand tars, only those that dropped the largest shares are listed."""
+def card_counts(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the card's counts from the report over all parts."""
+    counts = {k: report[k] for k in ("read", "written", "dropped", "captions_cut", "bytes_per_sample")}
+    return {"parts": len(report["parts"]), **counts}
+
+
+def table(report: Mapping[str, Any], card: schema.Card) -> str:
+    """Returns the report as text. Of more than a thousand tars, those with the largest dropped shares are listed."""
     dropped = sum(report["dropped"].values())
     lines = [f"read {report['read']} = written {report['written']} + dropped {dropped}, from {report['tars']} tars", ""]
     if len(report["sources"]) > 1:
@@ -162,7 +170,7 @@ def table(report: Mapping[str, Any], card: shards.Card) -> str:
 
 
 def size_text(count: float) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Returns a number of bytes as text, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
@@ -170,16 +178,16 @@ def size_text(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def estimate(made: Iterable[Mapping[str, Any]], all_bytes: int) -> float:
-    """The data set's bytes once all tars, `all_bytes` in sum, are encoded: in proportion to those that are."""
+def estimate(reports: Iterable[Mapping[str, Any]], all_bytes: int) -> float:
+    """Estimates the data set's size in bytes from some parts' reports, in proportion to the `all_bytes` of all tars."""
     stored = read = 0
-    for report in made:
+    for report in reports:
         stored, read = stored + report["stored_bytes"], read + report["tar_bytes"]
     return stored / max(1, read) * all_bytes
 
 
 def histograms(report: Mapping[str, Any], root: Path) -> list[Path]:
-    """Writes the pictures of token lengths and of picture sizes; returns their paths."""
+    """Draws histograms of token lengths and of picture sizes as PNG; returns their paths."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -190,24 +198,24 @@ def histograms(report: Mapping[str, Any], root: Path) -> list[Path]:
     ):
         figure = Figure(figsize=(7, 3.5), layout="constrained")
         axes = figure.subplots()
-        places = [int(k) for k in report[key]]
-        axes.bar(places, list(report[key].values()), width=width, align="edge" if width > 1 else "center")
+        bins = [int(k) for k in report[key]]
+        axes.bar(bins, list(report[key].values()), width=width, align="edge" if width > 1 else "center")
         axes.set(xlabel=label, ylabel="samples", title=f"{report['written']} samples")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
-        temporary = root / shards.WORK / temporary_name(name)
+        temporary = root / schema.WORK / temporary_name(name)
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
         temporary.replace(root / name)
         drawn.append(root / name)
     return drawn
 
 
-def publish(root: Path, card: shards.Card, remote: Remote | None = None) -> dict[str, Any]:
-    """Writes all of the data set's report from its parts' reports; returns it."""
-    report = summary(shards.reports(root), card)
+def write_reports(root: Path, card: schema.Card, remote: Remote | None = None) -> dict[str, Any]:
+    """Writes the data set's reports from those of its parts, and uploads them; returns the content of report.json."""
+    report = summary(part_reports(root), card)
     paths = [
-        shards.write(root, JSON, json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
-        shards.write(root, TEXT, table(report, card)),
+        schema.write_file(root, JSON, json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
+        schema.write_file(root, TEXT, table(report, card)),
         *histograms(report, root),
     ]
     for path in paths:

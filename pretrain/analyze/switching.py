@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pretrain.console import Progress
+from data_prep.common.progress import Progress
 from pretrain.diffusion import Guidance, start_noise
 from pretrain.diffusion.switching import FIRST, change
 from pretrain.models.budgets import default_budget

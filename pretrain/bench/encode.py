@@ -20,16 +20,17 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.encoders import ASSETS, encode_tokens, tokenize
-from data_prep.inputs.sources import ONLY, Job, source
+from data_prep.inputs.sources import DEFAULT_SOURCE, Job, make_source
 from data_prep.inputs.tars import Sample, read_tar
 from data_prep.pictures.decoders import DecoderPool
 from data_prep.pictures.images import Cut, cut
 from data_prep.shapes import scenes, tar_of
 from data_prep.worker.claims import Claims
-from data_prep.worker.progress import Progress
-from data_prep.worker.worker import Encoder, Settings, Worker
+from data_prep.worker.encoder import Encoder, Settings
+from data_prep.worker.monitor import EncodingMonitor
+from data_prep.worker.worker import Worker
 from pretrain.bench.timing import side_by_side
 
 SIZES = {
@@ -112,13 +113,13 @@ def _tar(path: Path, args: argparse.Namespace, seed: int) -> Path:
 
 
 def _pipeline(root: Path, paths: list[Path], encoder: Encoder, pool: DecoderPool) -> None:
-    one = source(ONLY, [str(p) for p in paths], None, "")
+    one = make_source(DEFAULT_SOURCE, [str(p) for p in paths], None, "")
     jobs: list[Job] = one.jobs()
     root.mkdir()
-    with Claims(root / shards.WORK / "claims") as claims, contextlib.redirect_stdout(io.StringIO()):
-        progress = Progress(sum(j.bytes for j in jobs), 0, root / shards.WORK / "tensorboard")
-        Worker(root, encoder.card("bfloat16"), encoder, jobs, claims, pool, progress).run()
-        progress.close()
+    with Claims(root / schema.WORK / "claims") as claims, contextlib.redirect_stdout(io.StringIO()):
+        monitor = EncodingMonitor(sum(j.bytes for j in jobs), 0, root / schema.WORK / "tensorboard")
+        Worker(root, encoder.card("bfloat16"), encoder, jobs, claims, pool, monitor).run()
+        monitor.close()
 
 
 def _bare(encoder: Encoder, ids: list[list[list[int]]], cuts: list[list[Cut]]) -> None:

@@ -32,8 +32,9 @@ from streaming import MDSWriter, StreamingDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.encoders import DOWNSAMPLE
+from data_prep.worker.parts import PartWriter, finish_data_set
 from data_prep.worker.report import size_text
 from pretrain.config import load
 from pretrain.data.loader import Loader
@@ -187,13 +188,13 @@ class _Random:
     text: Tensor
     latent: Tensor
 
-    def records(self, args: argparse.Namespace) -> Iterator[shards.Record]:
+    def records(self, args: argparse.Namespace) -> Iterator[schema.Record]:
         chance, side, width = random.Random(0), args.resolution // DOWNSAMPLE, args.text_width
         for i in range(args.samples):
             length = chance.randint(SHORTEST, LONGEST)
             text = self._cut(self.text, chance, (length, width))
             mean, std = (self._cut(self.latent, chance, (CHANNELS, side, side)) for _ in range(2))
-            yield shards.Record(f"{i:06d}", "a caption", text, {args.resolution: shards.Latent(mean, std)}, 640, 640)
+            yield schema.Record(f"{i:06d}", "a caption", text, {args.resolution: schema.Latent(mean, std)}, 640, 640)
 
     def _cut(self, row: Tensor, chance: random.Random, shape: tuple[int, ...]) -> Tensor:
         count = int(np.prod(shape))
@@ -206,7 +207,7 @@ def _write(folder: Path, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     longest, latent = LONGEST * args.text_width, CHANNELS * (args.resolution // DOWNSAMPLE) ** 2
     numbers = _Random(torch.randn(8 * longest).bfloat16(), torch.rand(8 * latent).half())
-    card = shards.Card(
+    card = schema.Card(
         {"name": "random", "width": args.text_width},
         {"name": "random", "channels": CHANNELS},
         CAP,
@@ -217,8 +218,8 @@ def _write(folder: Path, args: argparse.Namespace) -> None:
     files.mkdir()
     columns = {"caption_latents": "bytes", "latents": "bytes", "caption": "str"}
     with (
-        shards.PartWriter(ours, "images/00000", card, "bench") as part,
-        MDSWriter(out=str(padded), columns=columns, size_limit=shards.SHARD_BYTES) as mds,
+        PartWriter(ours, "images/00000", card, "bench") as part,
+        MDSWriter(out=str(padded), columns=columns, size_limit=schema.SHARD_BYTES) as mds,
     ):
         for record in numbers.records(args):
             part.write(record)
@@ -233,5 +234,5 @@ def _write(folder: Path, args: argparse.Namespace) -> None:
             np.save(files / f"{record.key}.npy", latents)
         part.finish()
         part.commit({"sets": part.sets, "written": part.written}, [])
-    shards.finish(ours, card, {"read": args.samples})
-    shards.save_null_text(ours, torch.zeros(1, args.text_width, dtype=torch.bfloat16))
+    finish_data_set(ours, card, {"read": args.samples})
+    schema.save_null_text(ours, torch.zeros(1, args.text_width, dtype=torch.bfloat16))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from data_prep import schema as shards
+from data_prep import schema
 from pretrain.config import Config
 from pretrain.data.batch import Batch, Collate
 from pretrain.data.epoch_plan import plan_epoch
@@ -65,7 +65,7 @@ class Loader:
         if world.rank == 0:
             print("".join(f"{note}\n" for note in (*self.plan.notes, *missing)), end="", flush=True)
         streams = [SetStream(location, name, choose=count) for name, count in self.plan.draws.items()]
-        null_text = shards.load_null_text(self.root)
+        null_text = schema.load_null_text(self.root)
         with unique_names(world):
             self.data = TrainingSet(streams, config, self.card, null_text, global_batch // world.size)
         self.steps_per_epoch = sum(self.plan.draws.values()) // global_batch
@@ -78,7 +78,7 @@ class Loader:
         d = self.config.data
         return {
             "data_set": self.card.fingerprint,
-            "indexes": {name: _sha256(self.root / name / shards.INDEX) for name in self.plan.draws},
+            "indexes": {name: _sha256(self.root / name / schema.INDEX) for name in self.plan.draws},
             "draws": self.plan.draws,
             "resolution": d.resolution,
             "seed": self.config.seed,
@@ -132,7 +132,7 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def check_fits(card: shards.Card, config: Config, backbone: DiTConfig, global_batch: int) -> None:
+def check_fits(card: schema.Card, config: Config, backbone: DiTConfig, global_batch: int) -> None:
     """Raises ValueError for a data set that the model cannot be trained on, naming both sides."""
     path, sets = config.data.path, card.sets_with(config.data.resolution)
     if not card.complete:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.common.files import temporary_name
 from data_prep.common.storage import Remote, is_remote
 from pretrain.config import DataSection
@@ -74,7 +74,7 @@ class DataLocation:
         return new
 
 
-def open_card(location: DataLocation, world: World) -> shards.Card:
+def open_card(location: DataLocation, world: World) -> schema.Card:
     """Reads the data set's card; with a cache it and the null text are fetched first, once per node.
 
     Raises:
@@ -82,12 +82,12 @@ def open_card(location: DataLocation, world: World) -> shards.Card:
     """
 
     def fetch() -> None:
-        for name in (shards.CARD, shards.NULL_TEXT):
+        for name in (schema.CARD, schema.NULL_TEXT):
             location.fetch(name).replace(location.root / name)
 
     if location.cached:
         once_per_node(fetch, world)
-    card = shards.Card.load(location.root)
+    card = schema.Card.load(location.root)
     if card.choices.get("compression") and not location.cached:
         raise ValueError(
             f"data.cache: the shards of {location.origin} are compressed; give a folder on each node's own disk to unpack them in"
@@ -120,8 +120,8 @@ def prepare(location: DataLocation, sets: Iterable[str], budget: int, world: Wor
 
 def _refresh(location: DataLocation, name: str) -> None:
     """Fetches a set's index, and removes shards from the cache that are of an earlier index or cut off."""
-    path = location.root / name / shards.INDEX
-    new = location.fetch(f"{name}/{shards.INDEX}")
+    path = location.root / name / schema.INDEX
+    new = location.fetch(f"{name}/{schema.INDEX}")
     before = _files(path) if path.is_file() else {}
     now = _files(new)
     for basename in before.keys() | now.keys():
@@ -153,7 +153,7 @@ def check_shards(location: DataLocation, sets: Iterable[str], budget: int) -> li
     """Lists the shards that are missing or cut, a line each. Raises ValueError where there are more than the budget."""
     bad = []
     for name in sets:
-        recorded = [stored or raw for raw, stored in _shards(location.root / name / shards.INDEX)]
+        recorded = [stored or raw for raw, stored in _shards(location.root / name / schema.INDEX)]
         sizes = _sizes(location.origin, name, [about["basename"] for about in recorded])
         bad += [
             f"{location.origin}/{name}/{about['basename']}: "

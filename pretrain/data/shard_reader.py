@@ -66,7 +66,7 @@ class Shard(ShardFile):
 
     def decode_sample(self, data: memoryview) -> dict[str, Any]:  # type: ignore[override]
         """A sample's columns, its checksum compared."""
-        return mds.decode(self, data)
+        return mds.decode_sample(self, data)
 
 
 class SetStream(Stream):

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from data_prep import schema as shards
+from data_prep import schema
 from pretrain.config import Config
 from pretrain.data.batch import Sample
 from pretrain.data.shard_reader import SetStream, Shard, UnreadableSample
@@ -38,7 +38,7 @@ class TrainingSet(PositionedDataset):
     """
 
     def __init__(
-        self, streams: list[SetStream], config: Config, card: shards.Card, null_text: Tensor, process_batch: int
+        self, streams: list[SetStream], config: Config, card: schema.Card, null_text: Tensor, process_batch: int
     ):
         super().__init__(
             streams,
@@ -68,8 +68,8 @@ class TrainingSet(PositionedDataset):
         row, damaged = self._readable(number)
         seed = sample_seed(self.run_seed, self.epoch, f"{row['key']}/{repeat}" if repeat else row["key"])
         dropped = random.Random(seed).random() < self.dropout
-        text = self.null_text if dropped else shards.text_of(row, self.text_dtype)
-        return Sample(row["key"], seed, text, shards.latent_of(row, self.resolution), damaged)
+        text = self.null_text if dropped else schema.text_of(row, self.text_dtype)
+        return Sample(row["key"], seed, text, schema.latent_of(row, self.resolution), damaged)
 
     def _readable(self, number: int) -> tuple[dict[str, Any], tuple[UnreadableSample, ...]]:
         """Reads the row of a sample or, where it cannot be read, of another one of its set.

@@ -11,7 +11,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
-from data_prep import schema as shards
+from data_prep import schema
 from pretrain.checkpoint.reader import FOLDER
 from pretrain.config import Config
 from pretrain.data.location import DataLocation
@@ -37,7 +37,7 @@ def run_dir_problems(config: Config) -> list[str]:
     )
 
 
-def cache_problems(config: Config, card: shards.Card) -> list[str]:
+def cache_problems(config: Config, card: schema.Card) -> list[str]:
     """A problem where the disk of the data cache cannot take all that the cache may grow to."""
     cache, limit = config.data.cache, config.data.cache_limit
     if cache is None:
@@ -49,7 +49,7 @@ def cache_problems(config: Config, card: shards.Card) -> list[str]:
     return disk_problems("data.cache", cache, needed, "for the data set's shards; free some, or lower data.cache_limit")
 
 
-def shared_memory_problems(folder: Path, config: Config, card: shards.Card, samples: int) -> list[str]:
+def shared_memory_problems(folder: Path, config: Config, card: schema.Card, samples: int) -> list[str]:
     """A problem where a node's shared memory cannot hold the batches that its loaders keep ready.
 
     Args:

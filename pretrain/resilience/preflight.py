@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from data_prep import schema as shards
+from data_prep import schema
 from pretrain.config import Config, ConfigError, geometry, load
 from pretrain.data.epoch_plan import plan_epoch
 from pretrain.data.loader import check_fits
@@ -148,7 +148,7 @@ def _batch(report: Report, deepspeed: dict[str, Any], processes: int) -> None:
 
 def _data(
     report: Report, config: Config, deepspeed: dict[str, Any], place: DataLocation, every_shard: bool
-) -> shards.Card | None:
+) -> schema.Card | None:
     """Checks the data set, without a collective; returns its card, None where it cannot be trained on."""
     batch = deepspeed["train_batch_size"]
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from data_prep.encoders import TextEncoder, Vae, working_dtype
+from data_prep.encoders import TextEncoder, Vae, require_fingerprint, working_dtype
 from data_prep.schema import Card
 from pretrain.checkpoint import reader as checkpoint
 from pretrain.config import Config, upgrade
@@ -68,20 +68,12 @@ def load_run(run: Path, weights: str = "ema", device: torch.device | str = "cpu"
 def load_text_encoder(card: Card, device: torch.device) -> TextEncoder:
     """The data set's text encoder. Raises ValueError where it is not the one that encoded the data set."""
     encoder = TextEncoder(card.text_encoder["name"], device)
-    _same("text encoder", card.text_encoder, encoder.fingerprint)
+    require_fingerprint("text encoder", encoder.name, encoder.fingerprint, card.text_encoder["fingerprint"])
     return encoder
 
 
 def load_vae(card: Card, device: torch.device) -> Vae:
     """The data set's VAE. Raises ValueError where it is not the one that encoded the data set."""
     vae = Vae(card.vae["name"], device)
-    _same("VAE", card.vae, vae.fingerprint)
+    require_fingerprint("VAE", vae.name, vae.fingerprint, card.vae["fingerprint"])
     return vae
-
-
-def _same(what: str, about: dict, fingerprint: str) -> None:
-    if about["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"the {what} {about['name']} is not the one that encoded the data set: its fingerprint is "
-            f"{fingerprint[:12]}, the card's is {about['fingerprint'][:12]}; put the same weights where the card says"
-        )

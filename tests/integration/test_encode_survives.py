@@ -17,8 +17,9 @@ import pytest
 from streaming import StreamingDataset
 from support import ROOT, contents, start_encoding
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.shapes import write_tars
+from data_prep.worker.parts import whole_parts
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # as `start_encoding`
 OPTIONS = ["--encoders", "tiny", "--resolutions", "64", "--decoders", "1"]
@@ -53,13 +54,13 @@ def test_killed_again_and_again_with_ever_other_numbers_of_workers(
     for number in itertools.cycle((3, 1, 2, 4)):
         workers = [start(tars, root, tmp_path / "log") for _ in range(number)]
         try:
-            made = len(shards.made(root))
+            made = len(whole_parts(root))
             while any(worker.is_alive() for worker in workers):
                 assert time.monotonic() < deadline, (tmp_path / "log").read_text()
                 time.sleep(0.02)
-                if len(shards.made(root)) > made:  # not while it starts: it would never come to anything
+                if len(whole_parts(root)) > made:  # not while it starts: it would never come to anything
                     time.sleep(rng.uniform(0, 0.15))
-                    made = len(shards.made(root))
+                    made = len(whole_parts(root))
                     alive = [worker for worker in workers if worker.is_alive()]
                     if alive and made < TARS - 4:
                         rng.choice(alive).kill()
@@ -68,15 +69,15 @@ def test_killed_again_and_again_with_ever_other_numbers_of_workers(
         finally:
             for worker in workers:
                 worker.kill()
-        if shards.Card.load(root).complete:
+        if schema.Card.load(root).complete:
             break
     assert kills >= 5
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert contents(root) == uninterrupted
-    assert not list((root / shards.WORK / "parts").glob("*/*"))  # no half-made part
-    assert not list((root / shards.WORK / "claims").glob("*.claim"))
+    assert not list((root / schema.WORK / "parts").glob("*/*"))  # no half-made part
+    assert not list((root / schema.WORK / "claims").glob("*.claim"))
 
-    card = shards.Card.load(root)
+    card = schema.Card.load(root)
     keys = [row["key"] for name in card.sets for row in StreamingDataset(local=str(root / name), batch_size=1)]
     assert len(keys) == len(set(keys)) == TARS * PER_TAR
     report = json.loads((root / "report.json").read_text())
@@ -86,8 +87,8 @@ def test_killed_again_and_again_with_ever_other_numbers_of_workers(
 def test_what_is_left_of_a_worker_killed_after_its_last_part_is_removed(tmp_path: Path) -> None:
     tars, root = tmp_path / "tars", tmp_path / "data"
     write_tars(tars, PER_TAR, per_tar=PER_TAR)
-    half_made = root / shards.WORK / "parts/images/00000/token/64"
-    claim = root / shards.WORK / "claims/images%2F00000.claim"
+    half_made = root / schema.WORK / "parts/images/00000/token/64"
+    claim = root / schema.WORK / "claims/images%2F00000.claim"
     for planted in (False, True):
         if planted:  # killed between the report and the removal of its own folder
             half_made.mkdir(parents=True)
@@ -95,7 +96,7 @@ def test_what_is_left_of_a_worker_killed_after_its_last_part_is_removed(tmp_path
         worker = start(tars, root, tmp_path / "log")
         worker.join(120)
         assert worker.exitcode == 0, (tmp_path / "log").read_text()
-        assert shards.made(root) == ["images/00000"]
+        assert whole_parts(root) == ["images/00000"]
         assert not half_made.parents[1].exists()
         assert not claim.exists()
 
@@ -126,14 +127,14 @@ def test_a_full_disk_stops_it_and_room_lets_it_go_on(
     assert "no space is left in" in line and "make room and run the same command again" in line
     assert "Traceback" not in said
     # What counts as made is whole.
-    made = shards.made(out)
+    made = whole_parts(out)
     assert 0 < len(made) < TARS
     for name in made:
         for path in (
-            p for p in uninterrupted if p.startswith((f"{shards.REPORTS}/{name}.json", name.replace("/", "/64/")))
+            p for p in uninterrupted if p.startswith((f"{schema.REPORTS}/{name}.json", name.replace("/", "/64/")))
         ):
             assert (out / path).read_bytes() == uninterrupted[path]
-    assert not list((out / shards.WORK / "parts").glob("*/*"))
+    assert not list((out / schema.WORK / "parts").glob("*/*"))
     assert (tmp_path / "second.code").read_text().strip() == "0", (tmp_path / "second.txt").read_text()
     assert f"{len(made)} of them already encoded" in (tmp_path / "second.txt").read_text()
     assert contents(Path(f"{out}.whole")) == uninterrupted

@@ -27,11 +27,12 @@ from PIL import Image, ImageCms
 from streaming import StreamingDataset
 from support import contents
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.encode import main
 from data_prep.inputs.tars import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 from data_prep.pictures.images import UNUSABLE_REASONS
 from data_prep.shapes import draw, scenes
+from data_prep.worker.parts import whole_parts
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 
@@ -352,9 +353,9 @@ def damaged_tars(folder: Path, count: int) -> Iterator[tuple[str, list[Expected]
 
 def rows_of(root: Path) -> dict[str, str]:
     """The captions of all samples by key."""
-    found, card = {}, shards.Card.load(root)
+    found, card = {}, schema.Card.load(root)
     for row in StreamingDataset(local=str(root / "images" / "64"), batch_size=1):
-        latent, text = shards.latent_of(row, 64), shards.text_of(row, card.text_dtype)
+        latent, text = schema.latent_of(row, 64), schema.text_of(row, card.text_dtype)
         assert latent.mean.shape == (4, 8, 8) and latent.std is not None
         assert all(values.isfinite().all() for values in (latent.mean, latent.std, text))
         assert found.setdefault(row["key"], row["caption"]) is row["caption"], "a key twice"
@@ -378,7 +379,7 @@ def test_two_thousand_damaged_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     written, rows = contents(one / "out"), rows_of(one / "out")
     again = {k: v for k, v in contents(two / "out").items() if k.startswith("reports/") or k.count("/") == 3}
-    assert len(shards.made(two / "out")) == len(chosen) and again.items() <= written.items()
+    assert len(whole_parts(two / "out")) == len(chosen) and again.items() <= written.items()
 
     report = json.loads(written["report.json"])
     parts = {part["part"].removeprefix("images/"): part for part in report["parts"]}

@@ -29,7 +29,7 @@ from PIL import ExifTags, Image
 from streaming import StreamingDataset
 from support import ROOT, contents, free_port
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.common import storage
 from data_prep.encode import main
 
@@ -350,7 +350,7 @@ def reason_of(row: Row, run: str) -> str:
 
 def rejects(root: Path) -> dict[str, str]:
     """The reasons of the dropped samples by their keys."""
-    lines = [json.loads(line) for p in (root / shards.REPORTS).rglob("*.jsonl") for line in p.read_text().splitlines()]
+    lines = [json.loads(line) for p in (root / schema.REPORTS).rglob("*.jsonl") for line in p.read_text().splitlines()]
     assert len({line["key"] for line in lines}) == len(lines)
     return {line["key"]: line["reason"] for line in lines}
 
@@ -358,7 +358,7 @@ def rejects(root: Path) -> dict[str, str]:
 def written(root: Path) -> dict[str, tuple[str, str, tuple[int, int]]]:
     """Set, caption and size of the stored samples by their keys."""
     found = {}
-    for name in shards.Card.load(root).sets:
+    for name in schema.Card.load(root).sets:
         for sample in StreamingDataset(local=str(root / name), batch_size=1):
             source, part, key = sample["key"].split("/")
             assert source == "images" and part == f"{int(key) // PER_TAR:05}" and key not in found
@@ -443,7 +443,7 @@ def test_a_filter_drops_by_the_columns_that_img2dataset_kept(
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that would have been waited for web servers."""
     seconds: list[float] = []
-    monkeypatch.setattr(storage, "time", SimpleNamespace(sleep=seconds.append))
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=seconds.append))
     monkeypatch.setattr(storage, "_BLOCK_BYTES", BLOCK)
     return seconds
 
@@ -529,7 +529,7 @@ def test_a_tar_that_always_breaks_off_is_named_and_the_others_are_made(
     whole = without_places(encoded["smaller"])
     made = {name: content for name, content in without_places(root).items() if "/0000" in name}
     assert made == {name: content for name, content in whole.items() if "/0000" in name and "/00001" not in name}
-    assert not shards.Card.load(root).complete
+    assert not schema.Card.load(root).complete
 
     server.breaks.clear()
     assert main(["--input", tars, "--output", str(root), *OPTIONS]) == 0

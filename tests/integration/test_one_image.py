@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from support import SMALL, scalars
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.encoders import pixels_to_floats
 from data_prep.inputs.tars import Sample, read_tar
 from data_prep.pictures.images import cut, decode
@@ -33,7 +33,7 @@ def test_one_image(shape_tars: Path, data_set: Path, train, tmp_path: Path) -> N
     assert -1 <= picture_13HW.min() < picture_13HW.max() <= 1
 
     # data set: the card adds up, and the loader finds the record by its key
-    card = shards.Card.load(data_set)
+    card = schema.Card.load(data_set)
     assert card.counts["read"] == card.counts["written"] == 20
     run = tmp_path / "run"
     words = [*SMALL, f"data.path={data_set}", f"run_dir={run}", "steps=5", "data.caption_dropout=0"]

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from support import ROOT, contents
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.shapes import write_tars
+from data_prep.worker.parts import whole_parts
 
 pytestmark = pytest.mark.slurm
 
@@ -35,7 +36,7 @@ def test_an_array_of_four_of_which_one_is_cancelled(cluster, tmp_path: Path) -> 
     options = ["--array=0-3", "--cpus-per-task=1", "--mem=0", "--gpus-per-node=0"]
     job = cluster.sbatch("slurm/encode.sh", *options, env=environment)
     deadline = time.monotonic() + 200
-    while not (claims := list((root / shards.WORK / "claims").glob("*.claim"))) or not shards.made(root):
+    while not (claims := list((root / schema.WORK / "claims").glob("*.claim"))) or not whole_parts(root):
         assert time.monotonic() < deadline, cluster.show(job)
         time.sleep(0.05)
     # The task that holds a claim this very moment.
@@ -48,7 +49,7 @@ def test_an_array_of_four_of_which_one_is_cancelled(cluster, tmp_path: Path) -> 
 
     again = cluster.wait(cluster.sbatch("slurm/encode.sh", *options, env=environment), timeout=240)
     assert (again.state, again.exit_code) == ("COMPLETED", 0), again.log
-    card = shards.Card.load(root)
+    card = schema.Card.load(root)
     assert card.complete
     assert card.counts["read"] == card.counts["written"] == TARS * PER_TAR
     verify = subprocess.run(

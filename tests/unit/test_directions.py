@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 ROOMS = {
     "webdataset": {"data_prep/inputs/tars.py", "data_prep/shapes.py"},
     "streaming": {
-        "data_prep/schema.py",
+        "data_prep/worker/parts.py",
         "data_prep/common/mds.py",
         "pretrain/data/shard_reader.py",
         "pretrain/data/streaming_private.py",
@@ -24,7 +24,7 @@ ROOMS = {
         "pretrain/distributed/rendezvous.py",
     },
     "tensorboard": {"pretrain/monitoring/monitor.py", "pretrain/demo.py"},
-    "torch.utils.tensorboard": {"pretrain/monitoring/monitor.py", "pretrain/demo.py", "data_prep/worker/progress.py"},
+    "torch.utils.tensorboard": {"pretrain/monitoring/monitor.py", "pretrain/demo.py", "data_prep/worker/monitor.py"},
     "fsspec": {"data_prep/common/storage.py"},
     "transformers": {
         "data_prep/encoders.py",

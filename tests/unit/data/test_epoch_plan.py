@@ -6,15 +6,15 @@ import random
 
 import pytest
 
-from data_prep import schema as shards
+from data_prep import schema
 from pretrain.config import load
 from pretrain.data.epoch_plan import _split, plan_epoch
 
 
-def card_of(sets: dict[str, int], buckets: bool = False) -> shards.Card:
+def card_of(sets: dict[str, int], buckets: bool = False) -> schema.Card:
     """A card of sets `source/set` with so many samples each."""
     about = {name: {"source": name.split("/")[0], "resolutions": [256], "samples": n} for name, n in sets.items()}
-    return shards.Card({}, {}, 300, "mean", [256], buckets=buckets, complete=True, sets=about)
+    return schema.Card({}, {}, 300, "mean", [256], buckets=buckets, complete=True, sets=about)
 
 
 def drawn(sets: dict[str, int], global_batch: int = 8, *words: str, buckets: bool = False) -> dict[str, int]:

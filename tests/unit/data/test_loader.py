@@ -19,8 +19,7 @@ from data_sets import epoch_of, joined, loader_of, orders, slots, write_set
 from streaming import StreamingDataset
 from support import SMALL, scalars
 
-from data_prep import encode
-from data_prep import schema as shards
+from data_prep import encode, schema
 from data_prep.shapes import draw, scenes
 from pretrain.bench.__main__ import main as bench
 from pretrain.state import DataPosition
@@ -45,7 +44,7 @@ def test_samples_are_what_streaming_reads(dtype: str, workers: int, tmp_path: Pa
         assert (moved.text.tokens_ME.dtype, moved.mean_BCHW.dtype) == (torch.float32, torch.float32)
         for i, (key, text) in enumerate(zip(batch.keys, batch.text.captions(), strict=True)):
             row = expected[key]
-            assert torch.equal(text, shards.text_of(row, dtype))
+            assert torch.equal(text, schema.text_of(row, dtype))
             assert torch.equal(moved.mean_BCHW[i], torch.tensor(row["latent_256_mean"]).float())
             assert torch.equal(moved.std_BCHW[i], torch.tensor(row["latent_256_std"]).float())
             seen.append(key)
@@ -201,7 +200,7 @@ def test_the_order_for_any_processes_and_workers(bucketed: Path, tmp_path: Path)
 
 
 def test_buckets_are_those_of_the_pictures(bucketed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(shards.Card.load(bucketed).sets) == 5
+    assert len(schema.Card.load(bucketed).sets) == 5
     loader = loader_of(bucketed, global_batch=4, micro=2)
     said = capsys.readouterr().out
     assert "1 of 5 sets cannot fill one global batch of 4 and are left out: 3 of 57 samples (5.26%)" in said
@@ -225,9 +224,9 @@ def test_training_on_buckets(bucketed: Path, train: Callable[..., Any], tmp_path
 def test_buckets_that_the_patch_does_not_divide(bucketed: Path, tmp_path: Path) -> None:
     root = tmp_path / "set"
     root.mkdir()
-    card = json.loads((bucketed / shards.CARD).read_text())
+    card = json.loads((bucketed / schema.CARD).read_text())
     card["sets"]["a/256_14x18"]["bucket"] = [15, 17]
-    (root / shards.CARD).write_text(json.dumps(card))
+    (root / schema.CARD).write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"patch: the data set has pictures of 240 × 272 px, .* divisible by 32"):
         loader_of(root)
     with pytest.raises(ValueError, match=r"data\.canonical_nodes: 3 must divide the global batch of 8"):

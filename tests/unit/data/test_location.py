@@ -13,7 +13,7 @@ import pytest
 from data_sets import epoch_of, file_of, loader_of, write_set
 from support import contents
 
-from data_prep import schema as shards
+from data_prep import schema
 from pretrain.config import load
 from pretrain.data.loader import Loader
 from pretrain.data.location import DataLocation, check_shards
@@ -82,7 +82,7 @@ def test_compressed_shards_are_unpacked_in_the_cache(tmp_path: Path) -> None:
     assert contents(root) == before, "the data set is read, never written"
     (kept,) = (tmp_path / "cache").iterdir()
     assert loader.root == kept and kept.name.startswith("set-")
-    assert shards.Card.load(kept) == shards.Card.load(root)
+    assert schema.Card.load(kept) == schema.Card.load(root)
     fetched = sorted(kept.rglob("*.mds"))
     assert len(fetched) >= 4 and not list(kept.rglob("*.zstd")) and not list(kept.rglob(".tmp*"))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from data_sets import SET, entry, epoch_of, file_of, flip, joined, keys_in, loader_of, orders, places, slots, write_set
 
-from data_prep import schema as shards
+from data_prep import schema
 from pretrain.data.batch import Batch
 from pretrain.data.shard_reader import UnreadableSample
 from pretrain.data.training_set import TrainingSet, sample_seed
@@ -51,7 +51,7 @@ def test_a_pass_has_the_epoch_and_seed_that_it_is_given(whole: Path) -> None:
 def test_captions_are_dropped_at_random(tmp_path: Path) -> None:
     """The share of `data.caption_dropout`, by the sample's seed: others in another epoch; none at 0."""
     root = write_set(tmp_path / "set", {"a": 300})
-    null = shards.load_null_text(root)
+    null = schema.load_null_text(root)
     kept, some = (loader_of(root, f"data.caption_dropout={p}").data for p in (0, 0.3))
 
     def dropped(data: TrainingSet, epoch: int) -> set[str]:

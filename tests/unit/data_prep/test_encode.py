@@ -17,9 +17,10 @@ from PIL import Image
 from streaming import StreamingDataset
 from support import ROOT, contents
 
-from data_prep import schema as shards
+from data_prep import schema
 from data_prep.encode import main, parse
 from data_prep.shapes import draw, scenes
+from data_prep.worker.parts import whole_parts
 
 
 def jpeg(side: int, seed: int = 0) -> bytes:
@@ -87,7 +88,7 @@ def test_bad_input_is_counted_and_the_rest_goes_on(tmp_path: Path, capsys: pytes
 
 
 def test_records_come_back_as_they_were(data_set: Path) -> None:
-    card = shards.Card.load(data_set)
+    card = schema.Card.load(data_set)
     assert set(card.sets) == {"images/256", "images/256-512"}
     keys = []
     for name, resolutions in (("images/256", [256]), ("images/256-512", [256, 512])):
@@ -95,18 +96,18 @@ def test_records_come_back_as_they_were(data_set: Path) -> None:
         assert len(rows) == card.sets[name]["samples"]
         for row in rows:
             keys.append(row["key"])
-            text = shards.text_of(row, card.text_dtype)
+            text = schema.text_of(row, card.text_dtype)
             assert text.dtype == torch.bfloat16 and text.shape[1] == 128
             assert text.float().std() > 0
             assert (min(row["width"], row["height"]) >= 512) == (resolutions == [256, 512])
             for r in resolutions:
-                latent = shards.latent_of(row, r)
+                latent = schema.latent_of(row, r)
                 assert latent.mean.shape == (4, r // 8, r // 8) and latent.std is not None
                 assert 0.2 < latent.mean.std() < 2
                 assert latent.std.min() >= 0
             assert "latent_512_mean" in row or resolutions == [256]
     assert len(keys) == len(set(keys)) == card.counts["written"]
-    assert shards.load_null_text(data_set).shape == (1, 128)
+    assert schema.load_null_text(data_set).shape == (1, 128)
 
 
 def test_a_second_run_makes_only_what_is_missing(data_set: Path, shape_tars: Path, tmp_path: Path, capsys) -> None:
@@ -129,8 +130,8 @@ def test_mean_alone_and_a_token_cap(shape_tars: Path, tmp_path: Path, capsys) ->
     options = ("--posterior", "mean", "--resolutions", "256", "--token-cap", "5")
     assert encode(f"{shape_tars}/00000.tar", root, *options) == 0
     row = StreamingDataset(local=str(root / "images" / "256"), shuffle=False, batch_size=1)[0]
-    assert shards.latent_of(row, 256).std is None
-    assert len(shards.text_of(row, "bfloat16")) == 5
+    assert schema.latent_of(row, 256).std is None
+    assert len(schema.text_of(row, "bfloat16")) == 5
     assert "10 captions were cut to 5 tokens" in capsys.readouterr().out
 
 
@@ -183,11 +184,14 @@ def test_options_out_of_range(options: list[str]) -> None:
         parse(["--input", "x", "--output", "y", "--encoders", "tiny", *options])
 
 
-def test_it_runs_as_a_script() -> None:
-    """`python data_prep/encode.py` puts data_prep/ itself first on the path: no module there may hide a package."""
-    done = subprocess.run([sys.executable, "data_prep/encode.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "--encoders" in done.stdout
+@pytest.mark.parametrize("command", ["encode", "verify", "shapes"])
+def test_the_commands_run_by_their_paths(command: str) -> None:
+    """`python data_prep/encode.py` puts data_prep/ first on the path: no file or folder there may hide a package."""
+    done = subprocess.run(
+        [sys.executable, f"data_prep/{command}.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {command}.py ")
 
 
 def test_a_stats_file_that_says_nothing_stops_no_tar(shape_tars: Path, tmp_path: Path, capsys) -> None:
@@ -210,5 +214,5 @@ def test_tars_of_which_one_name_begins_like_another(shape_tars: Path, tmp_path: 
         shutil.copy(shape_tars / tar, tmp_path / name)
     root = tmp_path / "data"
     assert encode(str(tmp_path / "*.tar"), root, "--resolutions", "64") == 0
-    assert shards.made(root) == ["images/[a]", "images/a", "images/a.b"]
-    assert shards.Card.load(root).counts["written"] == 30
+    assert whole_parts(root) == ["images/[a]", "images/a", "images/a.b"]
+    assert schema.Card.load(root).counts["written"] == 30

@@ -19,6 +19,7 @@ from data_prep.encoders import (
     encode_tokens,
     parse_encoders,
     pixels_to_floats,
+    require_fingerprint,
 )
 from data_prep.pictures.grids import to_image
 from data_prep.shapes import check, draw, scenes
@@ -140,6 +141,15 @@ def test_the_fingerprint_sees_weights_and_not_how_they_were_loaded(tmp_path: Pat
         next(first.model.parameters())[0] += 0.5
     first.model.save_pretrained(tmp_path)
     assert Vae(str(tmp_path)).fingerprint != first.fingerprint
+
+
+def test_another_encoder_is_refused_by_its_fingerprint() -> None:
+    require_fingerprint("VAE", "tiny", "a" * 64, "a" * 64)
+    words = (
+        "the VAE tiny is not the one that this model was trained with: its fingerprint is a{12}, expected b{12}; put"
+    )
+    with pytest.raises(ValueError, match=words):
+        require_fingerprint("VAE", "tiny", "a" * 64, "b" * 64, "this model was trained with")
 
 
 def test_refusals(tmp_path: Path) -> None:

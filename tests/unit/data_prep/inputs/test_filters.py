@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.inputs.filters import ALIASES, MAX_DEPTH, MAX_DETAIL, MAX_LENGTH, Filter, Refusal, with_sizes
+from data_prep.inputs.filters import ALIASES, MAX_DEPTH, MAX_DETAIL, MAX_LENGTH, Filter, Refusal, add_sizes
 
 NAN, INF = float("nan"), float("inf")
 
@@ -256,7 +256,7 @@ def test_before_and_after_decide_together_as_the_whole() -> None:
     for _ in range(2000):
         whole = Filter.parse(random_condition(rng, 2))
         fields = {name: rng.choice([1, 2.5, "3", "x", None]) for name in ("a", "b") if rng.random() < 0.9}
-        sized = with_sizes(fields, rng.randrange(1, 4), rng.randrange(1, 4))
+        sized = add_sizes(fields, rng.randrange(1, 4), rng.randrange(1, 4))
         before, after = whole.before.refusal(fields), whole.after.refusal(sized)
         assert (whole.refusal(sized) is None) == (before is None and after is None)
         assert reason_of(whole.refusal(sized)) in (reason_of(before), reason_of(after))
@@ -283,7 +283,7 @@ def test_sizes_are_of_the_decoded_picture() -> None:
     )
     assert str(whole.before) == "a > 1 and original_width > 9"
     assert str(whole.after) == "width >= 512 and (aspect < 2 or a > 5) and pixels > field('height')"
-    assert with_sizes({"a": 1, "width": 7}, 600, 400) == {
+    assert add_sizes({"a": 1, "width": 7}, 600, 400) == {
         "a": 1,
         "width": 600,
         "height": 400,
@@ -292,12 +292,12 @@ def test_sizes_are_of_the_decoded_picture() -> None:
     }
     fields = {"a": 2, "width": 9999, "original_width": 10}
     assert whole.before.refusal(fields) is None
-    assert whole.after.refusal(with_sizes(fields, 256, 256)) == Refusal("filtered by width >= 512", "width = 256")
-    assert whole.after.refusal(with_sizes(fields, 1024, 512)) == Refusal(
+    assert whole.after.refusal(add_sizes(fields, 256, 256)) == Refusal("filtered by width >= 512", "width = 256")
+    assert whole.after.refusal(add_sizes(fields, 1024, 512)) == Refusal(
         "filtered by aspect < 2 or a > 5", "aspect = 2.0, a = 2"
     )
-    assert whole.after.refusal(with_sizes(fields, 600, 400)) is None
-    assert whole.after.refusal(with_sizes(fields, 600, 0)) == Refusal("no field aspect", "aspect = nan")
+    assert whole.after.refusal(add_sizes(fields, 600, 400)) is None
+    assert whole.after.refusal(add_sizes(fields, 600, 0)) == Refusal("no field aspect", "aspect = nan")
 
 
 def test_a_filter_without_conditions_refuses_nothing() -> None:

@@ -14,7 +14,9 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image, ImageCms, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
+from data_prep.encoders import DOWNSAMPLE
 from data_prep.pictures.images import (
+    BUCKET_STEP,
     BUCKETS,
     MAX_PIXELS,
     UNUSABLE_REASONS,
@@ -483,6 +485,11 @@ def test_buckets() -> None:
     assert all(abs(rows * columns / 256 - 1) <= 0.025 for rows, columns in BUCKETS)
     assert shape_of((13, 20), 256) == (208, 320)
     assert shape_of((26, 10), 512) == (832, 320)
+
+
+def test_a_sixteenth_of_a_bucket_holds_whole_tokens() -> None:
+    """The file imports no torch, and so cannot take the factor from the encoders."""
+    assert BUCKET_STEP == 16 * DOWNSAMPLE * 2  # latents of a token at a patch of 2
 
 
 def test_every_bucket_is_its_own_nearest() -> None:

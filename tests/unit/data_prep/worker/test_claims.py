@@ -17,7 +17,6 @@ import pytest
 from support import ROOT
 
 from data_prep.common import files
-from data_prep.common.files import atomic_write
 from data_prep.worker import claims
 from data_prep.worker.claims import Claims
 
@@ -142,7 +141,7 @@ def test_one_owner_a_name(tmp_path, worker, here):
     assert here.others() == sorted(names)
     assert not any(here.claim(name) for name in names)
     for racer, some in zip(racers, owned, strict=True):
-        assert racer.ask(f"[claims.still_mine(n) for n in {names}]") == [name in some for name in names]
+        assert racer.ask(f"[claims.owns(n) for n in {names}]") == [name in some for name in names]
 
 
 def test_release_and_exit_leave_nothing(tmp_path):
@@ -151,13 +150,13 @@ def test_release_and_exit_leave_nothing(tmp_path):
             assert all(other.claim(name) for name in "abc")
             assert other.claim("a"), "one's own again"
             one.release("a")
-            assert other.still_mine("a"), "released by another"
+            assert other.owns("a"), "released by another"
             other.release("a")
             other.release("a")
-            assert not other.still_mine("a")
+            assert not other.owns("a")
             assert one.claim("a")
             assert not other.claim("a")
-            assert one.undecided("abcd") == ["b", "c", "d"]
+            assert one.open_names("abcd") == ["b", "c", "d"]
             assert one.others() == ["b", "c"]
         assert os.listdir(tmp_path) == ["a.claim"]
         assert one.others() == []
@@ -193,7 +192,7 @@ def test_another_namespace_is_judged_by_its_heartbeat(tmp_path, worker, here, na
     while time.monotonic() < start + 1.5 * TIMEOUT:
         assert not here.claim("a")
         time.sleep(0.05)
-    assert here.undecided(["a", "b"]) == ["b"], "it was seen to beat"
+    assert here.open_names(["a", "b"]) == ["b"], "it was seen to beat"
     owner.signal(signal.SIGKILL)
     assert wait_until(lambda: here.claim("a")) > TIMEOUT / 2, "but for the time since its last beat"
 
@@ -211,17 +210,17 @@ def test_a_foreign_proc_is_not_asked(worker, namespace):
 def test_a_stopped_owner_loses_and_does_not_clobber(tmp_path, worker, here):
     owner = worker()
     assert owner.ask("claims.claim('a')") is True
-    assert here.undecided(["a"]) == ["a"]
+    assert here.open_names(["a"]) == ["a"]
     wait_for_beat(tmp_path, "a")
     owner.signal(signal.SIGSTOP)  # between two beats
-    assert here.undecided(["a"]) == [], "it was seen to beat"
+    assert here.open_names(["a"]) == [], "it was seen to beat"
     assert wait_until(lambda: here.claim("a")) >= TIMEOUT
     owner.signal(signal.SIGCONT)
     time.sleep(TIMEOUT / 2)
-    assert owner.ask("claims.still_mine('a')") is False
-    assert here.still_mine("a")
+    assert owner.ask("claims.owns('a')") is False
+    assert here.owns("a")
     owner.ask("claims.release('a')")
-    assert here.still_mine("a")
+    assert here.owns("a")
 
 
 def test_those_suspended_together_do_not_take_each_other_for_dead(tmp_path, worker):
@@ -236,7 +235,7 @@ def test_those_suspended_together_do_not_take_each_other_for_dead(tmp_path, work
     assert other.ask("claims.claim('a')") is False, "nobody could beat"
     owner.signal(signal.SIGCONT)
     wait_for_beat(tmp_path, "a")
-    assert other.ask("claims.undecided(['a'])") == []
+    assert other.ask("claims.open_names(['a'])") == []
 
 
 def test_contenders_for_the_dead_have_one_winner(tmp_path, worker, here):
@@ -248,14 +247,14 @@ def test_contenders_for_the_dead_have_one_winner(tmp_path, worker, here):
         (tmp_path / f"{name}.claim").write_bytes(text)
     contenders = [worker(), worker()]
     start = time.monotonic()
-    end = "time.sleep(0.01) or claims.undecided(names)"
+    end = "time.sleep(0.01) or claims.open_names(names)"
     for contender in contenders:
         contender.send(f"won({names}, until=lambda names={names}: {end})")
     owned = [contender.answer() for contender in contenders]
     assert time.monotonic() - start >= TIMEOUT
     assert Counter(name for some in owned for name in some) == dict.fromkeys(names, 1)
     for contender, some in zip(contenders, owned, strict=True):
-        assert contender.ask(f"[claims.still_mine(name) for name in {names}]") == [name in some for name in names]
+        assert contender.ask(f"[claims.owns(name) for name in {names}]") == [name in some for name in names]
     for contender in contenders:
         contender.process.communicate()  # the end of its input: it exits
     assert os.listdir(tmp_path) == [], "nothing moved aside is left"
@@ -277,7 +276,7 @@ def test_who_comes_late_to_the_dead_leaves_it_to_the_first(tmp_path, monkeypatch
         monkeypatch.setattr(late if where == "_is_dead" else claims, where, act_first)
         assert not late.claim("a")
         assert deeds == [None if half else True]
-        assert first.still_mine("a") is not half
+        assert first.owns("a") is not half
         assert os.listdir(tmp_path) == ([] if half else ["a.claim"])
 
 
@@ -294,18 +293,9 @@ def test_the_heartbeat_outlives_a_full_disk(tmp_path, here, monkeypatch):
         before = content(tmp_path, "a")
         wait_until(lambda: len(failures) > 1)
         assert content(tmp_path, "a") == before
-        assert here.still_mine("a")
+        assert here.owns("a")
     wait_for_beat(tmp_path, "a")
     assert os.listdir(tmp_path) == ["a.claim"], "the beats that failed left nothing"
-
-
-def test_a_failed_write_leaves_the_old_file_only(tmp_path, monkeypatch):
-    atomic_write(tmp_path / "file", "old")
-    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    with pytest.raises(OSError, match="full"):
-        atomic_write(tmp_path / "file", "new")
-    assert os.listdir(tmp_path) == ["file"]
-    assert (tmp_path / "file").read_text() == "old"
 
 
 def test_all_is_done_once_though_a_worker_dies(tmp_path, worker):

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from streaming import MDSWriter
 from support import ROOT
 
-from data_prep import encode
-from data_prep import schema as shards
+from data_prep import encode, schema
 from data_prep.common import mds, storage
 from data_prep.shapes import check, scenes
 from data_prep.verify import main
-from data_prep.worker import report
+from data_prep.worker import commands, report
+from data_prep.worker.parts import finish_data_set
 
 Rows = list[dict[str, Any]]
 NAN = float("nan")
@@ -138,20 +138,20 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "no rejects": (f"{PART}l", Path.unlink, "is missing"),
     "set index": (SET_INDEX, change_set_index, "is not what the indexes of its parts give"),
     "cut set index": (SET_INDEX, cut, "is no JSON"),
-    "card": (shards.CARD, lambda p: replace(p, '"token_cap": 300', '"token_cap": 301'), "is damaged, was changed"),
-    "no card": (shards.CARD, Path.unlink, "is missing"),
-    "card's counts": (shards.CARD, lambda p: replace(p, '"written": 20', '"written": 21'), "counts.written is 21, the"),
-    "card's sets": (shards.CARD, lambda p: replace(p, '"shards": 2', '"shards": 3'), "shards is 3, the parts give 2"),
-    "unfinished": (shards.CARD, lambda p: replace(p, '"complete": true', '"complete": false'), "is not finished"),
-    "no null text": (shards.NULL_TEXT, Path.unlink, "is missing"),
-    "cut null text": (shards.NULL_TEXT, cut, "cannot be read"),
+    "card": (schema.CARD, lambda p: replace(p, '"token_cap": 300', '"token_cap": 301'), "is damaged, was changed"),
+    "no card": (schema.CARD, Path.unlink, "is missing"),
+    "card's counts": (schema.CARD, lambda p: replace(p, '"written": 20', '"written": 21'), "counts.written is 21, the"),
+    "card's sets": (schema.CARD, lambda p: replace(p, '"shards": 2', '"shards": 3'), "shards is 3, the parts give 2"),
+    "unfinished": (schema.CARD, lambda p: replace(p, '"complete": true', '"complete": false'), "is not finished"),
+    "no null text": (schema.NULL_TEXT, Path.unlink, "is missing"),
+    "cut null text": (schema.NULL_TEXT, cut, "cannot be read"),
     "null text's shape": (
-        shards.NULL_TEXT,
+        schema.NULL_TEXT,
         lambda p: save_text(p, torch.zeros(1, 64)),
         "is [1, 64], expected",
     ),
     "null text's values": (
-        shards.NULL_TEXT,
+        schema.NULL_TEXT,
         lambda p: save_text(p, torch.full((1, 128), NAN)),
         "not finite",
     ),
@@ -195,7 +195,7 @@ def test_a_repair_of_everything(packed: Path, copied_packed: Path, capsys: pytes
     root, part = copied_packed, "images/256_16x16/00000"
     rewrite(root, part, lambda rows: rows[3].update(key="images/00001/000000003"))
     cut(root / PART)
-    cut(root / shards.CARD)
+    cut(root / schema.CARD)
     assert main([str(root), "--repair"]) == 0
     said = capsys.readouterr().out
     key = "images/00001/000000003: its key does not start with images/00000/"
@@ -211,21 +211,21 @@ def rewrite(
     root: Path, folder: str, change: Callable[[Rows], Any], limit: int = 1 << 27, seal: bool = True, **columns: str
 ) -> None:
     """Writes a part's shard anew after a change of its rows, and all indexes, with sizes and hashes as they are then."""
-    card, part = shards.Card.load(root), root / folder
-    (shard,) = json.loads((part / shards.INDEX).read_text())["shards"]
+    card, part = schema.Card.load(root), root / folder
+    (shard,) = json.loads((part / schema.INDEX).read_text())["shards"]
     file = part / (shard["zip_data"] or shard["raw_data"])["basename"]
     there = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
     rows = [
         {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in row.items()}
-        for row in mds.rows_of(mds.unpacked(file.read_bytes(), shard), shard, there)
+        for row in mds.decode_rows(mds.decompressed(file.read_bytes(), shard), shard, there)
     ]
     change(rows)
     shutil.rmtree(part)
     options = {"hashes": ["sha256"], "size_limit": limit, "compression": shard["compression"]}
     with MDSWriter(out=str(part), columns={**there, **columns}, **options) as writer:
         for row in rows:
-            writer.write(mds.sealed(row, writer.encode_sample) if seal else row)
-    shards.finish(root, card, card.counts)
+            writer.write(mds.with_checksum(row, writer.encode_sample) if seal else row)
+    finish_data_set(root, card, card.counts)
 
 
 def put(column: str, value: float, dtype: Any = None) -> Callable[[Rows], None]:
@@ -308,8 +308,8 @@ def test_several_shards(copied: Path, verify: Callable[..., list[str]]) -> None:
     content = json.loads((copied / PART).read_text())
     content["stored_bytes"] = sum(p.stat().st_size for p in copied.glob("images/*/00001/*.mds"))
     (copied / PART).write_text(json.dumps(content))
-    card = shards.Card.load(copied)
-    shards.finish(copied, card, encode.counts_of(report.publish(copied, card)))
+    card = schema.Card.load(copied)
+    finish_data_set(copied, card, report.card_counts(report.write_reports(copied, card)))
     assert verify(copied) == []
     flip(folder / "shard.00001.mds")
     (folder / "shard.00002.mds").unlink()
@@ -350,10 +350,10 @@ def test_nothing_is_unpickled(
 def test_compressed_shards(copied_packed: Path, verify: Callable[..., list[str]]) -> None:
     """streaming unpacks a shard beside the compressed one, and reads that from then on: it is checked, too."""
     folder = "images/256_16x16/00001"
-    index = json.loads((copied_packed / folder / shards.INDEX).read_text())["shards"][0]
+    index = json.loads((copied_packed / folder / schema.INDEX).read_text())["shards"][0]
     file, unpacked = copied_packed / folder / "shard.00000.mds.zstd", copied_packed / folder / "shard.00000.mds"
     assert verify(copied_packed) == []
-    unpacked.write_bytes(mds.unpacked(file.read_bytes(), index))
+    unpacked.write_bytes(mds.decompressed(file.read_bytes(), index))
     assert verify(copied_packed) == []
     flip(unpacked)
     flip(copied_packed / "images/256_16x16/00000/shard.00000.mds.zstd")
@@ -435,7 +435,7 @@ def test_nothing_is_removed_that_cannot_be_made_again(copied: Path, capsys: pyte
     """The tar of a damaged part is gone; or another one has its name."""
     flip(copied / SHARD)
     before = contents(copied)
-    (command,) = (copied / encode.COMMANDS).glob("*.json")
+    (command,) = (copied / commands.FOLDER).glob("*.json")
     content = json.loads(command.read_text())
     place = Path(content["arguments"][0].removeprefix("--input=")).parent
     tars = copied.parent / "tars"
@@ -494,10 +494,10 @@ def test_object_storage(
     assert {name.removeprefix("/bucket/data/"): data for name, data in whole.items()} == contents(packed)
     assert verify(url) == []
     fs, root = storage.file_system(url)
-    shard, card = f"{root}/images/256_16x16/00001/shard.00000.mds.zstd", f"{root}/{shards.CARD}"
+    shard, card = f"{root}/images/256_16x16/00001/shard.00000.mds.zstd", f"{root}/{schema.CARD}"
     fs.pipe_file(shard, whole[shard][:-3])
     fs.pipe_file(card, whole[card].replace(b'"written": 20', b'"written": 21'))
-    fs.rm(f"{root}/{shards.NULL_TEXT}")
+    fs.rm(f"{root}/{schema.NULL_TEXT}")
     assert len(verify(url)) == 3
     assert main([str(work)]) == 2
     assert f"run verify.py {url} --work {work}" in capsys.readouterr().err
@@ -537,11 +537,14 @@ def test_sample(data_set: Path, packed: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_another_vae_is_refused(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    card = shards.Card.load(copied)
+    card = schema.Card.load(copied)
     card.vae["fingerprint"] = "0" * 64
     card.save(copied)
     assert main([str(copied), "--sample", "2", "--out", str(tmp_path / "x.png")]) == 2
-    assert "was encoded by another VAE than tiny at" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert (
+        "tiny_vae is not the one that encoded the data set: its fingerprint is " in error and "expected 0000" in error
+    )
     assert not (tmp_path / "x.png").exists()
 
 

@@ -1,0 +1,140 @@
+"""Encoder of a worker: windows of pictures and captions to records, with both frozen encoders.
+
+A window's captions are encoded by length and its pictures by shape, so that batches have little padding; what is encoded
+together comes from one tar and follows from its samples alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data_prep import schema
+from data_prep.encoders import (
+    DOWNSAMPLE,
+    TextEncoder,
+    Vae,
+    encode_tokens,
+    parse_encoders,
+    pixels_to_floats,
+    tokenize,
+)
+from data_prep.pictures.images import Cut
+from data_prep.worker.report import Tally
+
+PIXEL_BUDGET = 1 << 20  # pixels that the VAE encodes together
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings by which samples become records, the same for every source.
+
+    Attributes:
+        resolutions: in pixels.
+        buckets: pictures keep about their aspect ratio, instead of being cut to squares.
+        token_cap: the most tokens of a caption.
+        drop_long: samples with longer captions are dropped, instead of the captions being cut.
+        posterior: what is stored of a latent: mean_std | mean.
+        compression: of the shards: None, "zstd" or "zstd:LEVEL".
+        shard_bytes: the largest size of a shard.
+    """
+
+    resolutions: tuple[int, ...]
+    buckets: bool
+    token_cap: int
+    drop_long: bool
+    posterior: str
+    compression: str | None = None
+    shard_bytes: int = schema.SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A sample whose picture is decoded and cut; `number` is its place in its tar, from 0."""
+
+    number: int
+    key: str
+    caption: str
+    cut: Cut
+
+
+class Encoder:
+    """The frozen text encoder and VAE, with the settings that they are used with."""
+
+    def __init__(self, spec: str, settings: Settings, device: str, compile_: bool = False):
+        text, vae = parse_encoders(spec)
+        self.text, self.vae, self.settings = TextEncoder(text, device), Vae(vae, device), settings
+        self.device = torch.device(device)
+        if compile_:
+            self.text.model.compile(dynamic=True)
+            self.vae.model.encoder.compile()
+
+    def card(self, text_dtype: str) -> schema.Card:
+        """Returns the data set's card, its counts still empty."""
+        t, v, s = self.text, self.vae, self.settings
+        return schema.Card(
+            text_encoder={"name": t.name, "width": t.width, "fingerprint": t.fingerprint},
+            vae={
+                "name": v.name,
+                "channels": v.channels,
+                "downsample": DOWNSAMPLE,
+                "normalisation": v.normalisation,
+                "fingerprint": v.fingerprint,
+            },
+            token_cap=s.token_cap,
+            posterior=s.posterior,
+            resolutions=sorted(s.resolutions),
+            text_dtype=text_dtype,
+            buckets=s.buckets,
+        )
+
+    def encode(self, window: list[Picture], name: str, tally: Tally) -> tuple[list[schema.Record], Callable[[], None]]:
+        """Returns the records of a window of the tar `name`, and a function to call before they are read.
+
+        The function waits for the copies from a GPU, which may still be under way. Captions that are too long are
+        counted in `tally`, or their samples dropped.
+        """
+        ids, too_long = tokenize(self.text.tokenizer, [p.caption for p in window], self.settings.token_cap)
+        kept = list(range(len(window)))
+        if self.settings.drop_long:
+            for n, rest in too_long.items():
+                detail = f"{self.settings.token_cap} tokens are not enough for {len(rest)} more characters"
+                tally.drop(window[n].number, window[n].key, "caption_too_long", detail)
+            kept = [n for n in kept if n not in too_long]
+        else:
+            tally.captions_cut += len(too_long)
+        window, ids = [window[n] for n in kept], [ids[n] for n in kept]
+        texts = encode_tokens(self.text.model, ids, self.text.tokenizer.pad_token_id, self.device)
+        latents = self.latents([p.cut.pictures for p in window])
+        ready = _no_wait
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            ready = event.synchronize
+        return [
+            schema.Record(f"{name}/{p.key}", p.caption, text, latent, p.cut.width, p.cut.height, p.cut.bucket)
+            for p, text, latent in zip(window, texts, latents, strict=True)
+        ], ready
+
+    def latents(self, pictures: list[dict[int, Any]]) -> list[dict[int, schema.Latent]]:
+        """Returns the latents of each sample by resolution; pictures of one shape are encoded together."""
+        latents: list[dict[int, schema.Latent]] = [{} for _ in pictures]
+        shapes: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        for n, cuts in enumerate(pictures):
+            for resolution, pixels_HW3 in cuts.items():
+                shapes.setdefault(pixels_HW3.shape, []).append((n, resolution))
+        for (height, width, _), cuts_of_shape in sorted(shapes.items()):
+            step = max(1, PIXEL_BUDGET // (height * width))
+            for batch in (cuts_of_shape[k : k + step] for k in range(0, len(cuts_of_shape), step)):
+                pixels_BHW3 = torch.stack([torch.from_numpy(pictures[n][r]) for n, r in batch])
+                encoded = self.vae.start_encoding(pixels_to_floats(pixels_BHW3, self.device))
+                stds = encoded.std if self.settings.posterior == "mean_std" else [None] * len(batch)
+                for (n, r), mean, std in zip(batch, encoded.mean, stds, strict=True):
+                    latents[n][r] = schema.Latent(mean, std)
+        return latents
+
+
+def _no_wait() -> None: ...
