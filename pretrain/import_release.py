@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from data_prep.encoders import lay_out
 from pretrain.checkpoint.export_folder import WEIGHTS, differences, new_folder, read_json, tensor_shapes
 from pretrain.models import DiT, DiTConfig
 from pretrain.models.release import convert, layout, read_config
@@ -34,7 +35,7 @@ def load_release(folder: Path, ignore: Sequence[str] = ()) -> DiT:
     with torch.device("meta"):
         model = DiT(config)
     model.load_state_dict(convert(load_file(folder / WEIGHTS), config), assign=True)
-    return model.eval()
+    return lay_out(model).eval()
 
 
 def read_release_config(folder: Path, ignore: Sequence[str]) -> DiTConfig:

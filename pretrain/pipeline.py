@@ -33,7 +33,7 @@ from data_prep.encoders import (
     Vae,
     decode_latents,
     encode_captions,
-    in_channels_last,
+    lay_out,
     local_folder,
     read_text_model,
     read_vae,
@@ -143,7 +143,9 @@ class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
         only_safetensors(kwargs)
         folder = local_folder(str(pretrained_model_name_or_path), {}) / (kwargs.pop("subfolder", None) or "")
         check_transformer(folder)
-        return super().from_pretrained(folder, **kwargs)
+        loaded = super().from_pretrained(folder, **kwargs)
+        lay_out(loaded[0] if kwargs.get("output_loading_info") else loaded)
+        return loaded
 
 
 def unpadded(embeds_BLE: Tensor, keep_BL: Tensor | None) -> PackedText:
@@ -209,8 +211,8 @@ class FocusDiTPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(
             tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            vae=None if vae is None else in_channels_last(vae),
+            text_encoder=None if text_encoder is None else lay_out(text_encoder),
+            vae=None if vae is None else lay_out(vae),
             transformer=transformer,
             scheduler=scheduler,
         )

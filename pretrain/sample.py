@@ -6,8 +6,8 @@
 Writes one PNG per prompt (its number and a hash, never the prompt itself), each with its prompt, seed and settings inside;
 then `prompts.jsonl`, a contact sheet `grid.png`, and `index.html`, which holds the pictures and opens without a server.
 
-Each picture starts from its own seed and is drawn alike in every batch and by any number of processes. Started again, the
-command draws what is missing.
+Each picture starts from its own seed: the batch and the number of processes change rounding only (docs/sampling.md says how
+much). Started again, the command draws what is missing.
 """
 
 from __future__ import annotations

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# One thread in every process of the tests, so that results do not depend on the machine's cores, and none waits for another.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import subprocess
 import sys
 import time

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from support import ROOT, free_port
+from support import ended, fork, free_port, launcher
 
 from data_prep import schema
 from data_prep.common import mds
@@ -22,6 +20,7 @@ from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
 from pretrain.distributed.world import World
 from pretrain.models import preset
+from pretrain.state import DataPosition
 
 SET = "a/256"  # the set that `write_set` makes of the source a
 
@@ -99,67 +98,39 @@ def slots(batches: list[Batch]) -> list[tuple[str, int]]:
     return [slot for batch in batches for slot in zip(batch.keys, batch.seeds, strict=True)]
 
 
-ORDER = """
-import json, os, sys
-import torch
-from pretrain.config import load
-from pretrain.data.loader import Loader
-from pretrain.state import DataPosition
-from pretrain.distributed.world import World
-from pretrain.data.loader import Loader
-from pretrain.state import DataPosition
-from pretrain.models import preset
-
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-if world > 1:
-    torch.distributed.init_process_group("gloo")
-said = []
-for job in json.load(sys.stdin):
-    config = load("demo_256", job["words"])[0]
-    try:
-        loader = Loader(config, preset("focusdit_tiny"), 4, 2 // world, World(rank, world, torch.device("cpu")))
-    except ValueError as error:
-        said.append(str(error))
-        continue
-    loader.resume(DataPosition(*job["start"]))
-    steps = []
-    for batches, _ in zip(loader, range(job["steps"])):
-        shapes = {tuple(b.mean_BCHW.shape[1:]) for b in batches}
-        keys = [[key, seed] for b in batches for key, seed in zip(b.keys, b.seeds)]
-        steps.append({"keys": keys, "shapes": sorted(shapes), "at": [loader.position.epoch, loader.position.step_in_epoch]})
-        steps[-1]["damaged"] = [[d.shard, d.sample, d.reason] for b in batches for d in b.damaged]
-    said.append({"steps_per_epoch": loader.steps_per_epoch, "fingerprint": loader.fingerprint, "steps": steps})
-    del loader
-print("SAID" + json.dumps(said))
-"""
+def _read_orders(jobs: list[dict[str, Any]], out: Path) -> None:
+    """Reads each job's steps, or notes why it was refused, into `out`."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+    said: list[Any] = []
+    for job in jobs:
+        config = load("demo_256", job["words"])[0]
+        try:
+            loader = Loader(config, preset("focusdit_tiny"), 4, 2 // world, World(rank, world, torch.device("cpu")))
+        except ValueError as error:
+            said.append(str(error))
+            continue
+        loader.resume(DataPosition(*job["start"]))
+        steps: list[dict[str, Any]] = []
+        for batches, _ in zip(loader, range(job["steps"]), strict=False):
+            shapes = {tuple(b.mean_BCHW.shape[1:]) for b in batches}
+            keys = [[key, seed] for b in batches for key, seed in zip(b.keys, b.seeds, strict=True)]
+            at = [loader.position.epoch, loader.position.step_in_epoch]
+            damaged = [[d.shard, d.sample, d.reason] for b in batches for d in b.damaged]
+            steps.append({"keys": keys, "shapes": sorted(shapes), "at": at, "damaged": damaged})
+        said.append({"steps_per_epoch": loader.steps_per_epoch, "fingerprint": loader.fingerprint, "steps": steps})
+        del loader
+    out.write_text(json.dumps(said))
 
 
-def orders(jobs: list[dict[str, Any]], world: int) -> list[list[dict[str, Any]]]:
-    """What each process of `world` reads, by process."""
-    port, processes = str(free_port()), []
-    for rank in range(world):
-        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": 1}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        process = subprocess.Popen(
-            [sys.executable, "-c", ORDER],
-            cwd=ROOT,
-            env=os.environ | {k: str(v) for k, v in env.items()},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(jobs))
-        process.stdin.close()
-        process.stdin = None
-        processes.append(process)
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), outputs
-    return [json.loads(output.partition("SAID")[2]) for output in outputs]
+def orders(jobs: list[dict[str, Any]], world: int, folder: Path) -> list[list[dict[str, Any]]]:
+    """What each process of `world` reads, by process; the processes write into `folder`."""
+    port, outs = str(free_port()), [folder / f"order_{rank}_of_{world}" for rank in range(world)]
+    log = folder / f"log_of_{world}"
+    started = [fork(log, _read_orders, jobs, out, **launcher(r, world, port)) for r, out in enumerate(outs)]
+    assert not any(ended(started)), log.read_text()
+    return [json.loads(out.read_text()) for out in outs]
 
 
 def joined(by_process: list[dict[str, Any]]) -> list[Any]:

@@ -94,6 +94,23 @@ PLACES = (
 )
 
 
+def die_in_sampling(count: int, argv: list[str]) -> int:
+    """`pretrain.sample`, killed when it is about to write its `count`-th picture."""
+    from pretrain import sample
+
+    whole, seen = sample.write_png, 0
+
+    def dying(*args, **kwargs):
+        nonlocal seen
+        seen += 1
+        if seen == count:
+            die()
+        return whole(*args, **kwargs)
+
+    sample.write_png = dying
+    return sample.main(argv)
+
+
 def bad_losses(steps: dict[int, float], rank: int = 0, times: int = 1_000) -> None:
     """At these steps (from 1) one process's loss is multiplied by a factor, nan or one that makes a spike; so many times."""
     if not is_rank(rank):
@@ -134,6 +151,7 @@ def at_step(step: int, rank: int, what: str) -> None:
                 raise ValueError("a fault of its own")
             if what == "sleep":
                 t.watchdog.begin("reading data")
+                print("asleep", flush=True)
                 time.sleep(600)
             if what.startswith("SIG"):
                 os.kill(os.getpid(), getattr(signal, what))

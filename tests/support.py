@@ -7,11 +7,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +53,7 @@ def launcher(rank: int, processes: int, port: str) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
-        "OMP_NUM_THREADS": str(max(1, 2 // processes)),
+        "OMP_NUM_THREADS": "1",
     }
 
 
@@ -68,7 +70,31 @@ def start_training(config: str, *overrides: str, processes: int = 1) -> list[sub
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
 # Else each process imports for many seconds.
-_FORKSERVER.set_forkserver_preload(["data_prep.encode", "pretrain.train"])
+_FORKSERVER.set_forkserver_preload(
+    ["data_prep.encode", "pretrain.train", "pretrain.sample", "transformers.models.t5.modeling_t5"]
+)
+
+
+def fork(log: Path, target: Callable[..., Any], *args: Any, **env: str) -> ForkServerProcess:
+    """A new process that has the imports already: it calls `target`, whose result is its exit code, and writes to `log`.
+
+    `target` must be importable by its name; `env` adds to this process's environment.
+    """
+    variables = dict(os.environ) | {"OMP_NUM_THREADS": "1"} | env
+    process = _FORKSERVER.Process(target=_call, args=(str(log), variables, target, args))
+    process.start()
+    return process
+
+
+def _call(log: str, env: dict[str, str], target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.clear()  # the preloaded process's is that of its start
+    os.environ.update(env)
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    os.chdir(ROOT)
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(target(*args))
 
 
 def fork_training(
@@ -78,48 +104,59 @@ def fork_training(
 
     `before` is called in each process first: a fault of `faults.py`.
     """
-    port = str(free_port())
-    started = []
-    for rank in range(processes):
-        variables = dict(os.environ) | launcher(rank, processes, port) | env
-        process = _FORKSERVER.Process(target=_train, args=(str(log), variables, [config, *overrides], before))
-        process.start()
-        started.append(process)
-    return started
+    port, words = str(free_port()), [config, *overrides]
+    return [fork(log, _train, before, words, **launcher(rank, processes, port), **env) for rank in range(processes)]
 
 
-def _train(log: str, env: dict[str, str], argv: list[str], before: Callable[[], None] | None) -> None:
+def _train(before: Callable[[], None] | None, argv: list[str]) -> int:
     from pretrain.train import main
 
-    os.environ.clear()  # the preloaded process's is that of its start
-    os.environ.update(env)
     if before:
         before()
-    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
-    os.chdir(ROOT)
-    _write_to(log)
-    sys.exit(main(argv))
-
-
-def _write_to(log: str) -> None:
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    return main(argv)
 
 
 def start_encoding(log: Path, *argv: str) -> ForkServerProcess:
-    """A process of `data_prep/encode.py`'s own, with one thread, that writes what it says to `log`."""
-    process = _FORKSERVER.Process(target=_encode, args=(str(log), argv))
-    process.start()
-    return process
-
-
-def _encode(log: str, argv: tuple[str, ...]) -> None:
+    """A process of `data_prep/encode.py`'s own, that writes what it says to `log`."""
     from data_prep.encode import main
 
-    torch.set_num_threads(1)  # another number may change the last bits of a product
-    _write_to(log)
-    sys.exit(main(list(argv)))
+    return fork(log, main, list(argv))
+
+
+def wait_for_line(log: Path, line: str, seconds: float = 200) -> None:
+    """Until a process has written the line to its log; the time is for machines that are very busy."""
+    deadline = time.monotonic() + seconds
+    while not log.exists() or line not in log.read_text():
+        assert time.monotonic() < deadline, f"{line!r} was never printed:\n{log.read_text() if log.exists() else ''}"
+        time.sleep(0.02)
+
+
+def ended(started: Iterable[ForkServerProcess], seconds: float = 300) -> list[int | None]:
+    """The exit codes, once all have ended by themselves; None where one has not in this time."""
+    started, deadline = list(started), time.monotonic() + seconds
+    for process in started:
+        process.join(max(0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+        process.join()
+    return codes
+
+
+def draw_in_a_new_process(folder: Path, out: Path, prompts: Sequence[str]) -> list[Image.Image]:
+    """Pictures of an exported pipeline, the first from seed 0, drawn by a process of its own with this one's threads."""
+    out.mkdir(exist_ok=True)
+    process = fork(out / "log", _draw, folder, out, list(prompts), OMP_NUM_THREADS=str(torch.get_num_threads()))
+    assert ended([process]) == [0], (out / "log").read_text()
+    return [Image.open(out / f"{i}.png").convert("RGB") for i in range(len(prompts))]
+
+
+def _draw(folder: Path, out: Path, prompts: list[str]) -> None:
+    from pretrain.pipeline import FocusDiTPipeline
+
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    for i, image in enumerate(FocusDiTPipeline.from_pretrained(folder)(prompts, generator=generators).images):
+        image.save(out / f"{i}.png")
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -37,7 +37,7 @@ def test_25_kills_leave_no_trace(data_set: Path, train, tmp_path: Path) -> None:
             time.sleep(rng.uniform(0, 0.4))
             for process in victims:
                 process.kill()
-        multiprocessing.connection.wait([process.sentinel for process in started], timeout=120)
+        multiprocessing.connection.wait([process.sentinel for process in started], timeout=300)
         codes = [process.exitcode for process in started]
         for process in started:  # as `srun --kill-on-bad-exit` does
             process.kill()
@@ -73,7 +73,7 @@ def test_other_numbers_of_processes_repeat_and_lose_no_sample(data_set: Path, tr
     assert losses == pytest.approx(straight, rel=1e-4)
 
 
-def wait_for_lines(log: Path, count: int, seconds: float = 120) -> None:
+def wait_for_lines(log: Path, count: int, seconds: float = 300) -> None:
     """Until the log tells of so many steps."""
     deadline = time.monotonic() + seconds
     while not log.exists() or log.read_text().count("step ") < count:

@@ -48,8 +48,9 @@ def test_killed_and_gone_on_in_another_number_of_processes(
 ) -> None:
     """Killed, then resumed: bitwise the uninterrupted run on as many processes, and the same losses on another number."""
     assert len(budgets(together)) >= 4
-    words = (*ALL, "steps=8", "guard.seconds=5", f"data.path={data_set}", f"run_dir={tmp_path / 'two'}")
-    killed = train("demo_256", *words, processes=2, check=False, before=partial(at_step, 5, 1, "SIGKILL"))
+    words = (*ALL, "steps=8", f"data.path={data_set}", f"run_dir={tmp_path / 'two'}")
+    soon = "guard.seconds=30"  # the other one ends soon after the killed one; a busy machine's steps take a second
+    killed = train("demo_256", *words, soon, processes=2, check=False, before=partial(at_step, 5, 1, "SIGKILL"))
     assert -9 in killed.codes
     assert newest(tmp_path / "two").run_state.step == 3  # type: ignore[union-attr]
     shutil.copytree(tmp_path / "two", tmp_path / "one")

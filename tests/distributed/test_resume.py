@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from support import SMALL, scalars, start_training, state_of
+from faults import at_step
+from support import SMALL, ended, fork_training, scalars, state_of
 
 from pretrain.checkpoint.reader import newest
 
@@ -16,41 +18,27 @@ WORDS = (*SMALL, *RETENTION, "steps=10", "model.mask_dropout=0.1")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(data_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(data_set: Path, train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    (process,) = start_training("demo_256", *WORDS, f"data.path={data_set}", f"run_dir={run_dir}")
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
+    train("demo_256", *WORDS, f"data.path={data_set}", f"run_dir={run_dir}")
     return run_dir
-
-
-def kill_after(line: str, process) -> None:
-    """`kill -9` once the process has printed a line that starts so."""
-    seen = []
-    for printed in process.stdout:
-        seen.append(printed)
-        if printed.startswith(line):
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            return
-    raise AssertionError(f"{line!r} was never printed:\n" + "".join(seen))
 
 
 def test_kill_9_and_restart_is_bitwise_uninterrupted(
     data_set: Path, uninterrupted: Path, train, tmp_path: Path
 ) -> None:
     """Killed in the second epoch (5 steps each), two steps after its checkpoint: same samples, noise, moments and curve."""
-    words = [*WORDS, f"data.path={data_set}", f"run_dir={tmp_path}"]
-    (process,) = start_training("demo_256", *words)
-    kill_after("step 6/", process)
-    assert newest(tmp_path).run_state.step == 4  # type: ignore[union-attr]
+    words, log = [*WORDS, f"data.path={data_set}", f"run_dir={tmp_path / 'run'}"], tmp_path / "log"
+    (process,) = fork_training(log, "demo_256", *words, before=partial(at_step, 6, 0, "SIGKILL"))
+    assert ended([process]) == [-signal.SIGKILL], log.read_text()
+    assert newest(tmp_path / "run").run_state.step == 4  # type: ignore[union-attr]
     finished = train("demo_256", *words)
     assert "going on from" in finished.output
     assert "step 4, epoch 0, its step 4" in finished.output
     expected = state_of(uninterrupted)
-    for name, value in state_of(tmp_path).items():
+    for name, value in state_of(tmp_path / "run").items():
         assert torch.equal(value, expected[name]), name
-    assert scalars(tmp_path, "train/loss") == scalars(uninterrupted, "train/loss")
+    assert scalars(tmp_path / "run", "train/loss") == scalars(uninterrupted, "train/loss")
 
 
 def test_a_finished_run_is_left_alone(uninterrupted: Path, data_set: Path, train) -> None:

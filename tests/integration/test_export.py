@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import ROOT, SMALL, start_training
+from support import SMALL, draw_in_a_new_process
 
 from pretrain import export, prune, sample
 from pretrain.checkpoint.reader import newest
@@ -22,13 +20,11 @@ PROMPTS = ["a large red circle on the left on a white background", "a small blue
 
 
 @pytest.fixture(scope="module")
-def run(data_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(data_set: Path, train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of five real steps."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     words = [*SMALL, f"data.path={data_set}", f"run_dir={folder}", "steps=5", "optimizer.lr=0.01", "preview.steps=3"]
-    (process,) = start_training("demo_256", *words)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
+    train("demo_256", *words)
     return folder
 
 
@@ -50,21 +46,15 @@ def drawn(folder: Path) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("encoders", ["copy", "reference"])
 def test_an_export_gives_the_runs_pixels_in_a_new_process(run, prompts, tmp_path, encoders):
+    """One machine, as many threads, the same batch, and weights that lie alike: the same bits."""
     assert sample.main(["--run", str(run), "--prompts", str(prompts), "--out", str(tmp_path / "from_run")]) == 0
     out = tmp_path / "export"
     assert export.main(["--run", str(run), "--out", str(out), "--encoders", encoders]) == 0
     assert (out / "text_encoder").exists() == (out / "vae").exists() == (encoders == "copy")
-    program = f"""
-import torch
-from pretrain.pipeline import FocusDiTPipeline
-pipe = FocusDiTPipeline.from_pretrained({str(out)!r})
-seeds = [torch.Generator().manual_seed(i) for i in range(2)]
-for i, image in enumerate(pipe({PROMPTS!r}, generator=seeds).images):
-    image.save({str(tmp_path)!r} + f"/{{i}}.png")
-"""
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
-    for i, expected in enumerate(drawn(tmp_path / "from_run")):
-        assert np.array_equal(pixels(tmp_path / f"{i}.png"), expected)
+    for there, expected in zip(
+        draw_in_a_new_process(out, tmp_path / "there", PROMPTS), drawn(tmp_path / "from_run"), strict=True
+    ):
+        assert np.array_equal(np.asarray(there), expected)
 
 
 def test_the_export_says_where_it_comes_from(run, tmp_path):

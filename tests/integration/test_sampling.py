@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-import time
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faults import die_in_sampling
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from support import ROOT, Opened, levels, same_pictures
+from support import Opened, ended, fork, levels, same_pictures
 
 from pretrain.pipeline import FocusDiTPipeline
 from pretrain.sample import main
@@ -51,13 +49,6 @@ def sixteen(folder: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactor
 
 def command(folder: Path, out: Path, *words: str) -> list[str]:
     return ["--model", str(folder), "--out", str(out), *words]
-
-
-def start(words: list[str], **launcher: str) -> subprocess.Popen[str]:
-    """The command as a process of its own."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | launcher
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([sys.executable, "-m", "pretrain.sample", *words], cwd=ROOT, env=env, text=True, **pipes)  # type: ignore[call-overload]
 
 
 def drawn(out: Path) -> list[Path]:
@@ -118,9 +109,10 @@ def test_in_any_batch(folder, prompts, sixteen, tmp_path, batch):
 
 def test_by_two_processes(folder, prompts, sixteen, tmp_path):
     words = command(folder, tmp_path, "--prompts", str(prompts), *SETTINGS, "--batch-size", "3")
-    processes = [start(words, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    logs = [tmp_path / f"log_{rank}" for rank in range(2)]
+    processes = [fork(log, main, words, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2") for r, log in enumerate(logs)]
+    codes, said = ended(processes), [log.read_text() for log in logs]
+    assert codes == [0, 0], said
     assert all("8 of 8 pictures" in lines for lines in said), "each drew its half"
     assert "16 pictures in" in "".join(said), "the last one summed up"
     assert same_pictures(pictures(tmp_path), pictures(sixteen))
@@ -130,17 +122,10 @@ def test_by_two_processes(folder, prompts, sixteen, tmp_path):
 
 def test_after_a_kill_in_the_middle(folder, prompts, sixteen, tmp_path):
     words = command(folder, tmp_path, "--prompts", str(prompts), *SETTINGS, "--batch-size")
-    process = start([*words, "1"])
-    try:
-        while len(drawn(tmp_path)) < 3:
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.002)
-    finally:
-        process.kill()
-        process.communicate()
-    assert process.returncode == -9
+    log = tmp_path / "log"
+    assert ended([fork(log, die_in_sampling, 4, [*words, "1"])]) == [-signal.SIGKILL], log.read_text()
     kept = times(tmp_path)
-    assert 3 <= len(kept) < 16
+    assert len(kept) == 3
     assert not (tmp_path / "index.html").exists()
 
     assert main([*words, "4"]) == 0

@@ -85,7 +85,7 @@ class Cluster:
     @property
     def env(self) -> dict[str, str]:
         """The environment of a user's shell: nothing of a cluster that the tests themselves may run in."""
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN"))}
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN", "OMP"))}
         return env | {"SLURM_CONF": str(self.root / "slurm.conf")}
 
     def command(self, *words: object, env: dict[str, str] | None = None, check: bool = True):

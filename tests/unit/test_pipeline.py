@@ -6,9 +6,6 @@ Letters: B images, C latent channels, L text tokens, S sampling steps, K blocks,
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from backbones import predict
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from support import ROOT, levels, same_pictures
+from support import draw_in_a_new_process, levels, same_pictures
 from torch import Tensor
 
 from data_prep.encoders import decode_latents
@@ -74,24 +71,13 @@ def latents(pipe: FocusDiTPipeline, *args: Any, **kwargs: Any) -> Tensor:
 
 # ---- the pipeline: what is drawn ----
 
-IN_A_NEW_PROCESS = """
-import sys, torch
-from pretrain.pipeline import FocusDiTPipeline
-pipe = FocusDiTPipeline.from_pretrained(sys.argv[1])
-for i, picture in enumerate(pipe(sys.argv[3:], generator=[torch.Generator().manual_seed(i) for i in range(4)]).images):
-    picture.save(f"{sys.argv[2]}/{i}.png")
-"""
-
 
 def test_saved_and_loaded_in_a_new_process_it_draws_the_same_pixels(pipe, loaded, tiny_pipeline_folder, tmp_path):
-    """`Vae`'s own weights lie channels last, loaded ones do not: the same latents, the last bit of a pixel aside."""
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(tiny_pipeline_folder), str(tmp_path), *PROMPTS]
-    subprocess.run(command, cwd=ROOT, env=os.environ | threads, check=True)
-    there = [Image.open(tmp_path / f"{i}.png") for i in range(4)]
+    """Loaded weights lie as made ones do, here and in a new process with as many threads: the same bits."""
+    there = draw_in_a_new_process(tiny_pipeline_folder, tmp_path, PROMPTS)
     here, saved = (p(PROMPTS, generator=seeds(0, 1, 2, 3)).images for p in (loaded, pipe))
     assert (levels(here) == levels(there)).all()
-    assert same_pictures(saved, there)
+    assert (levels(saved) == levels(there)).all()
     assert torch.equal(*(latents(p, PROMPTS, generator=seeds(0, 1, 2, 3)) for p in (loaded, pipe)))
     assert levels(here).std() > 50, "pictures of one grey would agree too"
 
@@ -213,7 +199,9 @@ def test_guidance_interval(pipe):
     full, none = drawn(0, 1), drawn(0, 1, guidance_scale=1.0)
     assert torch.equal(full, latents(pipe, PROMPTS[:2], latents=noise(0, 1)))
     assert torch.equal(drawn(0.55, 1), full), "all times are inside"
-    assert torch.equal(drawn(0, 0.5), none), "no time is inside"
+    torch.testing.assert_close(
+        drawn(0, 0.5), none, rtol=1e-3, atol=1e-3
+    )  # no time is inside; the null text is read though
     parts = [drawn(0.95, 1), drawn(0.8, 0.9), drawn(0.5, 0.7), full, none]
     assert all((a - b).abs().max() > 1e-2 for i, a in enumerate(parts) for b in parts[:i])
     for interval in ((0.9, 0.1), (-0.1, 1), (0, 1.1)):
@@ -389,7 +377,10 @@ def test_query_masks_are_those_of_the_pictures_with_text(pipe):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_offloading_draws_the_same_and_loads_each_model_in_turn(loaded, monkeypatch, guidance):
-    """accelerate's real hooks, with the CPU as the device; the transformer is fetched before it reads the captions."""
+    """accelerate's real hooks, with the CPU as the device; the transformer is fetched before it reads the captions.
+
+    What it fetches are copies, which lie as the loaded weights do: the same bits.
+    """
     arguments = {"prompt": PROMPTS[:2], "guidance_scale": guidance}
     expected = loaded(**arguments, generator=seeds(0, 1)).images
     loaded.enable_model_cpu_offload(device="cpu")

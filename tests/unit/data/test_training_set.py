@@ -182,7 +182,7 @@ def test_the_same_for_any_processes(tmp_path: Path) -> None:
         for path in (plain, bucketed)
         for workers, start in ((0, [0, 0]), (2, [0, 0]), (2, [0, 3]))
     ]
-    one, two = orders(jobs, 1), orders(jobs, 2)
+    one, two = orders(jobs, 1, tmp_path), orders(jobs, 2, tmp_path)
     for first, path in ((0, plain), (3, bucketed)):
         expected = joined([one[0][first]])
         damaged = [sorted(step["damaged"]) for step in one[0][first]["steps"]]
