@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from data_prep.encoders import DOWNSAMPLE
 from data_prep.shapes import check, scenes
 from pretrain.config import load
 from pretrain.demo import DATA, PICTURES, PROMPT_SEED, TARS, curve, training_command
@@ -84,7 +85,7 @@ def flops_of(words: list[str]) -> float:
     """A picture's forward FLOPs, the mean over all noise levels."""
     config = load("demo_256", words)[0]
     backbone = config.model.backbone()
-    return count_flops(backbone, grid_of(backbone, config.data.resolution), CAPTION).total
+    return count_flops(backbone, grid_of(backbone, config.data.resolution, DOWNSAMPLE), CAPTION).total
 
 
 def measured(name: str, steps: int, flops: float, args: argparse.Namespace) -> Row:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+from data_prep.encoders import DOWNSAMPLE
 from pretrain.models import PRESETS
 from pretrain.models.compare import compare, compare_published
 from pretrain.models.cost import CAPTION, count_flops, count_parameters, grid_of
@@ -29,7 +30,7 @@ def table(text_tokens: int) -> str:
     lines = [head, "-" * len(head)]
     for name, config in PRESETS.items():
         p = count_parameters(config)
-        flops = [count_flops(config, grid_of(config, side), text_tokens).total for side in (256, 512)]
+        flops = [count_flops(config, grid_of(config, side, DOWNSAMPLE), text_tokens).total for side in (256, 512)]
         parts = (
             f"{_millions(p.attention):>11}{_millions(p.ffn):>11}{_millions(p.query_mask):>12}{_millions(p.rest):>10}"
         )

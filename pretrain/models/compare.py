@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from data_prep.encoders import DOWNSAMPLE
 from pretrain.models.config import DiTConfig
 from pretrain.models.cost import CAPTION, count_activations, count_flops, count_parameters, grid_of
 from pretrain.models.mixers.flexdit import FlexDiTSection
@@ -50,7 +51,7 @@ class Published:
 
     def counted(self) -> float:
         """The same, counted here."""
-        flops = count_flops(self.config, grid_of(self.config, self.resolution), self.text_tokens)
+        flops = count_flops(self.config, grid_of(self.config, self.resolution, DOWNSAMPLE), self.text_tokens)
         return flops.total / 2 / 1e9
 
 
@@ -90,7 +91,7 @@ def compare(resolutions: Iterable[int], text_tokens: int = CAPTION) -> str:
 def _at(resolution: int, text_tokens: int) -> str:
     base = preset("dit_1b")
     try:
-        grid = grid_of(base, resolution)
+        grid = grid_of(base, resolution, DOWNSAMPLE)
     except ValueError as error:
         return f"not done: {error}"
     head = (

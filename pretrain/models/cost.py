@@ -27,7 +27,6 @@ from pretrain.models.grids import Grid
 from pretrain.models.mixers.base import TokenMixer
 
 CAPTION = 120  # tokens of a caption, where none is given
-DOWNSAMPLE = 8  # pixels of a picture's side to one of the VAE's latents
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,15 @@ def count_parameters(c: DiTConfig) -> Parameters:
     return Parameters(**counts)
 
 
-def grid_of(c: DiTConfig, resolution: int) -> Grid:
-    """Rows and columns of tokens at a square resolution in pixels. Raises ValueError where patch and VAE do not divide it."""
-    side, rest = divmod(resolution, DOWNSAMPLE * c.patch)
+def grid_of(c: DiTConfig, resolution: int, downsample: int) -> Grid:
+    """Rows and columns of tokens at a square resolution in pixels, for a VAE of `downsample` pixels per latent pixel.
+
+    Raises:
+        ValueError: VAE and patch do not divide the resolution.
+    """
+    side, rest = divmod(resolution, downsample * c.patch)
     if rest:
-        raise ValueError(f"{resolution} px is not divisible by {DOWNSAMPLE} (the VAE) × {c.patch} (the patch)")
+        raise ValueError(f"{resolution} px is not divisible by {downsample} (the VAE) × {c.patch} (the patch)")
     return side, side
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from data_prep.encoders import DOWNSAMPLE
 from pretrain.config import Config
 from pretrain.data.batch import Batch
 from pretrain.diffusion import Loss
@@ -97,7 +98,7 @@ class Monitor:
         self.writer: SummaryWriter | None = None
         peak = config.logging.peak_tflops or peak_tflops(self.world.device, engine.dtype)
         self.peak = peak * 1e12 * self.world.size
-        self.grid = grid_of(backbone, config.data.resolution)
+        self.grid = grid_of(backbone, config.data.resolution, DOWNSAMPLE)
         self.sums, self.since = self._zeros(), time.perf_counter()
 
     def resume(self, step: int, saved: list[float]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import schema
+from data_prep.encoders import DOWNSAMPLE
 from pretrain.checkpoint.reader import FOLDER
 from pretrain.config import Config
 from pretrain.data.location import DataLocation
@@ -90,7 +91,7 @@ def state_bytes(config: Config, deepspeed: dict[str, Any], processes: int) -> in
 def activation_bytes(config: Config, micro: int) -> int:
     """Estimated bytes that a micro-batch keeps for its backward pass, in bf16, with captions of CAPTION tokens."""
     c = config.model.backbone()
-    grid = grid_of(c, config.data.resolution)
+    grid = grid_of(c, config.data.resolution, DOWNSAMPLE)
     return round(micro * count_activations(c, grid, CAPTION, recompute=config.model.recompute))
 
 

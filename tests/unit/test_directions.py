@@ -1,6 +1,7 @@
-"""Who may import whom (docs of the layout: "directions that never turn round"), read from the imports themselves."""
+"""Directions of imports between rooms, and the files that meet each library, read from the imports themselves."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -8,35 +9,81 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Each heavy library, and the only files that may meet it.
-ROOMS = {
-    "webdataset": {"data_prep/inputs/tars.py", "data_prep/shapes.py"},
+# Each heavy library, and the files that meet it: these and no others.
+LIBRARIES = {
+    "webdataset": {"data_prep/shapes.py"},
     "streaming": {
-        "data_prep/worker/parts.py",
         "data_prep/common/mds.py",
+        "data_prep/worker/parts.py",
+        "pretrain/bench/loader.py",
         "pretrain/data/shard_reader.py",
         "pretrain/data/streaming_private.py",
-        "pretrain/bench/loader.py",
     },
     "deepspeed": {
-        "pretrain/distributed/engine.py",
         "pretrain/distributed/deepspeed_private.py",
+        "pretrain/distributed/engine.py",
         "pretrain/distributed/rendezvous.py",
     },
-    "tensorboard": {"pretrain/monitoring/monitor.py", "pretrain/demo.py"},
-    "torch.utils.tensorboard": {"pretrain/monitoring/monitor.py", "pretrain/demo.py", "data_prep/worker/monitor.py"},
+    "tensorboard": {"pretrain/demo.py"},
+    "torch.utils.tensorboard": {"data_prep/worker/monitor.py", "pretrain/monitoring/monitor.py"},
     "fsspec": {"data_prep/common/storage.py"},
+    "tenacity": {"data_prep/common/storage.py"},
+    "tqdm": {"data_prep/common/progress.py"},
     "transformers": {
-        "data_prep/encoders.py",
         "data_prep/assets/make_tiny_encoders.py",
-        "pretrain/pipeline.py",
-        "pretrain/bench/timing.py",
-        "pretrain/bench/step.py",
-        "pretrain/bench/picture.py",
+        "data_prep/encoders.py",
         "pretrain/bench/encode.py",
     },
+    "diffusers": {
+        "data_prep/assets/make_tiny_encoders.py",
+        "data_prep/encoders.py",
+        "pretrain/bench/encode.py",
+        "pretrain/bench/picture.py",
+        "pretrain/bench/step.py",
+        "pretrain/bench/timing.py",
+        "pretrain/pipeline.py",
+        "pretrain/schedulers.py",
+    },
+    "omegaconf": {
+        "pretrain/config.py",
+        "pretrain/deepspeed_config.py",
+        "pretrain/monitoring/provenance.py",
+        "pretrain/sampling/trained_run.py",
+    },
 }
-ROOMS["diffusers"] = ROOMS["transformers"] | {"pretrain/schedulers.py"}
+# Where the underscored names of libraries are met (docs/dependencies.md).
+PRIVATE = {
+    "pretrain/data/streaming_private.py",
+    "pretrain/distributed/deepspeed_private.py",
+    "pretrain/distributed/torch_private.py",
+}
+# The rooms, from the ground up: a room imports from lower floors only. A room is a folder, or a file beside the folders.
+FLOORS: list[set[str]] = [
+    {"data_prep/common", "data_prep/encoders.py", "data_prep/pictures", "data_prep/shapes.py"},
+    {"data_prep/assets", "data_prep/inputs", "data_prep/schema.py"},
+    {"data_prep/worker"},
+    {"data_prep/checks", "data_prep/encode.py"},
+    {"data_prep/verify.py"},
+    {
+        "pretrain/console.py",
+        "pretrain/deepspeed_config.py",
+        "pretrain/models",
+        "pretrain/sections.py",
+        "pretrain/state.py",
+    },
+    {"pretrain/demo.py", "pretrain/diffusion"},
+    {"pretrain/config.py", "pretrain/schedulers.py"},
+    {"pretrain/distributed"},
+    {"pretrain/checkpoint", "pretrain/data"},
+    {"pretrain/chain.py", "pretrain/pipeline.py"},
+    {"pretrain/import_release.py", "pretrain/sampling"},
+    {"pretrain/analyze", "pretrain/export.py", "pretrain/monitoring", "pretrain/prune.py", "pretrain/sample.py"},
+    {"pretrain/loss.py", "pretrain/resilience"},
+    {"pretrain/train.py"},
+    {"pretrain/bench"},
+]
+# The command `python -m pretrain.models` reads the VAE's downsampling, which stands in data_prep once.
+MODELS_COMMAND = {"pretrain/models/__main__.py", "pretrain/models/compare.py"}
 
 
 def files(*folders: str) -> list[str]:
@@ -93,7 +140,9 @@ def test_data_prep_never_imports_pretrain(path):
 @pytest.mark.parametrize("path", files("pretrain/models", "pretrain/diffusion"))
 def test_models_and_diffusion_know_torch_and_einops_only(path):
     for name in imports(path):
-        if top(name) == "pretrain":
+        if within(name, "data_prep.encoders"):
+            assert path in MODELS_COMMAND
+        elif top(name) == "pretrain":
             assert within(name, "pretrain.models") or within(name, "pretrain.diffusion"), name
         else:
             assert top(name) in {"torch", "einops", "numpy"} | sys.stdlib_module_names, name
@@ -104,10 +153,63 @@ def test_models_do_not_know_the_objectives(path):
     assert not [name for name in imports(path) if within(name, "pretrain.diffusion")]
 
 
-@pytest.mark.parametrize("library", ROOMS)
-def test_heavy_libraries_keep_to_their_rooms(library):
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_heavy_libraries_keep_to_their_files(library):
     met = {path for path in files("pretrain", "data_prep") if any(within(name, library) for name in imports(path))}
-    assert met <= ROOMS[library]
+    assert met == LIBRARIES[library]
+
+
+def private_names(source: str) -> set[str]:
+    """The underscored names of torch, DeepSpeed and streaming that a source reaches."""
+    libraries, found = {"torch", "deepspeed", "streaming"}, set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and top(str(node.module)) in libraries:
+            names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            found |= {name for name in names if name.startswith("_")}
+        elif isinstance(node, ast.Attribute) and top(ast.unparse(node.value)) in libraries | {"dist"}:
+            found |= {node.attr} if re.match(r"_(?!_)", node.attr) else set()
+    return found
+
+
+def test_the_reader_of_private_names():
+    source = "from torch.distributed import _a, b\nx = torch.c._d(1).e\ny = z._f\nw = dist._g.h\nv = torch.__version__"
+    assert private_names(source) == {"_a", "_d", "_g"}
+
+
+@pytest.mark.parametrize("path", files("pretrain", "data_prep"))
+def test_private_names_are_met_in_their_files(path):
+    # What torch calls functional is public by its documents, whatever its name.
+    names = private_names((ROOT / path).read_text()) - {"_pytree"}
+    assert not names or path in PRIVATE
+
+
+def room(path: str) -> str:
+    return "/".join(Path(path).parts[:2])
+
+
+MODULES = {
+    path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path
+    for path in files("pretrain", "data_prep")
+}
+
+
+def test_every_room_has_one_floor():
+    rooms = {room(path) for path in MODULES.values()} - {"pretrain/__init__.py", "data_prep/__init__.py"}
+    assert sorted(name for floor in FLOORS for name in floor) == sorted(rooms)
+
+
+@pytest.mark.parametrize("path", files("pretrain", "data_prep"))
+def test_rooms_import_downwards_only(path):
+    level = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+    for name in imports(path):
+        target = MODULES.get(name)
+        if target is None or room(target) not in level or room(target) == room(path):
+            continue
+        assert level[room(target)] < level[room(path)], f"{path} imports {target}"
+
+
+def test_the_runs_state_needs_neither_torch_nor_deepspeed():
+    assert {top(name) for name in imports("pretrain/state.py")} <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("path", files("data_prep"))

@@ -279,10 +279,10 @@ def test_flops_of_a_mean_caption_length():
 
 
 def test_tokens_of_a_resolution():
-    assert [grid_of(PRESETS["dit_1b"], side) for side in (256, 512)] == [(16, 16), (32, 32)]
-    assert grid_of(PRESETS["dit_tiny"], 256) == (8, 8)
+    assert [grid_of(PRESETS["dit_1b"], side, 8) for side in (256, 512)] == [(16, 16), (32, 32)]
+    assert grid_of(PRESETS["dit_tiny"], 256, 8) == (8, 8)
     with pytest.raises(ValueError, match="not divisible by 8"):
-        grid_of(PRESETS["dit_1b"], 264)
+        grid_of(PRESETS["dit_1b"], 264, 8)
 
 
 def test_the_papers_figures():
@@ -331,7 +331,7 @@ def test_the_printed_table(capsys, monkeypatch):
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     for name, config in PRESETS.items():
         assert f"{count_parameters(config).total / 1e6:.2f}M" in rows[name]
-        assert f"{count_flops(config, grid_of(config, 512), 80).total / 1e9:.1f}" in rows[name]
+        assert f"{count_flops(config, grid_of(config, 512, 8), 80).total / 1e9:.1f}" in rows[name]
     assert rows["dit_1b"][-1] == "1.078B"
     assert rows["focusdit_1b_shared2d"][-1] == "1.023B"
     for figure in ("0.1993B", "0.199B", "0.0241B", "0.2549B", "0.3823B", "0.254B", "80 tokens"):
@@ -341,7 +341,7 @@ def test_the_printed_table(capsys, monkeypatch):
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda p: f"{p.model.strip()}_{p.resolution}")
 def test_published_figures(published):
     """Within 3% by the formula, which gives what forward passes count with the first and the last budget."""
-    config, grid = published.config, grid_of(published.config, published.resolution)
+    config, grid = published.config, grid_of(published.config, published.resolution, 8)
     model, caption = on_meta(config), published.text_tokens or 1
     for budget in budgets_of(config)[:: BINS - 1]:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
