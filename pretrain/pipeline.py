@@ -178,7 +178,7 @@ class FocusDiTPipelineOutput(BaseOutput):
 
 
 class FocusDiTPipeline(DiffusionPipeline):
-    """From prompts to pictures.
+    """diffusers' pipeline from prompts to pictures.
 
     Args:
         tokenizer, text_encoder: the T5 that the training data was encoded with; vae: likewise.
@@ -336,7 +336,7 @@ class FocusDiTPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the sampling shall end after the step at hand."""
+        """True once the sampling shall end after the current step."""
         return self._interrupt
 
     @interrupt.setter

@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NoisySample:
-    """What the backbone is given and asked for; `timestep_B` in 0..1000 (0 is data)."""
+    """The backbone's input and target; `timestep_B` in 0..1000 (0 is data)."""
 
     noisy_BCHW: Tensor
     timestep_B: Tensor

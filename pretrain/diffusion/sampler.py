@@ -1,4 +1,4 @@
-"""From noise to latents: a loop over a scheduler in diffusers' form, which `pretrain/schedulers.py` brings.
+"""Sampling loop, from noise to latents, over a scheduler in diffusers' form (`pretrain/schedulers.py`).
 
 Flow matching: Euler or Euler–Maruyama steps over sigmas 1 … 1/n, shifted. ε-prediction: DPM-Solver++ (arXiv 2211.01095).
 

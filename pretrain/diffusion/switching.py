@@ -91,7 +91,7 @@ class Switching:
         return ", ".join(f"{rho:g}" for rho in self.rho) or "(none)"
 
     def stage(self, changes: Sequence[float]) -> int:
-        """How many of the switches a picture has made after these changes, δ_1 the first."""
+        """The number of switches that a picture has made after these changes, δ_1 the first."""
         if len(changes) < FIRST:
             return 0
         reference, least = sum(changes[:FIRST]) / FIRST, min(changes[FIRST - 1 :])

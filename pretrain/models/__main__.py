@@ -46,7 +46,7 @@ def _millions(count: int) -> str:
 
 
 def notes() -> str:
-    """How the presets relate to the paper's sums."""
+    """The relation of the presets to the paper's sums, as text."""
     base = PRESETS["dit_1b"]
     uniform = count_parameters(base).ffn
     saving = {s: uniform - count_parameters(replace(base, ffn="shared", shared_width=s)).ffn for s in (1, 2, 3)}

@@ -1,4 +1,4 @@
-"""What the methods cost beside each other, at the 1B model's shape, and what their papers print beside what is counted here.
+"""Costs of the methods beside each other, at the 1B model's shape, and their papers' figures beside those counted here.
 
 python -m pretrain.models --compare --resolution 256 512 1024
 """
@@ -84,7 +84,7 @@ PUBLISHED = (
 
 
 def compare(resolutions: Iterable[int], text_tokens: int = CAPTION) -> str:
-    """Every method at every resolution, as text; in place of a model that cannot do one stands the reason."""
+    """Every method at every resolution, as text; a model that cannot do a resolution has the reason in its line."""
     return "\n\n".join(_at(side, text_tokens) for side in resolutions)
 
 
@@ -120,7 +120,7 @@ def _at(resolution: int, text_tokens: int) -> str:
 
 
 def compare_published() -> str:
-    """What the papers print beside what is counted here, as text."""
+    """The papers' figures beside those counted here, as text."""
     head = f"{'Beside the published figures':<34}{'':>6}{'published':>12}{'counted':>12}"
     lines = [head, "-" * len(head)]
     for p in PUBLISHED:

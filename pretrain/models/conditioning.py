@@ -1,4 +1,4 @@
-"""What the blocks are conditioned on: the time and the text, made by the backbone before its forward pass and handed to it.
+"""Conditioning of the blocks: the time and the text, made by the backbone before its forward pass and handed to it.
 
 Letters: B images (or captions), S timesteps, D width, h heads, L a caption's tokens, d a head's width.
 
@@ -52,7 +52,7 @@ class BlockConditioning:
 
 
 class Conditioning(Protocol):
-    """All blocks' conditioning for `len` images."""
+    """The conditioning of all blocks, for `len` images."""
 
     def __len__(self) -> int: ...
 
@@ -101,7 +101,7 @@ class TextCache:
         return TextCache(tuple(blocks), times)
 
     def take(self, captions: Sequence[int]) -> TextCache:
-        """Some of the captions, by their numbers in ascending order."""
+        """Takes some of the captions, by their numbers in ascending order."""
         numbers = list(captions)
         assert numbers == sorted(set(numbers)) and set(numbers) <= set(range(len(self))), f"{numbers} of {len(self)}"
         blocks = []

@@ -76,7 +76,7 @@ class DiTConfig:
         return method(self.width, self.heads, self.depth, section)
 
     def problems(self) -> list[str]:
-        """Everything that keeps this shape from being built, each with the mend."""
+        """Reasons why this shape cannot be built, each with the mend."""
         found = []
         tables = (
             ("mask", mask.KINDS),
@@ -128,7 +128,7 @@ class DiTConfig:
         return found
 
     def grid_problems(self, grid: Grid) -> list[str]:
-        """All that keeps a shape without problems from computing on (rows, columns) of tokens."""
+        """Reasons why a shape without problems cannot compute on (rows, columns) of tokens."""
         return [problem for method in self.methods for problem in method.grid_problems(grid)]
 
 

@@ -178,7 +178,7 @@ class DiT(nn.Module):
         return StepConditioning(self, timestep_B, time_BD, modulation_B6D, projected)
 
     def encode_text(self, text: PackedText) -> TextCache:
-        """Captions to all blocks' keys and values: once per prompt, for all sampling steps."""
+        """Encodes captions to all blocks' keys and values: once per prompt, for all sampling steps."""
         if self.text_projection is None:
             return TextCache(((),) * len(self.blocks), len(text))
         projected = text.with_tokens(self.text_projection(text.tokens_ME))
@@ -186,7 +186,7 @@ class DiT(nn.Module):
         return TextCache(tuple(a.by_length(projected) for a in attentions if a is not None), len(text))
 
     def embed_times(self, timestep_S: Tensor) -> tuple[TimeCache, ...]:
-        """Timesteps [S] to all that the backbone makes of each, for any number of images at that time."""
+        """Embeds timesteps [S]: all that the backbone makes of each, for any number of images at that time."""
         time_SD, modulation_S6D = self._time(timestep_S)
         masks: list[tuple[Tensor, Tensor]] = [
             mask.embed_time(time_SD, timestep_S)

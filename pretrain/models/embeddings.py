@@ -1,4 +1,4 @@
-"""What goes into the blocks: patches, the time, the text, and the positions of the tokens.
+"""Embeddings that enter the blocks: patches, the time, the text, and the positions of the tokens.
 
 Letters: B images, C latent channels, N tokens, D width, M text tokens, E the text encoder's width, d a head's width.
 """

@@ -57,8 +57,8 @@ def purpose(path: Path) -> str:
     else:
         lines = [line for line in text.splitlines() if not line.startswith(("#!", "#SBATCH"))]
         about = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
-    sentence = re.split(r"(?<!Fig)\.(?=\s|$)", " ".join(about.split("\n\n")[0].split()))[0]
-    for separator in (";", ":", ","):  # a long sentence ends at the last part that fits
+    sentence = re.split(r"(?<!Fig)(?<!Eq)\.(?=\s|$)", " ".join(about.split("\n\n")[0].split()))[0]
+    for separator in ("; ", ": ", ", "):  # a long sentence ends at the last part that fits
         while len(sentence) > WIDTH and separator in sentence[25:]:
             sentence = sentence.rpartition(separator)[0]
     return sentence.strip().removesuffix(":")

@@ -20,7 +20,7 @@ UNITS = ("token", "layer")
 
 @dataclass(frozen=True)
 class Skip:
-    """What is left out: `threshold` in 0..1 of the query mask, and the unit that it judges."""
+    """A rule for leaving FFNs out: `threshold` in 0..1 of the query mask, and the unit that it judges."""
 
     threshold: float
     unit: str = "token"

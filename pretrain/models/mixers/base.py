@@ -1,4 +1,4 @@
-"""What every token mixer has in common: the interface of a block's exchange among image tokens, and of a method that brings some.
+"""Interfaces of a token mixer, a block's exchange among image tokens, and of a method that brings token mixers.
 
 Letters: B images, N tokens of a grid of (rows, columns), D width.
 
@@ -163,11 +163,11 @@ class Method:
         self.width, self.heads, self.depth, self.section = width, heads, depth, section
 
     def problems(self) -> list[str]:
-        """All that keeps the backbone from being built, each as `field: problem and mend`."""
+        """Reasons why the backbone cannot be built, each as `field: problem and mend`."""
         return []
 
     def grid_problems(self, tokens: Grid) -> list[str]:
-        """All that keeps a backbone without problems from computing on a grid of tokens."""
+        """Reasons why a backbone without problems cannot compute on a grid of tokens."""
         return []
 
     # The compute budget, for methods that leave a choice open.

@@ -70,7 +70,7 @@ class FullAttention(Attention):
 
 
 class Dense(Density):
-    """All tokens in every block."""
+    """Every block computes on all tokens."""
 
     name = "dense"
 

@@ -108,7 +108,7 @@ class MediatorAttention(nn.Module):
 
 
 class MediatorMixer(TokenMixer):
-    """All tokens attend to the mediators, and these to all tokens."""
+    """Attention of all tokens to the mediators, and of these to all tokens."""
 
     def __init__(self, width: int, heads: int, numbers: tuple[int, ...]):
         super().__init__()
