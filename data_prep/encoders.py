@@ -335,7 +335,7 @@ class Vae:
 
     @torch.no_grad()
     def start_encoding(self, pictures_B3HW: Tensor) -> Latents:
-        """As `encode`, but copies from a GPU may still be under way: call `wait_for` before reading them."""
+        """Starts `encode`; copies from a GPU may still be under way: call `wait_for` before reading them."""
         pictures, frames = pictures_B3HW.to(self.device, self.model.dtype), _has_frames(self.model)
         posterior = self.model.encode(pictures[:, :, None] if frames else pictures).latent_dist
         mean, std = (v.squeeze(2) if frames else v for v in (posterior.mean, posterior.std))

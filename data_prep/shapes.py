@@ -95,7 +95,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Whether a picture has the scene's colours and shapes; `shapes` is None with several objects of one colour."""
+    """Outcome of comparing a picture with its scene's colours and shapes; `shapes` is None with several objects of one colour."""
 
     background: bool
     foreground: bool
@@ -103,7 +103,7 @@ class CheckResult:
 
     @property
     def colours(self) -> bool:
-        """Whether background and objects both have the scene's colours."""
+        """True where background and objects both have the scene's colours."""
         return self.background and self.foreground
 
 

@@ -45,7 +45,7 @@ Proportion = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ConfigError(ValueError):
-    """All problems of a configuration, a line each, with the field's path and the mend."""
+    """The problems of a configuration, a line each, with the field's path and the mend."""
 
 
 class _ModelBase(Section):

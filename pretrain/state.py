@@ -1,4 +1,4 @@
-"""What a run has done so far, as plain values: counters, the position in the data, and the last steps' losses.
+"""State of a run as plain values: counters, the position in the data, and the last steps' losses.
 
 A checkpoint keeps them as JSON under the keys of its first versions (`health` is the history, `bins` its groups), so that
 older runs resume. Nothing here needs torch or DeepSpeed.

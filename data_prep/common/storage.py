@@ -38,7 +38,7 @@ _retried = tenacity.retry(
 
 
 def is_remote(url: str) -> bool:
-    """Whether `url` names object storage or a web server. Raises ValueError for every other scheme."""
+    """True where `url` names object storage or a web server. Raises ValueError for every other scheme."""
     scheme, separator, _ = url.partition("://")
     if "::" in url or url.startswith("pipe:") or (separator and scheme not in SCHEMES):
         raise ValueError(

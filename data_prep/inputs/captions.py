@@ -57,7 +57,7 @@ class CaptionChoice:
 
     @property
     def reads_txt(self) -> bool:
-        """Whether `pick` uses `key.txt`; where not, that need not be UTF-8."""
+        """True where `pick` uses `key.txt`; else that file need not be UTF-8."""
         return not self.shares or TXT in dict(self.shares)
 
     def pick(self, key: str, txt: str | None, metadata: Mapping[str, Any]) -> str | None:

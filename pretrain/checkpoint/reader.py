@@ -108,7 +108,7 @@ class Checkpoint:
         return torch.cat(pieces).reshape(slot.shape)
 
     def parameters(self, kind: str) -> dict[str, Tensor]:
-        """All parameters of a kind, by name."""
+        """The parameters of a kind, by name."""
         return {name: self.parameter(kind, name) for name in self.slots}
 
     def _file(self, rank: int) -> Any:

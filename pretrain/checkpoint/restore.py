@@ -25,7 +25,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ParameterMapping:
-    """Where each parameter of a model comes from, when it starts from a trained one.
+    """The origin of each parameter of a model that starts from a trained one.
 
     Attributes:
         sources: the trained model's parameter, by this one's.
@@ -41,7 +41,7 @@ class ParameterMapping:
 
     @property
     def identical(self) -> bool:
-        """Whether both models have the same parameters."""
+        """True where both models have the same parameters."""
         return not (self.fresh or self.left or self.problems) and all(a == b for a, b in self.sources.items())
 
     def take(self, name: str, read: Callable[[str], Tensor]) -> Tensor | None:
@@ -146,7 +146,7 @@ def _is_optional(name: str) -> bool:
 
 
 def _derivation(name: str) -> DerivedParameter:
-    """How a parameter of this name is taken from another one."""
+    """The derivation of a parameter of this name from another one."""
     return next(derived for part, derived in derived_parameters.items() if part in name)
 
 
@@ -160,7 +160,7 @@ def _derived_source(name: str, shape: tuple[int, ...], there: Shapes) -> str | N
 
 
 def _is_replaced(name: str, here: Shapes) -> bool:
-    """Whether this model has a parameter that is derived from the trained model's one of this name."""
+    """True where this model has a parameter derived from the trained model's one of this name."""
     return any(
         derived.source in name and name.replace(derived.source, part) in here
         for part, derived in derived_parameters.items()

@@ -130,7 +130,7 @@ class CheckpointWriter:
             self.error = f"{writing}: {error!r}"
 
     def _finish(self, run_state: RunState, writing: Path) -> str | None:
-        """In process 0: publishes the folder that all have written, or removes it and returns why."""
+        """Publishes the folder that all processes have written, in process 0; or removes it and returns why."""
         ranks = range(self.engine.world.size)
         files = self._store.get_all([f"saved/{self._saves}/{rank}" for rank in ranks])
         problems = [f"process {rank}: {f['error']}" for rank, f in zip(ranks, files, strict=True) if "error" in f]

@@ -12,7 +12,7 @@ from pretrain.config import DataSection
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """What an epoch draws.
+    """The samples that an epoch draws.
 
     Attributes:
         draws: the number of samples of each set, by the set's folder, in the order of the streams.

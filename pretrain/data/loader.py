@@ -74,7 +74,7 @@ class Loader:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """All that the order of the data depends on: a checkpoint's position is valid for exactly this."""
+        """The settings that decide the order of the data: a checkpoint's position is valid for exactly this."""
         d = self.config.data
         return {
             "data_set": self.card.fingerprint,

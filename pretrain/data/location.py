@@ -1,4 +1,4 @@
-"""Where a data set is read: a folder, or a URL or folder with a cache on this node's own disk.
+"""Location of a data set: a folder, or a URL or folder with a cache on this node's own disk.
 
 `prepare` makes it ready once per node: indexes are fetched, the cache is rid of what is stale, missing and cut shards are named.
 """
@@ -25,7 +25,7 @@ LOCK = "in-use"  # a file in the cache that its training keeps locked
 
 @dataclass(frozen=True)
 class DataLocation:
-    """Where a data set is read.
+    """The location of a data set.
 
     Attributes:
         origin: the data set's folder or URL.

@@ -28,7 +28,7 @@ AGE = 60.0  # seconds; a process may just have made a younger name, and not have
 
 @contextlib.contextmanager
 def unique_names(world: World) -> Iterator[None]:
-    """Within it, a StreamingDataset takes a number that all processes of this start agree on, and no other start has."""
+    """Lets a StreamingDataset, within it, take a number that all processes of this start agree on, and no other start has."""
     with shared_memory_number(broadcast(FIRST + secrets.randbelow(LAST - FIRST), world)):
         yield
 

@@ -39,7 +39,7 @@ PRIVATE = {
 
 @contextlib.contextmanager
 def shared_memory_number(number: int) -> Iterator[None]:
-    """Within it, a StreamingDataset tries the numbers of its names in shared memory from this one on, not from 0."""
+    """Lets a StreamingDataset, within it, try the numbers of its names in shared memory from this one on, not from 0."""
     before = prefix._each_prefix_int
     prefix._each_prefix_int = lambda: count(number)
     try:
@@ -135,7 +135,7 @@ class _RepeatedSpanner:
 
 
 def times_before(numbers: np.ndarray) -> np.ndarray:
-    """How many times each number [n] stands in the list before, [n]."""
+    """Counts how many times each number [n] stands in the list before it, [n]."""
     order = np.argsort(numbers, kind="stable")
     starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
     before = np.empty_like(numbers)

@@ -67,7 +67,7 @@ class Zero:
 
     @property
     def step_applied(self) -> bool:
-        """Whether the last call of the engine's `step` updated the parameters."""
+        """True where the last call of the engine's `step` updated the parameters."""
         return self._engine.was_step_applied()
 
     @property

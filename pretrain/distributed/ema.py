@@ -31,7 +31,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the module's weights are the average, on all processes; then the masters again, exactly."""
+        """Puts the average into the module's weights within it, on all processes; then the masters again, exactly."""
         self.engine.all_gather_weights(self.partitions)
         try:
             yield

@@ -101,7 +101,7 @@ class Engine:
 
     @property
     def applied(self) -> bool:
-        """Whether the last step updated the parameters."""
+        """True where the last step updated the parameters."""
         return self._zero.step_applied
 
     # ---- this process's partitions ----

@@ -1,4 +1,4 @@
-"""Where each parameter lies in ZeRO-2's flat buffers, and which part of it a process keeps. Without torch.
+"""Places of the parameters in ZeRO-2's flat buffers, and the parts that each process keeps. Needs no torch.
 
 ZeRO-2 lays the parameters of each optimizer group end to end in one flat buffer, pads it to a multiple of the processes, and
 cuts it into partitions of equal size, one a process. The slots are the same for every number of processes; the size of a
@@ -39,7 +39,7 @@ class Slot:
         return prod(self.shape)
 
     def overlap(self, rank: int, partition_size: int) -> Overlap | None:
-        """What the partition of process `rank` holds of this parameter; None where that is nothing."""
+        """The part of this parameter in the partition of process `rank`; None where there is none."""
         start = rank * partition_size
         low, high = max(self.offset, start), min(self.offset + self.numel, start + partition_size)
         if low >= high:

@@ -37,5 +37,5 @@ class KeyValueStore:
         return [json.loads(value) for value in self._store.multi_get(names)]
 
     def has(self, name: str) -> bool:
-        """Whether the name has a value."""
+        """True where the name has a value."""
         return self._store.check([name])

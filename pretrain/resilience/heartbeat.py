@@ -55,7 +55,7 @@ class Stall:
 
 
 class Peers:
-    """All processes of a run, seen from one of them. Readers on other threads always find a consistent table.
+    """The processes of a run, seen from one of them. Readers on other threads always find a consistent table.
 
     Args:
         size: number of processes.
