@@ -1,0 +1,49 @@
+"""pretrain/sections.py: the config's model section has the backbone's fields, each of which may be left out."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from pretrain.config import Config, ModelSection, load
+from pretrain.models import DiTConfig, preset
+from pretrain.models.mixers.flexdit import FlexDiTSection
+from pretrain.models.mixers.mediators import MediatorsSection
+
+
+def test_every_field_of_the_backbone_with_its_words() -> None:
+    own = {"preset", "recompute", "compile"}
+    assert set(ModelSection.model_fields) - own == {f.name for f in fields(DiTConfig)}
+    assert ModelSection.model_fields["depth"].description == "Blocks."
+    section = load("demo_256", ["model.flexdit.sparsity=[0.3,0.8]"])[0].model.flexdit  # type: ignore[attr-defined]
+    assert section.model_fields_set == {"sparsity"}
+
+
+def test_fields_left_out_are_the_presets() -> None:
+    config = load("demo_256", ["model.preset=dit_tiny_deep", "model.mask_dropout=null"])[0]
+    assert config.model.backbone() == preset("dit_tiny_deep")
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["model.depth=3"], "depth", 3),
+        (["model.position_scale=[1.0,2.0]"], "position_scale", (1.0, 2.0)),
+        (["model.mediators.numbers=[1]"], "mediators", MediatorsSection((1,))),
+        (["model.flexdit.split=[1,1,1,1]"], "flexdit", FlexDiTSection((1, 1, 1, 1), (0.61, 0.86))),
+        (["model.flexdit.sparsity=[0.3,0.8]"], "flexdit", FlexDiTSection(None, (0.3, 0.8))),
+    ],
+)
+def test_one_field_overrides_the_presets_and_leaves_its_neighbours(words, name, value) -> None:
+    config = load("demo_256", ["model.preset=dit_tiny_deep", *words])[0]
+    assert getattr(config.model.backbone(), name) == value
+    again = Config.model_validate(config.model_dump(mode="json"))
+    assert again == config and again.model.backbone() == config.model.backbone()
+
+
+def test_a_section_is_not_a_value() -> None:
+    with pytest.raises(
+        ValueError, match=r"model.mediators: is a section, not \[4\]; set its fields: model.mediators.numbers"
+    ):
+        load("demo_256", ["model.mediators=[4]"])
