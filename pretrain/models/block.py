@@ -81,7 +81,7 @@ class Block(nn.Module):
             keep = None if keep_BN is None else keep_BN[:, : x.shape[1], None]
             m = self.query_mask(x, m, *conditioning.mask_modulation, keep)
         if self.ffn is not None:
-            z, vocabulary = Modulation(shift_mlp, scale_mlp, self.eps)(x), self._vocabulary(shared.expert)
+            z, vocabulary = Modulation(shift_mlp, scale_mlp, self.eps).apply(x), self._vocabulary(shared.expert)
             skip = shared.skip
             update = vocabulary(z) if skip is None else apply_to_kept(vocabulary, z, skip.keep(m.squeeze(-1)))
             gate = gate_mlp if self.query_mask is None else m * gate_mlp

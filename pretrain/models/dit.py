@@ -114,7 +114,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, state: TokenState, time_BD: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table + time_BD[:, None]).chunk(2, dim=1)
-        patches = self.proj(Modulation(shift, scale)(state.x_BND))
+        patches = self.proj(Modulation(shift, scale).apply(state.x_BND))
         p, rows = self.patch, state.grid[0]
         return rearrange(patches, "B (H W) (p q C) -> B C (H p) (W q)", H=rows, p=p, q=p)
 

@@ -48,7 +48,8 @@ class Modulation:
     scale_B1D: Tensor
     eps: float = 1e-6
 
-    def __call__(self, x_BND: Tensor) -> Tensor:
+    def apply(self, x_BND: Tensor) -> Tensor:
+        """The modulated tokens [B, N, D]."""
         return torch.addcmul(self.shift_B1D, F.layer_norm(x_BND, x_BND.shape[-1:], eps=self.eps), 1 + self.scale_B1D)
 
 

@@ -175,7 +175,7 @@ class PoolingMixer(TokenMixer):
         self.attention = MeanAttention(width)
 
     def mix(self, state: TokenState, modulation: Modulation, positions: Positions) -> tuple[TokenState, Tensor]:
-        return state, self.attention(modulation(state.x_BND))
+        return state, self.attention(modulation.apply(state.x_BND))
 
     def macs(self, tokens: Grid, budget: ComputeBudget) -> int:
         return 2 * self.width**2
@@ -195,7 +195,7 @@ class SparseMixer(FullMixer):
         return self.method.cells(tokens, budget)
 
     def mix(self, state: TokenState, modulation: Modulation, positions: Positions) -> tuple[TokenState, Tensor]:
-        return state, self.attention(modulation(state.x_BND), positions.coarse[FlexDiT.name].rotary)
+        return state, self.attention(modulation.apply(state.x_BND), positions.coarse[FlexDiT.name].rotary)
 
 
 class GenerateMixer(TokenMixer):
@@ -210,7 +210,7 @@ class GenerateMixer(TokenMixer):
         cells = positions.coarse[FlexDiT.name]
         x_BnD, mask_Bn1 = (pool(x, state.grid, cells.grid) for x in (state.x_BND, state.mask_BN1))
         sparse = TokenState(x_BnD, cells.grid, mask_Bn1, dense=state)
-        return sparse, self.attention(modulation(x_BnD), cells.rotary, modulation(state.x_BND), positions.tokens)
+        return sparse, self.attention(modulation.apply(x_BnD), cells.rotary, modulation.apply(state.x_BND), positions.tokens)
 
     def grid(self, tokens: Grid, budget: ComputeBudget) -> Grid:
         return self.method.cells(tokens, budget)
@@ -250,7 +250,7 @@ class RecoverMixer(TokenMixer):
         y_BND = self.from_sparse(spread(state.x_BND, state.grid, dense.grid)) + self.from_dense(dense.x_BND)
         back = TokenState(y_BND, dense.grid, spread(state.mask_BN1, state.grid, dense.grid))
         rotary = positions.coarse[FlexDiT.name].rotary
-        return back, self.attention(modulation(y_BND), positions.tokens, modulation(state.x_BND), rotary)
+        return back, self.attention(modulation.apply(y_BND), positions.tokens, modulation.apply(state.x_BND), rotary)
 
     def macs(self, tokens: Grid, budget: ComputeBudget) -> int:
         D, N = self.method.width, math.prod(tokens)

@@ -50,7 +50,7 @@ class FullMixer(TokenMixer):
         self.attention = SelfAttention(width, heads)
 
     def mix(self, state: TokenState, modulation: Modulation, positions: Positions) -> tuple[TokenState, Tensor]:
-        return state, self.attention(modulation(state.x_BND), positions.tokens)
+        return state, self.attention(modulation.apply(state.x_BND), positions.tokens)
 
     def macs(self, tokens: Grid, budget: ComputeBudget) -> int:
         D, N = self.width, math.prod(self.grid(tokens, budget))

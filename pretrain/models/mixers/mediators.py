@@ -117,7 +117,7 @@ class MediatorMixer(TokenMixer):
 
     def mix(self, state: TokenState, modulation: Modulation, positions: Positions) -> tuple[TokenState, Tensor]:
         cells = positions.coarse[Mediators.name]
-        x_BND = modulation(state.x_BND)
+        x_BND = modulation.apply(state.x_BND)
         return state, self.attention(x_BND, state.grid, positions.tokens, cells.rotary, math.prod(cells.grid))
 
     def macs(self, tokens: Grid, budget: ComputeBudget) -> int:

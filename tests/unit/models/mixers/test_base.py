@@ -50,7 +50,7 @@ class ShiftMixer(TokenMixer):
 
     def mix(self, state: TokenState, modulation: Modulation, positions: Positions) -> tuple[TokenState, Tensor]:
         by = positions.coarse["shift"].grid[0]
-        x_BND = modulation(state.x_BND)
+        x_BND = modulation.apply(state.x_BND)
         return state, self.attention(x_BND, by) + self.extra["shift_gate"](x_BND)
 
     def macs(self, tokens: Grid, budget: ComputeBudget) -> int:
