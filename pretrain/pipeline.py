@@ -273,7 +273,7 @@ class FocusDiTPipeline(DiffusionPipeline):
             output_query_masks: give the query masks too.
             mediators: attention mediators at all steps; by default few near noise, many near data.
             mediator_rho: switch each picture to more of them as it settles; one ρ fewer than the model has numbers
-                (diffusion/mediators.py).
+                (diffusion/switching.py).
 
         Raises:
             ValueError: for arguments that contradict each other or the model, with the mend.

@@ -77,11 +77,11 @@ launch() {
     finish "$code"
 }
 
-running() { # not so once somebody has cancelled or requeued the job, its time is over, or a node has failed
+running() { # true until the job is cancelled or requeued, its time is over, or a node has failed
     [[ $(patiently squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]
 }
 
-patiently() { # COMMAND, again for a while where it fails: Slurm's controller may be busy, or restarting
+patiently() { # runs COMMAND up to five times until it succeeds: Slurm's controller may be busy, or restarting
     local i
     for i in 1 2 3 4 5; do
         ! "$@" || return 0
@@ -90,8 +90,8 @@ patiently() { # COMMAND, again for a while where it fails: Slurm's controller ma
     return 1
 }
 
-pass_on() { # A signal to this shell alone, which the tasks shall hear of. Who ends the job signals them himself.
-    # As USR1: a TERM would have srun kill them.
+pass_on() { # passes a signal that only this shell received on to the tasks; when the job is being ended, Slurm signals them
+    # Always as USR1: on a TERM srun would kill them.
     ! running || kill -USR1 "$srun" || true
 }
 
@@ -107,7 +107,7 @@ finish() {
     fi
     echo "job $SLURM_JOB_ID ended with code $code: back into the queue"
     patiently scontrol requeue "$SLURM_JOB_ID" || true
-    exit "$code" # of no account once it is requeued
+    exit "$code" # without effect once the job is requeued
 }
 
 train() {

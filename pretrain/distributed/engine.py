@@ -3,10 +3,11 @@
 Each process keeps one partition of each optimizer group (`partition.py`): its fp32 master, AdamW's moments and (in `ema.py`)
 the average. DeepSpeed's inner state is reached through `deepspeed_private.py`.
 
-Precision: with `bf16.enabled` the forward and backward pass run on bf16 weights, which are a rounded copy of fp32 masters,
-and gradients accumulate in fp32 (`data_types.grad_accum_dtype`). So no update is lost to rounding, as it is where bf16
-weights are all there is (PRX measured FID 21.9 for those against 18.2 with fp32 weights under autocast); autocast over fp32
-weights would cost another 2 bytes a parameter and a cast of each weight in each micro-batch.
+Precision: with `bf16.enabled` the forward and backward pass run on bf16 weights, which are a rounded copy of fp32 masters. So
+no update is lost to rounding, as it is where bf16 weights are all there is (PRX measured FID 21.9 for those against 18.2 with
+fp32 weights under autocast); autocast over fp32 weights would cost another 2 bytes a parameter and a cast of each weight in
+each micro-batch. Gradients are bf16 then: reduced over the processes and added up over the micro-batches in bf16. Under ZeRO-2
+DeepSpeed 0.19.7 gives `data_types.grad_accum_dtype` only to the zeros that stand for missing gradients.
 """
 
 from __future__ import annotations
