@@ -107,7 +107,8 @@ PATH = re.compile(r"\b((?:data_prep|pretrain|ds_configs|slurm|tests|docs)/[\w/.-
 )
 def test_every_path_that_is_named_exists(document: str) -> None:
     named_paths = set(PATH.findall((ROOT / document).read_text(encoding="utf-8")))
-    assert [path for path in sorted(named_paths) if not (ROOT / path).exists()] == []
+    examples = {path for path in named_paths if "NAME" in path}
+    assert [path for path in sorted(named_paths - examples) if not (ROOT / path).exists()] == []
 
 
 if __name__ == "__main__":

@@ -210,7 +210,9 @@ class GenerateMixer(TokenMixer):
         cells = positions.coarse[FlexDiT.name]
         x_BnD, mask_Bn1 = (pool(x, state.grid, cells.grid) for x in (state.x_BND, state.mask_BN1))
         sparse = TokenState(x_BnD, cells.grid, mask_Bn1, dense=state)
-        return sparse, self.attention(modulation.apply(x_BnD), cells.rotary, modulation.apply(state.x_BND), positions.tokens)
+        return sparse, self.attention(
+            modulation.apply(x_BnD), cells.rotary, modulation.apply(state.x_BND), positions.tokens
+        )
 
     def grid(self, tokens: Grid, budget: ComputeBudget) -> Grid:
         return self.method.cells(tokens, budget)
