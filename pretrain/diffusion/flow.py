@@ -1,4 +1,6 @@
-"""Rectified flow (arXiv 2209.03003), its times logit-normal (arXiv 2403.03206) or uniform (SiT, arXiv 2401.08740).
+"""Rectified flow (arXiv 2209.03003) with logit-normal or uniform times.
+
+Logit-normal times: arXiv 2403.03206; uniform ones: SiT, arXiv 2401.08740.
 
 t = 0 is data, t = 1 is noise:
 
