@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from pretrain.config import Config, ModelSection, load
-from pretrain.models import DiTConfig, preset
+from pretrain.models import PRESETS, DiTConfig, preset
 from pretrain.models.mixers.flexdit import FlexDiTSection
 from pretrain.models.mixers.mediators import MediatorsSection
 
@@ -40,6 +42,18 @@ def test_one_field_overrides_the_presets_and_leaves_its_neighbours(words, name, 
     assert getattr(config.model.backbone(), name) == value
     again = Config.model_validate(config.model_dump(mode="json"))
     assert again == config and again.model.backbone() == config.model.backbone()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_field_can_be_set_and_is_kept_in_yaml(name: str, tmp_path: Path) -> None:
+    """All of a preset's fields, over another preset, make the one they were taken from; likewise from the run's `config.yaml`."""
+    config = load("demo_256")[0].model_dump(mode="json")
+    config["model"] |= {"preset": "focusdit_release", **asdict(PRESETS[name])}
+    made = Config.model_validate(config)
+    assert made.model.backbone() == PRESETS[name]
+    OmegaConf.save(OmegaConf.create(made.model_dump(mode="json")), tmp_path / "config.yaml")
+    again = Config.model_validate(OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml")))
+    assert again == made and again.model.backbone() == PRESETS[name]
 
 
 def test_a_section_is_not_a_value() -> None:

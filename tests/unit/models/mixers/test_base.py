@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from backbones import predict
 from torch import Tensor, nn
 
 from pretrain.diffusion import Guidance, RectifiedFlow, generate, start_noise, step_budget
-from pretrain.models import ComputeBudget, DiT, DiTConfig, PackedText
+from pretrain.models import ComputeBudget, DiT, DiTConfig, PackedText, inheritance
 from pretrain.models import mixers as table
 from pretrain.models.budgets import default_budget, every_budget
 from pretrain.models.cost import count_flops, count_parameters
@@ -122,6 +123,11 @@ def test_its_problems_are_told() -> None:
         DiT(small)
     assert CONFIG.grid_problems((1, 1)) == ["attention: nothing to shift by"]
     assert replace(CONFIG, attention="none").problems() == ["attention: 'none' is none of full, mediators, shift"]
+
+
+def test_a_trained_model_may_lack_its_optional_parameters() -> None:
+    """`inheritance.py`, run with the method in the table, has the names by which a restored checkpoint may lack parameters."""
+    assert ".shift_gate." in runpy.run_path(inheritance.__file__)["optional_parameters"]
 
 
 def test_its_choice_is_in_every_budget(model: DiT) -> None:
