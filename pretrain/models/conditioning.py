@@ -4,8 +4,8 @@ Letters: B images (or captions), S timesteps, D width, h heads, L a caption's to
 
 Two parts make it, for the same forward pass. In training `StepConditioning` (dit.py) makes each block's keys and values when
 the block is reached, so that with `recompute` they are recomputed like the block's other activations: kept for all blocks at
-once they would take as much memory as the blocks' inputs. In sampling `CachedConditioning` has them from caches, made once:
-`TextCache` once per prompt, `TimeCache` once per sampling step.
+once they would add nearly the memory of the blocks' inputs (at 256 px 2 · 120 vectors a caption beside 256 tokens). In
+sampling `CachedConditioning` has them from caches, made once: `TextCache` once per prompt, `TimeCache` once per step.
 """
 
 from __future__ import annotations
