@@ -1,4 +1,4 @@
-"""Repair of a data set: damaged parts are removed, and encode.py is run again by the commands that made them."""
+"""Repair of a data set: damaged parts are removed and encoded again by the commands that made them."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data_prep.common.progress import Progress
 from pretrain.diffusion import Guidance, start_noise
 from pretrain.diffusion.switching import FIRST, change
-from pretrain.models.budgets import default_budget
+from pretrain.models.budget_choices import default_budget
 from pretrain.models.cost import count_flops
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
 from pretrain.sampling.device import device_of

@@ -22,7 +22,7 @@ from data_prep.encoders import working_dtype
 from pretrain.bench.timing import side_by_side
 from pretrain.diffusion import Guidance, generate, start_noise
 from pretrain.models import ComputeBudget, DiT, DiTConfig, PackedText, preset
-from pretrain.models.budgets import default_budget
+from pretrain.models.budget_choices import default_budget
 from pretrain.models.compare import METHODS
 from pretrain.models.cost import count_flops, text_flops
 from pretrain.models.embeddings import Rotary, rotary_positions

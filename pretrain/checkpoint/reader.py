@@ -67,7 +67,7 @@ class Checkpoint:
         """The run's counters and position."""
         return RunState.from_json(self.state["progress"])
 
-    def totals(self, world: World) -> list[float]:
+    def pending_sums(self, world: World) -> list[float]:
         """This process's part of the monitor's sums; over all processes they add up to those that were saved by any number."""
         mine = self.state["totals"][world.rank :: world.size]
         return [sum(column) for column in zip(*mine, strict=True)]

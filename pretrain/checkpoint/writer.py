@@ -50,11 +50,11 @@ class CheckpointWriter:
         self._host_copies: dict[str, Tensor] = {}
         self._saves, self._unreported = 0, cast(str | None, None)
 
-    def save(self, run_state: RunState, totals: list[float]) -> None:
+    def save(self, run_state: RunState, pending_sums: list[float]) -> None:
         """Starts to write a checkpoint, once the one before is finished.
 
         Args:
-            totals: the monitor's sums of this process, which `Checkpoint.totals` gives back.
+            pending_sums: the monitor's sums of this process, which `Checkpoint.pending_sums` gives back.
 
         Without `checkpoint.background` it is finished, or has failed, when this returns.
         """
@@ -71,7 +71,7 @@ class CheckpointWriter:
                 self.error = str(error)
         barrier(self.engine.world)
         tensors = self._tensors(copied=self.settings.background)
-        self._thread = threading.Thread(target=self._write, args=(run_state, totals, tensors), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(run_state, pending_sums, tensors), daemon=True)
         self._thread.start()
         if not self.settings.background:
             self.wait()
@@ -110,9 +110,9 @@ class CheckpointWriter:
 
     # ---- in the thread ----
 
-    def _write(self, run_state: RunState, totals: list[float], tensors: dict[str, Tensor]) -> None:
+    def _write(self, run_state: RunState, pending_sums: list[float], tensors: dict[str, Tensor]) -> None:
         world, writing = self.engine.world, self._writing(run_state)
-        mine: dict[str, Any] = {"name": file_name(world.rank, world.size), "totals": totals}
+        mine: dict[str, Any] = {"name": file_name(world.rank, world.size), "totals": pending_sums}
         try:
             if self.error:
                 raise OSError(self.error)

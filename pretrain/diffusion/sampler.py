@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pretrain.diffusion.guidance import Guidance, Guided
 from pretrain.diffusion.switching import BudgetRule, BudgetSchedule
-from pretrain.models.budget import ComputeBudget
+from pretrain.models.compute_budget import ComputeBudget
 from pretrain.models.conditioning import CachedConditioning, Conditioning, TextCache, TimeCache
 from pretrain.models.dit import Prediction
 from pretrain.models.focusdit.skip import Skip

@@ -24,8 +24,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from pretrain.models.budget import ComputeBudget
-from pretrain.models.budgets import default_budget
+from pretrain.models.budget_choices import default_budget
+from pretrain.models.compute_budget import ComputeBudget
 from pretrain.models.config import DiTConfig
 from pretrain.models.mixers.mediators import Mediators
 

@@ -1,6 +1,6 @@
 """The backbones: torch and einops only."""
 
-from pretrain.models.budget import ComputeBudget
+from pretrain.models.compute_budget import ComputeBudget
 from pretrain.models.conditioning import CachedConditioning, Conditioning, TextCache, TimeCache
 from pretrain.models.config import DiTConfig
 from pretrain.models.dit import DiT, Prediction

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pretrain.models.budget import ComputeBudget
+from pretrain.models.compute_budget import ComputeBudget
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pretrain.models.budget import ComputeBudget
-from pretrain.models.budgets import every_budget
+from pretrain.models.budget_choices import every_budget
+from pretrain.models.compute_budget import ComputeBudget
 from pretrain.models.config import DiTConfig
 from pretrain.models.dit import DiT
 from pretrain.models.embeddings import TimeEmbed

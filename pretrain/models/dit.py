@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.models.block import Block, Shared
-from pretrain.models.budget import ComputeBudget
-from pretrain.models.budgets import check_budget, common_budget, default_budget
+from pretrain.models.budget_choices import check_budget, common_budget, default_budget
+from pretrain.models.compute_budget import ComputeBudget
 from pretrain.models.conditioning import BlockConditioning, Conditioning, KeysValues, TextCache, TimeCache
 from pretrain.models.config import DiTConfig
 from pretrain.models.embeddings import (

@@ -101,22 +101,22 @@ class Monitor:
         self.grid = grid_of(backbone, config.data.resolution, DOWNSAMPLE)
         self.sums, self.since = self._zeros(), time.perf_counter()
 
-    def resume(self, step: int, saved: list[float]) -> None:
+    def resume(self, step: int, pending_sums: list[float]) -> None:
         """Continues the curves after a step; later points are purged.
 
         Args:
-            saved: the `pending_sums` of a checkpoint of that step; [] for none.
+            pending_sums: those of a checkpoint of that step; [] for none.
         """
         if self.writer is not None:
             self.close()
         if self.world.rank == 0:
             self.writer = self._open(purge_step=step + 1 if step else None)
         self.sums, self.since = self._zeros(), time.perf_counter()
-        if saved:
+        if pending_sums:
             s = self.sums
             sizes = [len(tensor) for tensor in s.on_device]
-            *host, seconds = saved[sum(sizes) :]
-            for tensor, values in zip(s.on_device, torch.tensor(saved[: sum(sizes)]).split(sizes), strict=True):
+            *host, seconds = pending_sums[sum(sizes) :]
+            for tensor, values in zip(s.on_device, torch.tensor(pending_sums[: sum(sizes)]).split(sizes), strict=True):
                 tensor.copy_(values)
             vars(s).update(
                 {name: type(getattr(s, name))(v) for name, v in zip(PER_PROCESS + COMMON, host, strict=True)}

@@ -193,7 +193,7 @@ class Recovery:
         """Puts one of the run's own checkpoints back on all processes; those of later steps are set aside."""
         checkpoint.set_aside_later(self.config.run_dir, own.run_state.step, self.engine.world)
         state = resume(own, self.engine, self.ema, self.loader.fingerprint)
-        self.monitor.resume(state.step, own.totals(self.engine.world))
+        self.monitor.resume(state.step, own.pending_sums(self.engine.world))
         return state
 
 

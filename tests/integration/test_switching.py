@@ -20,7 +20,7 @@ from pretrain import prune, sample
 from pretrain.analyze.__main__ import main as analyze
 from pretrain.diffusion import FfnWork
 from pretrain.models import DiT, preset
-from pretrain.models.budgets import default_budget
+from pretrain.models.budget_choices import default_budget
 from pretrain.models.cost import block_tokens, saved_flops
 from pretrain.models.mixers.mediators import MediatorsSection
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput, FocusDiTTransformer2DModel

@@ -38,7 +38,7 @@ README, BEGIN, END = ROOT / "README.md", "<!-- tree -->\n", "<!-- /tree -->"
 WIDTH = 105  # of a purpose
 FOLDERS = ("data_prep", "pretrain", "ds_configs", "slurm", "tests")
 TESTS_BY_ROOM = {
-    "tests/unit": "each file by itself; the folders mirror the rooms",
+    "tests/unit": "each file by itself; the folders are those of the code",
     "tests/integration": "commands and files together: real tars, shards, exports, an S3 server",
     "tests/distributed": "real training processes: killed, resumed, in other numbers",
     "tests/slurm": "the job scripts on a real two-node cluster that the tests start",

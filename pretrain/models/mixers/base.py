@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models.budget import ComputeBudget
+from pretrain.models.compute_budget import ComputeBudget
 from pretrain.models.embeddings import Rotary
 from pretrain.models.grids import Grid
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pretrain.models.budget import ComputeBudget
+from pretrain.models.compute_budget import ComputeBudget
 from pretrain.models.embeddings import Rotary
 from pretrain.models.grids import Grid
 from pretrain.models.mixers.base import Attention, Density, Modulation, Positions, TokenMixer, TokenState

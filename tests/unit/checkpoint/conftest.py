@@ -31,10 +31,10 @@ class Run:
     ema: Ema
     writer: CheckpointWriter
 
-    def save(self, step: int, totals: list[float] | None = None, **state: Any) -> Checkpoint:
+    def save(self, step: int, pending_sums: list[float] | None = None, **state: Any) -> Checkpoint:
         """Writes a checkpoint of this step, and reads it."""
         run_state = RunState(step, self.engine.updates, 4 * step, DataPosition(1, step), HISTORY)
-        self.writer.save(run_state, totals or [1.0, 2.0])
+        self.writer.save(run_state, pending_sums or [1.0, 2.0])
         self.writer.wait()
         assert self.writer.error is None
         found = newest(self.folder)

@@ -150,7 +150,7 @@ def test_totals_add_up_over_any_number_of_processes(processes: int, make_run) ->
     found = make_run().save(1)
     found.state["totals"] = [[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]]  # of three
     cpu = torch.device("cpu")
-    parts = [found.totals(World(rank, processes, cpu)) for rank in range(processes)]
+    parts = [found.pending_sums(World(rank, processes, cpu)) for rank in range(processes)]
     assert [sum(column) for column in zip(*filter(None, parts), strict=True)] == [7.0, 70.0]
     assert sum(not part for part in parts) == max(0, processes - 3)
 

@@ -34,7 +34,7 @@ def test_what_is_on_disk(background: bool, make_run) -> None:
     """One file of fp32 partitions, and a description with its bytes and SHA-256; `latest` names the folder."""
     run = make_run(background=background)
     run.train(0, 1)
-    run.save(2, totals=[7.0])
+    run.save(2, pending_sums=[7.0])
     folder = run.folder / FOLDER
     assert names(folder) == [LATEST, "step_00000002"]
     assert (folder / LATEST).read_text() == "step_00000002\n"

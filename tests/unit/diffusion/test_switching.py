@@ -18,7 +18,7 @@ from torch import Tensor
 from pretrain.diffusion import BudgetRule, Fixed, Generated, Guidance, Switching, choose_rule, generate, start_noise
 from pretrain.diffusion.switching import change
 from pretrain.models import ComputeBudget, DiT, DiTConfig, PackedText, Skip
-from pretrain.models.budgets import default_budget
+from pretrain.models.budget_choices import default_budget
 from pretrain.models.mixers.flexdit import FlexDiTSection
 from pretrain.models.mixers.mediators import MediatorsSection
 from pretrain.schedulers import build_scheduler, set_timesteps

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.models import PRESETS, CachedConditioning, ComputeBudget, DiT, DiTConfig, PackedText
 from pretrain.models import __main__ as printed
-from pretrain.models.budgets import default_budget
+from pretrain.models.budget_choices import default_budget
 from pretrain.models.compare import METHODS, PUBLISHED
 from pretrain.models.cost import (
     count_activations,

@@ -53,8 +53,8 @@ class Writer:
         self.error: str | None = None
         self.calls: list[Any] = []
 
-    def save(self, state: RunState, totals: list[float]) -> None:
-        self.calls.append((state, totals))
+    def save(self, state: RunState, pending_sums: list[float]) -> None:
+        self.calls.append((state, pending_sums))
 
     def wait(self) -> None:
         self.calls.append("wait")
@@ -83,7 +83,7 @@ def found(run_state: RunState, **state: Any) -> Any:
     return SimpleNamespace(
         path=Path(f"step_{run_state.step}"),
         run_state=run_state,
-        totals=lambda world: [4.0],
+        pending_sums=lambda world: [4.0],
         state={"data": {}, **state},
     )
 

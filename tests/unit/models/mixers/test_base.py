@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pretrain.diffusion import Guidance, RectifiedFlow, generate, start_noise, step_budget
 from pretrain.models import ComputeBudget, DiT, DiTConfig, PackedText, inheritance
 from pretrain.models import mixers as table
-from pretrain.models.budgets import default_budget, every_budget
+from pretrain.models.budget_choices import default_budget, every_budget
 from pretrain.models.cost import count_flops, count_parameters
 from pretrain.models.grids import Grid
 from pretrain.models.mixers.base import (

@@ -10,7 +10,7 @@ from backbones import predict, predict_cached
 from torch import Tensor
 
 from pretrain.models import CachedConditioning, ComputeBudget, DiT, DiTConfig, PackedText
-from pretrain.models.budgets import common_budget, default_budget
+from pretrain.models.budget_choices import common_budget, default_budget
 from pretrain.models.mixers.flexdit import FlexDiTSection
 from pretrain.models.mixers.mediators import MediatorsSection
 

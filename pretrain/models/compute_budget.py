@@ -1,7 +1,7 @@
 """The compute budget of a forward pass: how much it computes, where a method leaves that open.
 
 A method (`mixers/`) may offer a choice, such as the number of mediators or the coarseness of a grid. It is an integer, the same
-for all images of one forward pass. `budgets.py` has the budgets that a backbone can take.
+for all images of one forward pass. `budget_choices.py` has those that a backbone can take.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from pretrain.models.budget import ComputeBudget
+from pretrain.models.compute_budget import ComputeBudget
 from pretrain.models.config import DiTConfig
 
 
