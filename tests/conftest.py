@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # One thread in every process of the tests, so that results do not depend on the machine's cores, and none waits for another.
 os.environ["OMP_NUM_THREADS"] = "1"
 # On a machine with AVX-512 torch chooses its bf16 attention by what oneDNN knows: who imitates one without must limit both.
 if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+    # torch 2.11's cache of compiled graphs does not know of the limit: code made for AVX-512 would be taken, and crashes.
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.environ['ATEN_CPU_CAPABILITY']}"
+    )
 
 import subprocess
 import sys
