@@ -10,58 +10,9 @@ docs/operations.md says what happens at each fault.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from dataclasses import dataclass, replace
-from datetime import timedelta
-from functools import partial
-from typing import Any
 
-import torch
-
-from pretrain.checkpoint.writer import CheckpointWriter
-from pretrain.config import Config, geometry, load
-from pretrain.console import log_from_first, silence_libraries
-from pretrain.data.batch import Batch
-from pretrain.data.loader import Loader
-from pretrain.diffusion import Objective, step_budget
-from pretrain.distributed import optimizer as optim
-from pretrain.distributed.ema import Ema
-from pretrain.distributed.engine import Engine
-from pretrain.distributed.rendezvous import init_distributed, shutdown
-from pretrain.distributed.world import World
-from pretrain.loss import forward
-from pretrain.models import DiT
-from pretrain.monitoring.monitor import Monitor
-from pretrain.monitoring.preview import Preview
-from pretrain.monitoring.provenance import save_provenance
-from pretrain.resilience import preflight
-from pretrain.resilience.failure import report_failure
-from pretrain.resilience.heartbeat import IN_STEP
-from pretrain.resilience.recovery import Recovery
-from pretrain.resilience.signals import REQUEUE, StopRequest
-from pretrain.resilience.spike_guard import SpikeGuard
-from pretrain.resilience.watchdog import STARTUP_FACTOR, Watchdog
-from pretrain.state import RunState
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """The parts of a training."""
-
-    config: Config
-    deepspeed: dict[str, Any]
-    loader: Loader
-    model: DiT
-    engine: Engine
-    ema: Ema
-    objective: Objective
-    guard: SpikeGuard
-    watchdog: Watchdog
-    monitor: Monitor
-    preview: Preview
-    saver: CheckpointWriter
-    recovery: Recovery
+from pretrain.console import silence_libraries
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,121 +24,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, help="with --check on a login node: the planned number of processes")
     args = parser.parse_intermixed_args(argv)
     silence_libraries()
-    stop, watchdog = None, None
-    try:
-        if args.check:
-            return preflight.check(args.config, args.overrides, args.processes)
-        config, deepspeed = load(args.config, args.overrides)
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        stop = StopRequest(config.checkpoint.time_limit)
-        # A collective's own limit is for what the watchdog cannot see: the watchdog comes first, and says more.
-        world = init_distributed(timedelta(seconds=2 * STARTUP_FACTOR * config.guard.seconds))
-        watchdog = Watchdog(world, config.guard.seconds).start()
-        preflight.require(config, deepspeed, world)
-        stopped = train(build(config, deepspeed, world, stop, watchdog))
-    except Exception as error:
-        return report_failure(error, watchdog)
-    finally:
-        if stop:
-            stop.close()
-        if watchdog:
-            watchdog.close()
-        shutdown()
-    return REQUEUE if stopped else 0
+    # Imported late, as the libraries take seconds: help and wrong usage are answered at once.
+    if args.check:
+        from pretrain.resilience.preflight import check
 
+        return check(args.config, args.overrides, args.processes)
+    from pretrain.training import run
 
-def build(config: Config, deepspeed: dict[str, Any], world: World, stop: StopRequest, watchdog: Watchdog) -> Trainer:
-    """Wires the parts in the order of the data."""
-    accumulation = geometry(deepspeed, world.size)
-    deepspeed = {**deepspeed, "gradient_accumulation_steps": accumulation}
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    backbone = config.model.backbone()
-    batch, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
-    loader = Loader(config, backbone, batch, micro, world)
-    preview = Preview(config, loader.card, loader.root, world)
-    torch.manual_seed(config.seed)
-    model = DiT(backbone).to(world.device)
-    model.recompute = config.model.recompute
-    if config.model.compile:
-        for block in model.blocks:
-            block.compile()
-    zero = Engine(model, optim.build_optimizer(model, config.optimizer), deepspeed, world)
-    ema = Ema(zero, config.optimizer.ema_decay)
-    guard = SpikeGuard(config.guard, world, stop)
-    monitor = Monitor(config, backbone, zero)
-    run_info = {"data": loader.fingerprint, "config": config.model_dump(mode="json")}
-    saver = CheckpointWriter(config, zero, ema, run_info)
-    log = partial(log_from_first, world.rank)
-    recovery = Recovery(config, loader, zero, ema, guard, watchdog, monitor, saver, log)
-    objective = config.objective.build()
-    return Trainer(
-        config, deepspeed, loader, model, zero, ema, objective, guard, watchdog, monitor, preview, saver, recovery
-    )
-
-
-def train(t: Trainer) -> str | None:
-    """Trains to the last step, or until a process is asked to stop; returns what asked for it, None at the end."""
-    config, recovery = t.config, t.recovery
-    state = recovery.start()
-    save_provenance(config, t.deepspeed, t.loader, t.engine.world)  # not of a start that was refused
-    recovery.record_start(state.step)
-    t.watchdog.step = state.step
-    batches = recovery.batches(state)
-    while state.step < config.steps:
-        step_batches = next(batches)
-        state = replace(train_step(t, step_batches, state), position=t.loader.position)
-        verdict = t.guard.verdict
-        t.watchdog.finish_step(state.step)
-        if verdict.damaged:
-            recovery.count_damaged_shards(step_batches)
-        if verdict.fault:
-            recovery.report_skipped_step(state)
-            if state.history.in_a_row >= config.guard.patience:
-                state = recovery.roll_back(state)
-                batches = recovery.batches(state)
-                continue
-        if t.preview.due(state.step):
-            t.watchdog.begin("drawing the preview")
-            t.preview.draw(t.model, t.ema, t.monitor, state.step)
-        last = state.step == config.steps or verdict.stop > 0
-        if state.step % config.checkpoint.every == 0 or last:
-            recovery.save(state, wait=last)
-        recovery.log_saved()
-        if verdict.stop and state.step < config.steps:
-            reason = t.guard.stop_reason()
-            recovery.log(f"stopped by {reason} after step {state.step}; started again, it goes on from there")
-            return reason
-    t.monitor.close()
-    recovery.log(f"{config.name} is complete: {state.step} steps, {state.images} images; {config.run_dir}")
-    return None
-
-
-def train_step(t: Trainer, batches: list[Batch], state: RunState) -> RunState:
-    """Takes one optimizer step over this process's micro-batches; `t.guard.verdict` says whether it was applied."""
-    zero, window = t.engine, t.config.guard.window
-    lr = optim.learning_rate(state.step, t.config.steps, t.config.optimizer)
-    t.watchdog.begin(IN_STEP)
-    budget = step_budget(t.model.config, t.objective, t.config.seed, state.step)
-    t.guard.begin(state.history, budget.group)
-    for host_batch in batches:
-        batch = host_batch.to(zero.world.device, zero.dtype)
-        loss = forward(zero, t.objective, t.monitor, batch, budget)
-        t.guard.add(batch.keys, loss, len(batch.damaged))
-        zero.backward(loss.mean)
-        zero.step(lr, t.guard.judge)
-    if zero.applied:
-        t.ema.update(state.updates)
-    t.monitor.step(state.step + 1, t.guard.verdict, lr)
-    images = zero.world.size * sum(len(batch.keys) for batch in batches)
-    return replace(
-        state,
-        step=state.step + 1,
-        updates=state.updates + zero.applied,
-        images=state.images + images,
-        history=state.history.after(t.guard.verdict, window),
-    )
+    return run(args.config, args.overrides)
 
 
 if __name__ == "__main__":

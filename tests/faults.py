@@ -32,9 +32,9 @@ def several(*faults: Callable[[], None]) -> None:
 
 def record_keys(folder: Path) -> None:
     """Each process appends the keys of every step that it takes, a line a step."""
-    from pretrain import train
+    from pretrain import training
 
-    whole = train.train_step
+    whole = training.train_step
 
     def step(t, batches, progress):
         keys = " ".join(key for batch in batches for key in batch.keys)
@@ -42,7 +42,7 @@ def record_keys(folder: Path) -> None:
             file.write(f"{progress.step + 1} {keys}\n")
         return whole(t, batches, progress)
 
-    train.train_step = step
+    training.train_step = step
 
 
 def die_in_publishing(place: str, count: int) -> None:
@@ -117,9 +117,9 @@ def bad_losses(steps: dict[int, float], rank: int = 0, times: int = 1_000) -> No
         return
     from dataclasses import replace
 
-    from pretrain import train
+    from pretrain import training
 
-    whole, forward, now, left = train.train_step, train.forward, 0, times
+    whole, forward, now, left = training.train_step, training.forward, 0, times
 
     def step(t, batches, progress):
         nonlocal now, left
@@ -131,7 +131,7 @@ def bad_losses(steps: dict[int, float], rank: int = 0, times: int = 1_000) -> No
         loss, factor = forward(*given), steps.get(now, 1.0) if left >= 0 else 1.0
         return replace(loss, mean=loss.mean * factor, per_sample_B=loss.per_sample_B * torch.tensor(factor))
 
-    train.train_step, train.forward = step, bad
+    training.train_step, training.forward = step, bad
 
 
 def at_step(step: int, rank: int, what: str) -> None:
@@ -141,9 +141,9 @@ def at_step(step: int, rank: int, what: str) -> None:
     """
     if not is_rank(rank):
         return
-    from pretrain import train
+    from pretrain import training
 
-    whole = train.train_step
+    whole = training.train_step
 
     def faulty(t, batches, progress):
         if progress.step == step:
@@ -162,4 +162,4 @@ def at_step(step: int, rank: int, what: str) -> None:
                         file.write(bytes(2**20))
         return whole(t, batches, progress)
 
-    train.train_step = faulty
+    training.train_step = faulty

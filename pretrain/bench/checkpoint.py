@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from pretrain import train
+from pretrain import training
 from pretrain.bench.timing import model_arguments, side_by_side
 from pretrain.checkpoint.reader import FOLDER
 from pretrain.checkpoint.writer import CheckpointWriter
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: StopRequest) -> tuple[train.Trainer, Batch]:
+def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: StopRequest) -> tuple[training.Trainer, Batch]:
     """A trainer with all its parts but the data, and a batch."""
     config = load("demo_256", [f"run_dir={folder}", "preview.every=0", "steps=1000000", "logging.every=20"])[0]
     backbone = replace(preset(args.preset), depth=args.depth) if args.depth else preset(args.preset)
@@ -84,17 +84,17 @@ def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: StopReq
     saver = CheckpointWriter(config, zero, ema, {})
     objective, watchdog = config.objective.build(), Watchdog(world, config.guard.seconds).start()
     parts: Any = (config, {}, nothing, model, zero, ema, objective, guard, watchdog, monitor, nothing, saver, nothing)
-    return train.Trainer(*parts), batch
+    return training.Trainer(*parts), batch
 
 
-def _checkpoints(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
+def _checkpoints(t: training.Trainer, batch: Batch, rounds: int) -> list[str]:
     """Training stands still for the copy or the whole writing; steps beside the writing may be slower, too."""
     progress, alone, beside = RunState(), [], []
     still: dict[bool, list[float]] = {True: [], False: []}
     for i in range(rounds + 1):  # the first round does not count: buffers are made in it
         for background in (False, True):
             start = time.perf_counter()
-            progress = train.train_step(t, [batch], progress)
+            progress = training.train_step(t, [batch], progress)
             step = time.perf_counter() - start
             t.saver.settings = t.config.checkpoint.model_copy(
                 update={"background": background, "keep_last": 1, "keep_every": 0}
@@ -106,7 +106,7 @@ def _checkpoints(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
                 still[background].append(time.perf_counter() - start)
             while background and t.saver.report() is None:
                 start = time.perf_counter()
-                progress = train.train_step(t, [batch], progress)
+                progress = training.train_step(t, [batch], progress)
                 if i:
                     beside.append(time.perf_counter() - start)
             if t.saver.error:
@@ -125,7 +125,7 @@ def _checkpoints(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
     ]
 
 
-def _share(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
+def _share(t: training.Trainer, batch: Batch, rounds: int) -> list[str]:
     """The guard, the watchdog's notes and the monitor by themselves, 20 steps with one logging step, against a step."""
     zeros = torch.zeros(len(batch.keys), device=t.engine.world.device)
     loss = Loss(zeros.mean() + 1, zeros + 1, zeros + 500)
@@ -149,7 +149,7 @@ def _share(t: train.Trainer, batch: Batch, rounds: int) -> list[str]:
             progress[0] = replace(before, step=before.step + 1, history=history)
 
     def step() -> None:
-        train.train_step(t, [batch], RunState(step=1))
+        training.train_step(t, [batch], RunState(step=1))
 
     runs: dict[str, Callable[[], object]] = {"safety": safety, "step": step}
     with closing(t.monitor):

@@ -26,7 +26,7 @@ from pretrain.data.epoch_plan import plan_epoch
 from pretrain.data.loader import check_fits
 from pretrain.data.location import DataLocation, open_card, prepare
 from pretrain.data.shared_memory import remove_stale_names
-from pretrain.distributed.rendezvous import init_distributed
+from pretrain.distributed.rendezvous import init_distributed, shutdown
 from pretrain.distributed.world import World, all_gather, all_reduce, barrier
 from pretrain.resilience.capacity import (
     activation_bytes,
@@ -38,6 +38,7 @@ from pretrain.resilience.capacity import (
     shared_memory_problems,
     state_bytes,
 )
+from pretrain.resilience.failure import report_failure
 
 MAX_CLOCK_SKEW = 10.0  # seconds; ages of files are compared over nodes
 
@@ -63,18 +64,26 @@ class Report:
 def check(name: str, overrides: list[str], processes: int | None) -> int:
     """The command `--check`: prints the report. Returns 0 without a problem, else 1."""
     try:
-        config, deepspeed = load(name, overrides)
-    except ConfigError as error:
-        first, *rest = str(error).splitlines()
-        report = Report(problems=[f"config: {line.strip()}" for line in rest or [first]])
-    else:
-        if "RANK" in os.environ:
-            report = preflight(config, deepspeed, init_distributed())
-        else:
-            report = check_without_launcher(config, deepspeed, processes)
+        report = _check(name, overrides, processes)
+    except Exception as error:
+        return report_failure(error, None)
+    finally:
+        shutdown()
     if os.environ.get("RANK", "0") == "0":
         print(f"{name}: {len(report.problems)} problems\n{report}", flush=True)
     return 1 if report.problems else 0
+
+
+def _check(name: str, overrides: list[str], processes: int | None) -> Report:
+    """The report of the command `--check`, on all processes of a launcher or without one."""
+    try:
+        config, deepspeed = load(name, overrides)
+    except ConfigError as error:
+        first, *rest = str(error).splitlines()
+        return Report(problems=[f"config: {line.strip()}" for line in rest or [first]])
+    if "RANK" in os.environ:
+        return preflight(config, deepspeed, init_distributed())
+    return check_without_launcher(config, deepspeed, processes)
 
 
 def require(config: Config, deepspeed: dict[str, Any], world: World) -> None:

@@ -79,6 +79,7 @@ FLOORS: list[set[str]] = [
     {"pretrain/import_release.py", "pretrain/sampling"},
     {"pretrain/analyze", "pretrain/export.py", "pretrain/monitoring", "pretrain/prune.py", "pretrain/sample.py"},
     {"pretrain/loss.py", "pretrain/resilience"},
+    {"pretrain/training.py"},
     {"pretrain/train.py"},
     {"pretrain/bench"},
 ]
