@@ -8,26 +8,21 @@ precision, clipping and the batch geometry. On the command line `section.key=val
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Sequence
+import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model
+from pydantic import BeforeValidator, Field, ValidationError, create_model
 
 from data_prep.encoders import DOWNSAMPLE
+from pretrain.config_files import CONFIGS, ConfigError, read_config
+from pretrain.config_problems import explain, field_of
 from pretrain.deepspeed_config import read_deepspeed
 from pretrain.diffusion import EpsilonPrediction, Objective, RectifiedFlow
 from pretrain.models import DiTConfig, preset
 from pretrain.models.config import RENAMED_FIELDS, upgrade_fields
 from pretrain.sections import Section, optional_fields, replace_fields
-
-CONFIGS = Path(__file__).parent / "configs"
-DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 
 # Schemes of the object stores from which shards are streamed.
 REMOTE = ("s3", "gs")
@@ -42,10 +37,6 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Proportion = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class ConfigError(ValueError):
-    """The problems of a configuration, a line each, with the field's path and the mend."""
 
 
 class _ModelBase(Section):
@@ -184,7 +175,7 @@ class PreviewSection(Section):
     every: NotNegative = 1000
     """Steps between previews (a sample grid and a mask map) in TensorBoard; 0 draws none."""
     prompts: Path = Path("preview_prompts.txt")
-    """File of prompts, one a line; a relative path is looked up beside the configs."""
+    """File of prompts, one a line; a relative path is looked up beside the YAML, here, and beside the shipped configs."""
     steps: Positive = 30
     """Number of sampling steps."""
     guidance: float = 5.5
@@ -231,7 +222,7 @@ class Config(Section):
         except ValueError as error:
             found.append(f"model.preset: {error}")
         else:
-            problems, unit = backbone.problems(), DOWNSAMPLE * backbone.patch
+            problems, unit = backbone.problems(), DOWNSAMPLE * max(1, backbone.patch)
             found += [f"model.{p}" for p in problems]
             if self.data.resolution % unit:
                 found.append(
@@ -259,21 +250,18 @@ def load(name: str, overrides: list[str] | None = None) -> tuple[Config, dict[st
     Raises:
         ConfigError: with every problem found.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"no config {name!r}; there are {', '.join(known())}, or give a YAML file's path")
     problems: list[str] = []
-    merged, deepspeed_changes = _merge(path, overrides or [], problems)
-    deepspeed = read_deepspeed(DS_CONFIGS / f"{path.stem}.json", deepspeed_changes, problems)
+    files = read_config(name, overrides or [], problems, upgrade)
+    deepspeed = read_deepspeed(files, problems)
     try:
-        config = Config.model_validate(merged)
+        config = Config.model_validate(files.content)
     except ValidationError as error:
-        problems += [_explain(e) for e in error.errors()]
-        problems += _contradictions(merged, error)
+        problems += [explain(e, Config, RENAMED) for e in error.errors()]
+        problems += _contradictions(files.content, error)
     else:
         problems += config.problems()
     if problems:
-        raise ConfigError(f"{path}:\n" + "\n".join(f"  {p}" for p in problems))
+        raise ConfigError(f"{files.path}:\n" + "\n".join(f"  {p}" for p in problems))
     return config, deepspeed
 
 
@@ -287,72 +275,23 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _contradictions(content: dict[Any, Any], error: ValidationError) -> list[str]:
-    """Lists contradictions among the valid fields; none where a required one is missing or wrong."""
+# In place of required fields that are missing or wrong: values that contradict no other field.
+STAND_INS = {"name": "run", "run_dir": "run", "steps": sys.maxsize, "data": {"path": "data", "resolution": 5760}}
+
+
+def _contradictions(content: dict[str, Any], error: ValidationError) -> list[str]:
+    """Lists contradictions among the fields that are valid, where others are missing or wrong."""
+    wrong = {field_of(e["loc"], Config) for e in error.errors()}
     rest = copy.deepcopy(content)
-    for wrong in error.errors():
+    for *sections, name in wrong:
         section: Any = rest
-        for part in wrong["loc"][:-1]:
+        for part in sections:
             section = section.get(part) if isinstance(section, dict) else None
         if isinstance(section, dict):
-            section.pop(wrong["loc"][-1], None)
-    try:
-        return Config.model_validate(rest).problems()
-    except ValidationError:
-        return []
-
-
-def known() -> list[str]:
-    """The names of the configs that ship with the package."""
-    return sorted(p.stem for p in CONFIGS.glob("*.yaml"))
-
-
-def _merge(path: Path, overrides: list[str], problems: list[str]) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """The YAML with the overrides laid over it, and the overrides of DeepSpeed's file."""
-    words = []
-    for word in overrides:
-        key, equals, _ = word.partition("=")
-        if equals and key.strip():
-            words.append(word)
-        else:
-            problems.append(f"{word}: an override is section.key=value")
-    try:
-        merged = OmegaConf.merge(
-            {"name": path.stem, "run_dir": f"runs/{path.stem}"}, OmegaConf.load(path), OmegaConf.from_dotlist(words)
-        )
-        content = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    assert isinstance(content, dict)
-    changes = content.pop("deepspeed", {})
-    return content, changes
-
-
-def _section(path: Sequence[Any]) -> type[BaseModel]:
-    """The section of a config at a path of names."""
-    section: type[BaseModel] = Config
-    for part in path:
-        annotation = section.model_fields[part].annotation
-        section = next(a for a in (*get_args(annotation), annotation) if a is not type(None))
-    return section
-
-
-def _explain(error: Any) -> str:
-    """One pydantic error as path, problem and mend."""
-    where = ".".join(str(part) for part in error["loc"])
-    if where in RENAMED:
-        return f"{where}: is now {RENAMED[where]}"
-    if error["type"] == "extra_forbidden":
-        section = _section(error["loc"][:-1])
-        near = difflib.get_close_matches(error["loc"][-1], section.model_fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(section.model_fields)}"
-        return f"{where}: unknown field; {hint}"
-    if error["type"] == "model_type":
-        fields_ = ", ".join(f"{where}.{name}" for name in _section(error["loc"]).model_fields)
-        return f"{where}: is a section, not {error['input']!r}; set its fields: {fields_}"
-    if error["type"] == "missing":
-        return f"{where}: missing; set it in the YAML or as {where}=value"
-    return f"{where}: {error['msg']}, not {error['input']!r}"
+            section.pop(name, None)
+    rest = {**STAND_INS, **rest, "data": {**STAND_INS["data"], **rest.get("data", {})}}  # type: ignore[dict-item]
+    found = Config.model_validate(rest).problems()
+    return [problem for problem in found if tuple(problem.partition(":")[0].split(".")) not in wrong]
 
 
 def geometry(deepspeed: dict[str, Any], world: int) -> int:

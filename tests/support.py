@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -157,6 +158,20 @@ def _draw(folder: Path, out: Path, prompts: list[str]) -> None:
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     for i, image in enumerate(FocusDiTPipeline.from_pretrained(folder)(prompts, generator=generators).images):
         image.save(out / f"{i}.png")
+
+
+def complaint(*overrides: str, name: str = "demo_256") -> list[str]:
+    """The lines of a config's error, without the first, which names the file."""
+    from pretrain.config import ConfigError, load
+
+    with pytest.raises(ConfigError) as refusal:
+        load(name, list(overrides))
+    return [line.strip() for line in str(refusal.value).splitlines()[1:]]
+
+
+def starts(lines: list[str]) -> list[str]:
+    """The fields that the lines of an error begin with, sorted."""
+    return sorted(line.partition(":")[0] for line in lines)
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -1,0 +1,39 @@
+"""Paths as people write them: `~` and variables of the environment, which no shell expands in `key=~/x` or in a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+# ${name} in small letters is left alone: in a config it is another field's value.
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Z_][A-Z0-9_]*)\})")
+
+
+def expand(text: str) -> str:
+    """A path or URL with `~`, `$NAME` and `${NAME}` replaced. Raises ValueError for a variable or home that is not there."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise ValueError(f"{text}: ${name} is not set; set it, or write the path out")
+        return os.environ[name]
+
+    expanded = os.path.expanduser(VARIABLE.sub(value, text))
+    if re.match(r"~\w*(/|$)", expanded):
+        raise ValueError(f"{text}: no home folder is known for it; write the path out (a file of this name: ./{text})")
+    return expanded
+
+
+def path(text: str) -> Path:
+    """The type of an argument that is a path."""
+    return Path(path_or_url(text))
+
+
+def path_or_url(text: str) -> str:
+    """The type of an argument that is a path, a pattern of them, or a URL."""
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
