@@ -1,7 +1,7 @@
 """Storage that tars come from and shards go to: local paths, and `s3://`, `gs://` or `http(s)://` through fsspec.
 
     find_tars     lists the tars that a pattern names, each with its size
-    open_tar      opens a tar for reading forwards; a remote one is opened again where the connection broke
+    open_file     opens a file for reading forwards; a remote one is opened again where the connection broke
     Remote        is a folder on object storage that finished files are uploaded to
 
 Nothing else is opened: webdataset's `pipe:` commands and fsspec's chained URLs (`a::b`) are refused.
@@ -111,8 +111,8 @@ def _is_absence(reason: BaseException) -> bool:
     return isinstance(reason, FileNotFoundError) or getattr(reason, "status", None) in (404, 410)
 
 
-def open_tar(url: str) -> BinaryIO:
-    """Opens a tar for reading forwards. Raises FileNotFoundError, or Unreachable for a remote one."""
+def open_file(url: str) -> BinaryIO:
+    """Opens a file for reading forwards. Raises FileNotFoundError, or Unreachable for a remote one."""
     return cast("BinaryIO", _ResumedFile(url)) if is_remote(url) else open(url, "rb")
 
 

@@ -1,15 +1,16 @@
-"""Choice of the caption that a sample is stored with: `key.txt` or a field of `key.json`, named or drawn by weight.
+"""Choice of the caption that a sample is stored with: a text beside the picture or a field, named or drawn by weight.
 
     None                             the default: `key.txt`, or without one the field "caption" (img2dataset writes both)
-    ".txt"                           `key.txt` alone
-    "recaption"                      the field "recaption" of `key.json` alone
+    ".txt"                           `key.txt` alone; ".caption" is `key.caption`, and so on
+    "recaption"                      the field "recaption" of `key.json`, or the column of a Parquet file, alone
     ["recaption", ".txt"]            one of several, drawn for each sample with equal weights ...
     {"recaption": 0.8, ".txt": 0.2}  ... or with these; on a command line: recaption=0.8,.txt=0.2
 
 A caption is drawn among those that the sample has: a text that is not only white space, or a number. The draw depends on
 the sample's key alone, not on the order or number of workers: the name with the least -ln(u)/weight wins, where u in (0, 1)
 is a hash of key and name (Efraimidis and Spirakis, 2006). Where a sample lacks one of the captions, the draws among the others
-stay as they are, and its share goes to them by their weights.
+stay as they are, and its share goes to them by their weights. Of a list of texts, one is
+drawn the same way.
 """
 
 import hashlib
@@ -20,6 +21,14 @@ from typing import Any
 
 TXT = ".txt"
 MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Caption, and where it stood: `.txt` or the like for a member, or a field."""
+
+    field: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -56,20 +65,33 @@ class CaptionChoice:
         return dict(self.shares) or None
 
     @property
-    def reads_txt(self) -> bool:
-        """True where `pick` uses `key.txt`; else that file need not be UTF-8."""
-        return not self.shares or TXT in dict(self.shares)
+    def names(self) -> tuple[str, ...]:
+        """Members and fields that captions come from; of the default, `.txt` and "caption"."""
+        return tuple(name for name, _ in self.shares) or (TXT, "caption")
 
-    def pick(self, key: str, txt: str | None, metadata: Mapping[str, Any]) -> str | None:
-        """Returns the caption of the sample `key`: None without any of the named ones, white space if all are blank."""
-        if not self.shares:
-            return txt if txt is not None else _text(metadata.get("caption"))
-        found = {name: txt if name == TXT else _text(metadata.get(name)) for name, _ in self.shares}
-        usable = [(name, share) for name, share in self.shares if (found[name] or "").strip()]
-        if not usable:
-            return next((text for text in found.values() if text is not None), None)
-        name, _ = min(usable, key=lambda pair: -math.log(_uniform(pair[0], key)) / pair[1])
-        return found[name]
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Extensions, without the dot, of the text members that `pick` uses; others need not be UTF-8."""
+        return tuple(name[1:].lower() for name in self.names if name.startswith("."))
+
+    def pick(self, key: str, texts: Mapping[str, str], fields: Mapping[str, Any]) -> Caption | None:
+        """Returns the caption of the sample `key`: None without any of the named ones, white space if all are blank.
+
+        `texts` are its text members by their names, such as `.txt`.
+        """
+        found = {
+            name: _texts(texts.get(name.lower()) if name.startswith(".") else fields.get(name)) for name in self.names
+        }
+        usable = {name: [text for text in there if text.strip()] for name, there in found.items()}
+        drawn = [pair for pair in self.shares if usable[pair[0]]]
+        if drawn:
+            name, _ = min(drawn, key=lambda pair: -math.log(_uniform(pair[0], key)) / pair[1])
+        else:  # the default, in which a blank `key.txt` hides the field; or all are blank
+            name = next((name for name in self.names if found[name]), "")
+        if not name:
+            return None
+        several = usable[name] or found[name]
+        return Caption(name, several[max(range(len(several)), key=lambda number: _uniform(f"{name}\0{number}", key))])
 
 
 def _pairs(spec: Any) -> list[tuple[Any, Any]]:
@@ -98,12 +120,13 @@ def _mistake(spec: object, what: str) -> ValueError:
     return ValueError(f"captions {spec!r}: {what}; write a field of the json or {TXT}, or several as a=0.8,{TXT}=0.2")
 
 
-def _text(value: object) -> str | None:
+def _texts(value: object) -> list[str]:
+    """Returns the texts of a field: itself, or where it is a list, the texts in it."""
     if isinstance(value, str):
-        return value
+        return [value]
     if type(value) is int or (type(value) is float and math.isfinite(value)):  # pandas' NaN is an absent caption
-        return str(value)
-    return None
+        return [str(value)]
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
 
 
 def _uniform(name: str, key: str) -> float:

@@ -4,8 +4,11 @@ webdataset's own reader is not used: it takes a cut tar or a bad header for the 
 only the members read so far. Plain streaming with the standard library's `tarfile` is sounder. Of `tarfile` this file
 takes the header decoder (`TarInfo.frombuf`: fields, checksum) and walks the blocks itself, because `TarFile.next()` too
 takes a bad header for the end, loops for ever on a negative size (CVE-2025-8194), guesses where a pax record is damaged
-and keeps every header in memory. Here a tar ends where two blocks of zeros and nothing else follow; every other end is
-damage, and is reported.
+and keeps every header in memory. docs/choices.md has a tar for each of these.
+
+Where blocks of zeros end a tar and another one follows (`cat a.tar b.tar`), that is read on, as by `tar --ignore-zeros`. A tar
+whose last member is whole but that does not end in zeros is not `ended`: who reads it decides what its last members are worth.
+Any other end is damage, and is reported.
 """
 
 import tarfile
@@ -14,7 +17,6 @@ from typing import BinaryIO
 
 from data_prep.common.storage import Unreachable
 
-ZERO_BLOCK = bytes(tarfile.BLOCKSIZE)
 _CHUNK_BYTES = 2**20
 _MAX_EXTENSION_BYTES = 2**20  # most bytes of a long name or a pax header; some hundred in practice
 _PLAIN_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -35,16 +37,21 @@ class Member:
 
 
 class TarStream:
-    """Reader of members, one by one and forwards. Raises `TarError` where the tar is not whole."""
+    """Reader of members, one by one and forwards. Raises `TarError` where the tar is damaged.
+
+    `ends` counts the ends by blocks of zeros that were read; `ended` is true where the last thing that was read is such an end.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
+        self.ends, self.ended = 0, False
         self._file = file
-        self._offset = 0  # bytes read so far
+        self._ahead = b""  # bytes that were read already, and come next
+        self._offset = 0  # bytes read so far, without those ahead
         self._left = 0  # bytes of the current member's data and padding that are not read yet
         self._global_pax: dict[bytes, bytes] = {}
 
     def next_member(self) -> Member | None:
-        """Returns the next member, or None at the end of a whole tar; skips unread data of the last member."""
+        """Returns the next member, or None where none follows; skips unread data of the last member."""
         while self._left:
             self._left -= len(self._read(min(self._left, _CHUNK_BYTES), "the data of a member"))
         pax: dict[bytes, bytes] = {}
@@ -63,9 +70,9 @@ class TarStream:
                 return self._member(header, long_name, self._global_pax | pax)
             extended = True
         if extended:
+            self.ended = False
             raise TarError(f"a long name or pax header without its member before byte {self._offset}")
-        self._check_end()
-        return None
+        return self.next_member() if self._ahead else None
 
     def read_data(self, member: Member) -> bytes:
         """Returns all data of the member that `next_member` returned last."""
@@ -74,15 +81,21 @@ class TarStream:
         return data
 
     def _header(self) -> tarfile.TarInfo | None:
-        """Reads the next header block and checks its checksum; None for a block of zeros."""
-        offset = self._offset
-        block = self._read(tarfile.BLOCKSIZE, "a header, without the two blocks of zeros that end a tar")
-        if block == ZERO_BLOCK:
+        """Reads the next header block and checks its checksum; None where the file ends, or zeros end a tar."""
+        offset, after_end = self._offset, self.ended
+        block = self._read_up_to(tarfile.BLOCKSIZE)
+        if not block.strip(b"\0"):
+            if block:
+                self._skip_zeros()
             return None
+        if len(block) < tarfile.BLOCKSIZE:
+            raise TarError(f"the file ends at byte {self._offset}, in a header")
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
         except tarfile.HeaderError as error:
-            raise TarError(f"no tar header at byte {offset}: {error}") from error
+            what = "data after the end of the tar" if after_end else f"no tar header ({error})"
+            raise TarError(f"{what} at byte {offset}") from error
+        self.ended = False
         if header.size < 0:
             raise TarError(f"a negative size in the header at byte {offset}")
         if header.type == tarfile.GNUTYPE_SPARSE and block[482]:  # the map of its holes goes on in further blocks
@@ -109,14 +122,15 @@ class TarStream:
         self._left = _padded(size)
         return Member(name, size, special)
 
-    def _check_end(self) -> None:
-        """Checks that a second block of zeros follows the first, and only zeros up to the end of the file."""
-        offset = self._offset - tarfile.BLOCKSIZE
-        if self._read(tarfile.BLOCKSIZE, "the second of the two blocks of zeros that end a tar") != ZERO_BLOCK:
-            raise TarError(f"a lone block of zeros at byte {offset}: a hole in the data")
-        while chunk := self._read_up_to(_CHUNK_BYTES):
-            if chunk.strip(b"\0"):
-                raise TarError(f"data after the end of the tar at byte {offset}: a hole, or several tars in one file")
+    def _skip_zeros(self) -> None:
+        """Reads on to the first block that is not all zeros, and keeps it ahead."""
+        self.ends, self.ended, self._global_pax = self.ends + 1, True, {}
+        while chunk := self._read_up_to(tarfile.RECORDSIZE):
+            if rest := chunk.lstrip(b"\0"):
+                zeros = (len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+                self._ahead = chunk[zeros:]
+                self._offset -= len(self._ahead)
+                return
 
     def _read(self, size: int, what: str) -> bytes:
         data = self._read_up_to(size)
@@ -126,8 +140,9 @@ class TarStream:
 
     def _read_up_to(self, size: int) -> bytes:
         """Reads `size` bytes, fewer only at the end of the file."""
+        data, self._ahead = self._ahead[:size], self._ahead[size:]
         try:
-            data = self._file.read(size)
+            data += self._file.read(size - len(data)) if len(data) < size else b""
         except Unreachable:  # its message is complete
             raise
         except OSError as error:

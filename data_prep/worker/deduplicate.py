@@ -23,8 +23,9 @@ import numpy as np
 
 from data_prep.common.files import atomic_write
 from data_prep.inputs.filters import add_sizes
+from data_prep.inputs.samples import Sample
 from data_prep.inputs.sources import Job
-from data_prep.inputs.tars import Sample, read_tar
+from data_prep.inputs.tars import read_tar
 from data_prep.pictures.decoders import DecoderPool
 from data_prep.pictures.hashes import hash_picture, repeats
 from data_prep.pictures.images import Unusable

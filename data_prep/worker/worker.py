@@ -25,8 +25,9 @@ from queue import Empty, Queue
 from data_prep import schema
 from data_prep.common.storage import Remote
 from data_prep.inputs.filters import add_sizes
+from data_prep.inputs.samples import Reject, Sample
 from data_prep.inputs.sources import Job
-from data_prep.inputs.tars import Reject, Sample, expected_samples, read_tar
+from data_prep.inputs.tars import expected_samples, read_tar
 from data_prep.pictures.decoders import DecoderPool
 from data_prep.pictures.images import Cut, Unusable, cut
 from data_prep.worker.background import BackgroundThread, empty

@@ -22,8 +22,9 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from data_prep import schema
 from data_prep.encoders import ASSETS, encode_tokens, tokenize
+from data_prep.inputs.samples import Sample
 from data_prep.inputs.sources import DEFAULT_SOURCE, Job, make_source
-from data_prep.inputs.tars import Sample, read_tar
+from data_prep.inputs.tars import read_tar
 from data_prep.pictures.decoders import DecoderPool
 from data_prep.pictures.images import Cut, cut
 from data_prep.shapes import scenes, tar_of

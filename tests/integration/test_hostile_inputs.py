@@ -29,7 +29,7 @@ from support import contents
 
 from data_prep import schema
 from data_prep.encode import main
-from data_prep.inputs.tars import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
+from data_prep.inputs.samples import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 from data_prep.pictures.images import UNUSABLE_REASONS
 from data_prep.shapes import draw, scenes
 from data_prep.worker.parts import whole_parts
@@ -143,7 +143,9 @@ PICTURES: list[tuple[str, Callable[[random.Random], bytes]]] = [
 # ---- captions ----
 
 NOT_UTF8 = (b"caf\xe9", "a dog".encode("utf-16"), b"\xed\xa0\x80", b"a\xc0\x80")
-NO_CAPTIONS = r'null | NaN | 1e999 | -Infinity | true | ["a"] | {"caption": "a"} | [], "__proto__": {"caption": "a"}'
+NO_CAPTIONS = (
+    r'null | NaN | 1e999 | -Infinity | true | [] | [["a"]] | {"caption": "a"} | [], "__proto__": {"caption": "a"}'
+)
 BROKEN_JSON = rb""" | null | "a" | ["a"] | {"caption": "a" | {'caption': 'a'} | {"caption": "a"} {} | {"caption": "\x"}
  | {"caption": "\ud800"} | {"caption": "a", "url": ["\udfff"]}""".split(b" | ")
 BROKEN_JSON += [b'{"caption": "\xff"}', b'{"caption": "\n"}', b"\x80\x04\x95" + PICKLE, "{}".encode("utf-16")]
@@ -260,7 +262,7 @@ HEAVY_KINDS: list[Kind] = [  # one of each
 ]
 
 
-# ---- damaged tars: of healthy samples, and from which byte on it is damaged ----
+# ---- damaged tars: of healthy samples, and from which byte on and how it is damaged ----
 
 
 class Tar(NamedTuple):
@@ -269,16 +271,38 @@ class Tar(NamedTuple):
     starts: list[int]
 
 
-def flipped_headers(rng: random.Random, tar: Tar) -> tuple[bytes, int]:
+class Made(NamedTuple):
+    """A damaged tar. `damage`: within a sample, between two (with more behind it, or not), or none."""
+
+    data: bytes
+    at: int
+    damage: str = "within"
+    more: tuple[Expected, ...] = ()  # items after those of the samples before `at`
+
+
+def cut_off(rng: random.Random, tar: Tar) -> Made:
+    data = (tar.body + END)[: (at := rng.randrange(len(tar.body + END)))]
+    if at > len(tar.body):
+        return Made(data, at, "none")
+    return Made(data, at, "end" if at in (*tar.starts, len(tar.body)) else "within")
+
+
+def flipped_headers(rng: random.Random, tar: Tar) -> Made:
     data, hit = bytearray(tar.body + END), rng.sample(tar.headers, rng.choice((1, 1, 2, 3)))
     for at in hit:
         data[at + rng.choice((*range(148), *range(156, BLOCK)))] ^= rng.randrange(1, 256)  # not in the checksum itself
-    return bytes(data), min(hit)
+    return Made(bytes(data), min(hit))
 
 
-def inserted(what: bytes, rng: random.Random, tar: Tar) -> tuple[bytes, int]:
+def inserted(what: bytes, rng: random.Random, tar: Tar, damage: str = "within") -> Made:
     at = rng.choice((*tar.starts[1:], len(tar.body)))
-    return tar.body[:at] + what + tar.body[at:] + END, at
+    return Made(tar.body[:at] + what + tar.body[at:] + END, at, damage)
+
+
+def joined(_: random.Random, tar: Tar) -> Made:
+    more = Expected("more", "no_image"), Expected("again", "written", "a")
+    again = sample("more", TEXT) + sample("again", {"jpg": JPEG, **TEXT})
+    return Made(tar.body + END + again + END, len(tar.body), "none", more)
 
 
 PAX = [b"12 size=-99\n", b"99 path=a.b\n", b"11 path=a.b\n", b"0 path=a.b\n", b"12 path_a.b\n", b"1" * 2**16]
@@ -287,17 +311,20 @@ SIZES = [("a.jpg", {"size": -1024}), ("no sample", {"size": 2**70}), ("pax", {"t
 SIZES += [("long", {"type": LONG_NAME, "size": -512}), ("long", {"type": LONG_NAME, "size": 2**40})]
 INSERTED = [member("pax", records, type=tarfile.XHDTYPE) for records in PAX]
 INSERTED += [member(name, **fields) for name, fields in SIZES]
-INSERTED += [b"<html>502 Bad Gateway</html>".ljust(BLOCK), bytes(BLOCK) + b"x" * BLOCK, END + sample("more", TEXT)]
-ENDS = [b"", bytes(BLOCK), bytes(2 * BLOCK - 1), BEFORE_NOTHING + END, END + b"x", END + bytes(2**21) + b"x"]
+INSERTED += [b"<html>502 Bad Gateway</html>".ljust(BLOCK)]
+ENDS = {b"": "end", bytes(BLOCK): "none", bytes(2 * BLOCK - 1): "none", BEFORE_NOTHING + END: "within"}
+ENDS |= dict.fromkeys([END + b"x", END + bytes(2**21) + b"x"], "between")
 NO_TARS = [b"", JPEG, b"PK\x03\x04" + bytes(999), b"<html>404</html>" * 99, b"version https://git-lfs.github.com/v1\n"]
-TARS: list[Callable[[random.Random, Tar], tuple[bytes, int]]] = [
-    *[lambda rng, tar: ((tar.body + END)[: (at := rng.randrange(len(tar.body + END)))], at)] * 10,
+PACKS = (gzip.compress, bz2.compress, lzma.compress)
+TARS: list[Callable[[random.Random, Tar], Made]] = [
+    *[cut_off] * 10,
     *[flipped_headers] * 8,
     *(partial(inserted, what) for what in INSERTED),
-    *(lambda _, tar, end=end: (tar.body + end, len(tar.body)) for end in ENDS),
-    lambda _, tar: (tar.body + END + tar.body + END, len(tar.body)),
-    *(lambda _, tar, pack=pack: (pack(tar.body + END), 0) for pack in (gzip.compress, bz2.compress, lzma.compress)),
-    *(lambda _, __, data=data: (data, 0) for data in NO_TARS),
+    partial(inserted, bytes(BLOCK) + b"x" * BLOCK, damage="between"),
+    *(lambda _, tar, end=end: Made(tar.body + end[0], len(tar.body), end[1]) for end in ENDS.items()),
+    joined,
+    *(lambda _, tar, pack=pack: Made(pack(tar.body + END), len(tar.body), "none") for pack in PACKS),
+    *(lambda _, __, data=data: Made(data, 0) for data in NO_TARS),
 ]
 
 
@@ -332,7 +359,7 @@ def damaged_tars(folder: Path, count: int) -> Iterator[tuple[str, list[Expected]
     write(folder / "zero.tar", [bytes(BLOCK)])
     write(folder / "zeros.tar", [bytes(2**20)])  # what `tar` makes of no files
     yield from (("folder", [Expected("", "no_tar")]), ("pipe", [Expected("", "no_tar")]))
-    yield from (("zero", [Expected("", "truncated_tar")]), ("zeros", []))
+    yield from (("zero", []), ("zeros", []))
     rng = random.Random(2)
     for n in range(count - 4):
         made = [healthy(f"{10 * n + i:05d}") for i in range(rng.randrange(2, 5))]
@@ -340,12 +367,18 @@ def damaged_tars(folder: Path, count: int) -> Iterator[tuple[str, list[Expected]
         body, starts = b"".join(datas), [sum(map(len, datas[:i])) for i in range(len(datas))]
         with tarfile.open(fileobj=io.BytesIO(body)) as tar:
             headers = [info.offset for info in tar]
-        data, at = TARS[n % len(TARS)](rng, Tar(body, headers, starts))
+        data, at, damage, more = TARS[n % len(TARS)](rng, Tar(body, headers, starts))
         write(folder / f"damaged{n:03d}.tar", [data])
         begun = [expected for (_, expected), start in zip(made, starts, strict=True) if start + BLOCK <= at]
-        # The last one that is begun may go on behind the damage.
-        end = Expected(begun[-1].key, "truncated_tar") if begun else Expected("", "no_tar")
-        yield f"damaged{n:03d}", [*begun[:-1], end]
+        # The last one that is begun may go on behind the damage: where that is between two samples, if it has no json
+        # and the one before it has.
+        lacks = len(begun) > 1 and int(begun[-1].key) % 2 == 0
+        if damage != "none" and (damage == "within" or lacks):
+            end = Expected(begun[-1].key, "truncated_tar") if begun else Expected("", "no_tar")
+            begun = [*begun[:-1], end]
+        elif damage == "between":
+            begun.append(Expected("", "truncated_tar"))
+        yield f"damaged{n:03d}", [*begun, *more]
 
 
 # ---- the test ----

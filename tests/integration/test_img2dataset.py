@@ -545,7 +545,7 @@ def test_a_server_that_falls_silent_is_asked_again(
     monkeypatch.setattr(storage, "_SILENCE", 0.5)
     storage.fsspec.filesystem("http").clear_instance_cache()  # it keeps its connections and their time limits
     try:
-        with storage.open_tar(f"{server.url}/00000.tar") as tar:
+        with storage.open_file(f"{server.url}/00000.tar") as tar:
             pieces = list(iter(lambda: tar.read(10_000), b""))
     finally:
         storage.fsspec.filesystem("http").clear_instance_cache()
@@ -564,13 +564,13 @@ def test_a_server_that_is_down_or_busy_is_no_missing_tar(
     assert not waits
     with (
         pytest.raises(storage.Unreachable, match=r"/00000.tar cannot be read at byte 0: ClientResponseError: 503"),
-        storage.open_tar(f"{server.url}/00000.tar") as tar,
+        storage.open_file(f"{server.url}/00000.tar") as tar,
     ):
         tar.read(512)
     assert waits == [1.0, 2.0, 4.0, 8.0]
     with pytest.raises(FileNotFoundError, match="no such file"):
         storage.find_tars(f"{server.url}/00009.tar")
-    with pytest.raises(FileNotFoundError, match="no such file"), storage.open_tar(f"{server.url}/00009.tar") as tar:
+    with pytest.raises(FileNotFoundError, match="no such file"), storage.open_file(f"{server.url}/00009.tar") as tar:
         tar.read(512)
     with pytest.raises(storage.Unreachable, match=r"cannot be listed \(ClientConnectorError: "):
         storage.find_tars(f"http://127.0.0.1:{free_port()}/00000.tar")

@@ -10,7 +10,8 @@ from support import SMALL, scalars
 
 from data_prep import schema
 from data_prep.encoders import pixels_to_floats
-from data_prep.inputs.tars import Sample, read_tar
+from data_prep.inputs.samples import Sample
+from data_prep.inputs.tars import read_tar
 from data_prep.pictures.images import cut, decode
 from data_prep.shapes import scenes
 from pretrain.config import load

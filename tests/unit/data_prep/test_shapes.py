@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_prep.inputs.tars import Sample, read_tar
+from data_prep.inputs.samples import Sample
+from data_prep.inputs.tars import read_tar
 from data_prep.shapes import COLOURS, RADII, SHAPES, check, draw, random_scene, scenes, write_tars
 
 

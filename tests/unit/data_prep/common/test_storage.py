@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from data_prep.common import storage
-from data_prep.common.storage import Remote, Unreachable, find_tars, is_remote, open_tar
+from data_prep.common.storage import Remote, Unreachable, find_tars, is_remote, open_file
 
 
 class Flaky(MemoryFileSystem):
@@ -104,7 +104,7 @@ def test_files_come_back_and_go(flaky: Flaky, tmp_path: Path) -> None:
 
 def test_a_tar_is_read_on_where_the_connection_broke(flaky: Flaky, waits: list[float]) -> None:
     flaky.pipe_file("/bucket/0.tar", bytes(range(100)))
-    with open_tar("s3://bucket/0.tar") as tar:
+    with open_file("s3://bucket/0.tar") as tar:
         first = tar.read(60)
         ended = SimpleNamespace(read=lambda size: b"", size=100, tell=lambda: 60, close=lambda: None)
         tar._file = ended  # type: ignore[attr-defined]
@@ -114,10 +114,10 @@ def test_a_tar_is_read_on_where_the_connection_broke(flaky: Flaky, waits: list[f
 
 
 def test_a_tar_that_is_not_there_is_not_waited_for(flaky: Flaky, waits: list[float]) -> None:
-    with pytest.raises(FileNotFoundError, match="no such file"), open_tar("s3://bucket/1.tar") as tar:
+    with pytest.raises(FileNotFoundError, match="no such file"), open_file("s3://bucket/1.tar") as tar:
         tar.read(1)
     flaky.pipe_file("/bucket/0.tar", b"x")
     flaky.failures = 9
-    with pytest.raises(Unreachable, match="cannot be read at byte 0"), open_tar("s3://bucket/0.tar") as tar:
+    with pytest.raises(Unreachable, match="cannot be read at byte 0"), open_file("s3://bucket/0.tar") as tar:
         tar.read(1)
     assert waits == [1, 2, 4, 8] and flaky.failures == 4

@@ -8,14 +8,16 @@ from collections import Counter
 
 import pytest
 
-from data_prep.inputs.captions import CaptionChoice
+from data_prep.inputs.captions import Caption, CaptionChoice
 
 KEYS = [f"{index:09d}" for index in range(10_000)]
 NAN, INF = float("nan"), float("inf")
 
 
 def pick(spec: object, txt: str | None = None, **metadata: object) -> str | None:
-    return CaptionChoice.parse(spec).pick("000", txt, metadata)  # type: ignore[arg-type]
+    texts = {} if txt is None else {".txt": txt}
+    caption = CaptionChoice.parse(spec).pick("000", texts, metadata)  # type: ignore[arg-type]
+    return caption and caption.text
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,11 @@ def pick(spec: object, txt: str | None = None, **metadata: object) -> str | None
         ("n", "t", {"n": 1.5}, "1.5"),
         ("n", "t", {"n": INF}, None),
         ("n", "t", {"n": True}, None),
-        ("n", "t", {"n": ["a"]}, None),
+        ("n", "t", {"n": ["a"]}, "a"),
+        ("n", "t", {"n": [" ", 3, "a", None]}, "a"),
+        ("n", "t", {"n": [" ", ""]}, " "),
+        ("n", "t", {"n": []}, None),
+        ("n", "t", {"n": {"en": "a"}}, None),
         ("n", "t", {"n": None}, None),
         ("n", "t", {"n": ""}, ""),
         (["a", "b"], "t", {"b": "B"}, "B"),  # of several only those that are there ...
@@ -52,13 +58,22 @@ def test_pick(spec: object, txt: str | None, metadata: dict, expected: str | Non
 
 
 def test_only_what_may_be_picked_is_read() -> None:
-    reads = {spec: CaptionChoice.parse(spec).reads_txt for spec in (None, ".txt", "a", "a=1,b=1", "a=1,.txt=1")}
-    assert reads == {None: True, ".txt": True, "a": False, "a=1,b=1": False, "a=1,.txt=1": True}
+    specs = (None, ".txt", "a", "a=1,b=1", "a=1,.txt=1", ".Caption")
+    reads = {spec: CaptionChoice.parse(spec).members for spec in specs}
+    assert reads == {
+        None: ("txt",),
+        ".txt": ("txt",),
+        "a": (),
+        "a=1,b=1": (),
+        "a=1,.txt=1": ("txt",),
+        ".Caption": ("caption",),
+    }
 
 
 def draws(spec: object, keys: list[str] = KEYS, has: str = "abc") -> list[str | None]:
     choice = CaptionChoice.parse(spec)  # type: ignore[arg-type]
-    return [choice.pick(key, "t", {name: name for name in has}) for key in keys]
+    drawn = [choice.pick(key, {".txt": "t"}, {name: name for name in has}) for key in keys]
+    return [caption and caption.text for caption in drawn]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +99,7 @@ def test_a_draw_follows_from_the_key_alone() -> None:
     assert draws(spec, backwards) == [drawn[key] for key in backwards]
     program = (
         "from data_prep.inputs.captions import CaptionChoice; choice = CaptionChoice.parse('c=0.2,b=0.3,a=0.5');"
-        "print(''.join(choice.pick(f'{i:09d}', None, dict(a='a', b='b', c='c')) for i in range(200)))"
+        "print(''.join(choice.pick(f'{i:09d}', {}, dict(a='a', b='b', c='c')).text for i in range(200)))"
     )
     other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == "".join(str(drawn[key]) for key in KEYS[:200])
@@ -166,3 +181,19 @@ def test_a_mistake_is_one_clear_line(spec: object, part: str) -> None:
         CaptionChoice.parse(spec)  # type: ignore[arg-type]
     message = str(caught.value)
     assert part in message and "write a field of the json or .txt" in message and "\n" not in message
+
+
+def test_a_list_is_a_choice_for_each_key() -> None:
+    choice = CaptionChoice.parse(None)
+    drawn = [choice.pick(key, {}, {"caption": ["a", " ", "b", "c"]}) for key in KEYS]
+    shares = {text: count / len(KEYS) for text, count in Counter(caption.text for caption in drawn if caption).items()}
+    assert shares == pytest.approx({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, abs=0.015)
+    assert {caption.field for caption in drawn if caption} == {"caption"}
+    assert drawn == [choice.pick(key, {}, {"caption": ["a", " ", "b", "c"]}) for key in KEYS]
+
+
+def test_a_text_member_of_any_name() -> None:
+    texts = {".txt": "t", ".caption": "c"}
+    assert CaptionChoice.parse(".caption").pick("0", texts, {}) == Caption(".caption", "c")
+    assert CaptionChoice.parse(".CAPTION").pick("0", texts, {}) == Caption(".CAPTION", "c")
+    assert CaptionChoice.parse(".text").pick("0", texts, {".text": "f"}) is None

@@ -69,10 +69,11 @@ def test_what_is_no_plain_file_is_named(kind: bytes) -> None:
 @pytest.mark.parametrize(
     ("rest", "words"),
     [
-        (b"", "the file ends at byte 1024, in a header, without the two blocks of zeros that end a tar"),
-        (b"x" * BLOCK, "no tar header at byte 1024"),
-        (bytes(BLOCK) + member("b"), "a lone block of zeros at byte 1024"),
-        (END + b"x", "data after the end of the tar at byte 1024"),
+        (b"x", "the file ends at byte 1025, in a header"),
+        (b"x" * BLOCK, r"no tar header \(.*\) at byte 1024"),
+        (bytes(BLOCK) + b"x" * BLOCK, "data after the end of the tar at byte 1536"),
+        (END + b"x" * BLOCK, "data after the end of the tar at byte 2048"),
+        (END + bytes(10240) + b"x", "the file ends at byte 12289, in a header"),
         (member("b", size=-512), "a negative size in the header at byte 1024"),
         (member("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=2**40), "pax header of 1099511627776 bytes"),
         (member("pax", b"99 path=a.b\n", type=tarfile.XHDTYPE), "a broken pax header before byte 2048"),
@@ -83,3 +84,27 @@ def test_damage_says_where_it_is(rest: bytes, words: str) -> None:
     assert tar.next_member() is not None
     with pytest.raises(TarError, match=words):
         tar.next_member()
+
+
+@pytest.mark.parametrize("zeros", [1, BLOCK, 2 * BLOCK, 2 * BLOCK + 1, 3 * 2**20])
+def test_zeros_end_a_tar(zeros: int) -> None:
+    tar = stream(member("a", b"x"), bytes(zeros))
+    assert tar.next_member() is not None and not tar.ended
+    assert tar.next_member() is None
+    assert tar.ended and tar.ends == 1
+
+
+def test_a_tar_that_does_not_end_in_zeros() -> None:
+    tar = stream(member("a", b"x"))
+    assert tar.next_member() is not None and tar.next_member() is None
+    assert not tar.ended and tar.ends == 0
+
+
+@pytest.mark.parametrize("zeros", [BLOCK, 2 * BLOCK, 10240, 3 * 2**20])
+def test_tars_one_after_the_other(zeros: int) -> None:
+    """As `tar --ignore-zeros --list` lists them; what a global header sets holds for its own tar."""
+    named = member("pax", b"16 path=renamed\n", type=tarfile.XGLTYPE)
+    tar = stream(named, member("a", b"x"), bytes(zeros), member("b", b"y"), bytes(zeros))
+    found = [(found.name, tar.read_data(found), tar.ends) for found in iter(tar.next_member, None)]
+    assert found == [("renamed", b"x", 0), ("b", b"y", 1)]
+    assert tar.ended and tar.ends == 2
