@@ -24,29 +24,18 @@ from pretrain.data.batch import Batch
 from pretrain.diffusion import Loss
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.world import all_reduce
+from pretrain.gpus import gpu_of
 from pretrain.models import ComputeBudget, DiTConfig
 from pretrain.models.cost import grid_of, training_flops
 from pretrain.state import StepVerdict
-
-# Dense bf16 peaks of the data sheets, in TFLOP/s, by a part of the device's name.
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "H800": 989.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-}
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """The device's peak for MFU: the data sheet's, or the best of five measured products where it is not listed."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, peak in PEAK_TFLOPS.items():
-            if part in name:
-                return peak
+        gpu = gpu_of(torch.cuda.get_device_name(device))
+        if gpu is not None:
+            return gpu.bf16_tflops
     a, b = torch.randn(2048, 1024, device=device, dtype=dtype), torch.randn(1024, 1024, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):

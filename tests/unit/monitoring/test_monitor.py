@@ -16,10 +16,11 @@ from torch.utils.tensorboard import SummaryWriter
 from pretrain.config import load
 from pretrain.diffusion import Loss
 from pretrain.distributed.world import World
+from pretrain.gpus import GPUS
 from pretrain.models import ComputeBudget
 from pretrain.models.cost import training_flops
 from pretrain.monitoring import monitor as module
-from pretrain.monitoring.monitor import PEAK_TFLOPS, Monitor, peak_tflops
+from pretrain.monitoring.monitor import Monitor, peak_tflops
 from pretrain.state import StepVerdict
 
 LENGTHS = (3, 5)
@@ -185,9 +186,9 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
 
 def test_the_peak_is_the_data_sheets_or_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
-    assert peak_tflops(torch.device("cuda"), torch.bfloat16) == PEAK_TFLOPS["H100 PCIe"]
+    assert peak_tflops(torch.device("cuda"), torch.bfloat16) == GPUS["h100-pcie"].bf16_tflops
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert peak_tflops(torch.device("cuda"), torch.bfloat16) == PEAK_TFLOPS["H100"]
+    assert peak_tflops(torch.device("cuda"), torch.bfloat16) == GPUS["h100"].bf16_tflops
 
 
 def test_a_measured_peak_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
