@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data_prep.common.progress import Progress
 from pretrain.diffusion import Guidance, start_noise
-from pretrain.diffusion.switching import FIRST, change
+from pretrain.diffusion.switching import REFERENCE, change
 from pretrain.models.budget_choices import default_budget
 from pretrain.models.cost import count_flops
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
@@ -74,8 +74,8 @@ class Drawn:
 
     @property
     def ratios_BS(self) -> Tensor:
-        """The changes in units of the reference, the mean of a picture's first three."""
-        return self.changes_BS / self.changes_BS[:, :FIRST].mean(1, keepdim=True)
+        """The changes in units of the reference, the mean of a picture's second to fourth."""
+        return self.changes_BS / self.changes_BS[:, REFERENCE].mean(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -202,13 +202,22 @@ def check(args: argparse.Namespace) -> None:
     for name, value in (("--pictures", args.pictures), ("--batch-size", args.batch_size)):
         if value < 1:
             raise ValueError(f"{name} {value}: must be at least 1")
-    if args.steps is not None and args.steps <= FIRST:
-        raise ValueError(f"--steps {args.steps}: the first {FIRST} are what ρ is relative to; give more")
+    if args.steps is not None:
+        check_steps(args.steps)
     if args.tolerance is not None and not 0 < args.tolerance < float("inf"):
         raise ValueError(f"--tolerance {args.tolerance}: must be above 0")
     for value in args.grid or ():
         if not 0 < value < float("inf"):
             raise ValueError(f"--grid {value}: must be finite and above 0")
+
+
+def check_steps(steps: int) -> None:
+    """Raises ValueError where no change could lead to more mediators: that of the last step but one is the last that decides."""
+    least = REFERENCE.stop + 2
+    if steps < least:
+        raise ValueError(
+            f"--steps {steps}: no change is compared before the {REFERENCE.stop + 1}th; give {least} at least"
+        )
 
 
 def read_subject(args: argparse.Namespace) -> Subject:
@@ -228,13 +237,14 @@ def read_subject(args: argparse.Namespace) -> Subject:
     pipeline.set_progress_bar_config(disable=True)
     captions, (null,) = pipeline.encode_prompt(prompts), pipeline.encode_prompt([""])
     steps = pipeline.config.steps if args.steps is None else args.steps
+    check_steps(steps)
     guidance = pipeline.config.guidance if args.guidance is None else args.guidance
     return Subject(pipeline, captions, null, steps, guidance, args.batch_size, args.seed)
 
 
 def default_grid(reference: Drawn) -> list[float]:
     """ρ that the reference's changes, the least so far of each picture, fall under at different steps; the highest first."""
-    least_BS = reference.ratios_BS[:, FIRST - 1 :].cummin(1).values
+    least_BS = reference.ratios_BS[:, REFERENCE.stop :].cummin(1).values
     values = least_BS.flatten().quantile(1 - torch.tensor(SHARES)).tolist()
     return sorted({float(f"{value:.3g}") for value in values}, reverse=True)
 
@@ -343,7 +353,7 @@ def _plot_changes(panel: Axes, reference: Drawn, proposed: Row | None, numbers: 
             at, [proposed.drawn.ratios_BS[b, s - 1].item() for b, s in switched], color=colour, s=18, zorder=3
         )
     panel.set(
-        title="change δ of each picture; dots: where it switches", xlabel="step", ylabel="δ / mean of the first 3"
+        title="change δ of each picture; dots: where it switches", xlabel="step", ylabel="δ / mean of the second to fourth"
     )
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_ylim(bottom=0)

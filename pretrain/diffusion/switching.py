@@ -8,10 +8,10 @@ before anything is drawn:
     Fixed       one number for all steps
     Switching   more, once a picture changes less from step to step; while sampling only
 
-Switching is the paper's: with δ_i = mean |x_i − x_{i−1}| over a picture's latent, and the mean of its first three as the
-reference, the picture starts with the fewest mediators; once δ < ρ_1 · reference it goes on to the next number, once
-δ < ρ_2 · reference to the one after, and never back. The paper finds ρ by a grid search and does not publish it;
-`python -m pretrain.analyze mediators` is such a search.
+Switching is the paper's: with δ_i = mean |x_i − x_{i−1}| over a picture's latent after step i, δ_1 is left aside, the mean of
+δ_2 to δ_4 is the reference, and the picture starts with the fewest mediators. From δ_5 on, once δ < ρ_1 · reference it goes on
+to the next number, once δ < ρ_2 · reference to the one after, and never back. The paper finds ρ by a grid search and does not
+publish it; `python -m pretrain.analyze mediators` is such a search.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pretrain.models.compute_budget import ComputeBudget
 from pretrain.models.config import DiTConfig
 from pretrain.models.mixers.mediators import Mediators
 
-FIRST = 3  # changes that make up the reference
+REFERENCE = slice(1, 4)  # the changes that make up the reference: not the first, which comes from pure noise
 
 
 class BudgetRule(Protocol):
@@ -92,9 +92,11 @@ class Switching:
 
     def stage(self, changes: Sequence[float]) -> int:
         """The number of switches that a picture has made after these changes, δ_1 the first."""
-        if len(changes) < FIRST:
+        compared = changes[REFERENCE.stop :]
+        if not compared:
             return 0
-        reference, least = sum(changes[:FIRST]) / FIRST, min(changes[FIRST - 1 :])
+        made_of = changes[REFERENCE]
+        reference, least = sum(made_of) / len(made_of), min(compared)
         return len(list(takewhile(lambda rho: least < rho * reference, self.rho)))
 
     def budget(self, t: float, changes: Sequence[float]) -> ComputeBudget:

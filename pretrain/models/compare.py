@@ -60,6 +60,11 @@ def _classes(name: str, **changes: Any) -> DiTConfig:
     return replace(preset(name), text_width=0, **changes)
 
 
+def _fixed(side: int) -> DiTConfig:
+    """The published 256 px model with one coarser grid at every noise level."""
+    return _classes("flexdit_xl2_256", flexdit=FlexDiTSection(split=(1, 4, 3, 3), grid=(side, side)))
+
+
 PUBLISHED = (
     Published("DiT-XL/2", _classes("dit_xl2"), 512, 0, 525.0),
     Published(
@@ -72,6 +77,8 @@ PUBLISHED = (
     Published("  FlexDiT, sparsity .90 to .96", _classes("flexdit_xl2_512"), 512, 0, 235.0),
     Published("DiT-XL/2", _classes("dit_xl2"), 256, 0, 118.6),
     Published("  FlexDiT", _classes("flexdit_xl2_256"), 256, 0, 68.05),
+    Published("  FlexDiT, 8 × 8 at every level", _fixed(8), 256, 0, 68.05),
+    Published("  FlexDiT, 12 × 12 at every level", _fixed(12), 256, 0, 88.91),
     Published("DiT-B/2", _classes("dit_b2"), 256, 0, 23.0),
     Published("  FlexDiT", _classes("flexdit_b2"), 256, 0, 14.3),
     Published("SiT-S/2", _classes("dit_s2"), 256, 0, 6.06),

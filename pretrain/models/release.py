@@ -25,7 +25,8 @@ SHAPE = (
     "num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "caption_channels", "patch_size",
     "sample_size", "norm_eps", "use_q_mask",
 )  # fmt: skip
-# Settings with one supported value.
+# Settings with one supported value. Each must be there (`attention_type` alone may be left out): without them the released code
+# would compute something else, such as positions without rotation.
 SUPPORTED: dict[str, Any] = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -57,6 +58,11 @@ def read_config(content: dict[str, Any], ffn_widths: list[int], ignore: tuple[st
         ValueError: naming every setting that is missing or not supported.
     """
     problems = [f"{key}: missing" for key in SHAPE if content.get(key) is None]
+    problems += [
+        f"{key}: missing; the released model has {value!r}"
+        for key, value in SUPPORTED.items()
+        if key not in content and key != "attention_type"
+    ]
     if problems:
         raise ValueError("; ".join(problems))
     width = content["num_attention_heads"] * content["attention_head_dim"]
@@ -69,9 +75,8 @@ def read_config(content: dict[str, Any], ffn_widths: list[int], ignore: tuple[st
     known = {*SHAPE, *wanted, *WITHOUT_EFFECT, *READ_BELOW, *ignore}
     # An unknown setting that is off is as good as absent.
     problems += [f"{key}: {value!r} is unknown" for key, value in content.items() if key not in known and value]
-    size = content["sample_size"]
-    rows, columns = size if isinstance(size, list) else (size, size)
-    scales = (content.get("interpolation_scale_h"), content.get("interpolation_scale_w"))
+    scale, problem = _position_scale(content)
+    problems += [problem] if problem else []
     config = DiTConfig(
         width=width,
         heads=content["num_attention_heads"],
@@ -82,10 +87,7 @@ def read_config(content: dict[str, Any], ffn_widths: list[int], ignore: tuple[st
         mask="release" if content["use_q_mask"] else "none",
         ffn="uniform" if set(ffn_widths) == {4 * width} else "tapered",
         rotary="thirds",
-        position_scale=(
-            rows / 30 if scales[0] is None else scales[0],
-            columns / 40 if scales[1] is None else scales[1],
-        ),
+        position_scale=scale,
         norm_eps=content["norm_eps"],
     )
     problems += config.problems()
@@ -95,6 +97,26 @@ def read_config(content: dict[str, Any], ffn_widths: list[int], ignore: tuple[st
     if problems:
         raise ValueError("; ".join(problems))
     return config
+
+
+def _position_scale(content: dict[str, Any]) -> tuple[float, str]:
+    """The scale of rows and columns, and why it cannot be read, where they differ.
+
+    The released code keeps its angles by their number alone: on square pictures the columns are turned by the rows' scale, on
+    others by their own, or by that of a picture drawn before.
+    """
+    size = content["sample_size"]
+    sides = size if isinstance(size, list) else (size, size)
+    given = [content.get(f"interpolation_scale_{side}") for side in "hw"]
+    by_default = [side / base for side, base in zip(sides, (30, 40), strict=True)]
+    rows, columns = (default if scale is None else scale for scale, default in zip(given, by_default, strict=True))
+    if rows == columns:
+        return rows, ""
+    return rows, (
+        f"interpolation_scale_h: {given[0]}, interpolation_scale_w: {given[1]}: rows are divided by {rows:g} and columns by "
+        f"{columns:g}, but the released code turns the columns of square pictures by the rows' scale, so what such weights "
+        "learned depends on their pictures; only equal scales are read"
+    )
 
 
 def layout(c: DiTConfig) -> dict[str, tuple[int, ...]]:

@@ -175,7 +175,7 @@ def search(tiny_pipeline: FocusDiTPipeline, tmp_path: Path, monkeypatch: pytest.
 
     def run(pipe: FocusDiTPipeline, *words: str) -> tuple[int, Path]:
         monkeypatch.setattr("pretrain.sampling.trained_run.load_run", lambda *asked: SimpleNamespace(pipeline=pipe))
-        given = ["--run", str(tmp_path), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "5", "--pictures", "2"]
+        given = ["--run", str(tmp_path), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "8", "--pictures", "2"]
         return analyze(["mediators", *given, "--device", "cpu", *words]), tmp_path / "analyze"
 
     return run
@@ -195,9 +195,9 @@ def test_the_search_proposes_what_is_cheapest_within_the_tolerance(search, tiny_
     assert (reference["flops"], reference["distance"]) == (1, 0)
     assert all(fewest["flops"] <= row["flops"] <= 1 and row["distance"] >= 0 for row in rows.values())
     assert fewest["distance"] > 0
-    assert rows["ρ 1.1 1.1"]["mean_mediators_by_step"][:3] == [1, 1, 1]
-    assert rows["by noise level"]["mean_mediators_by_step"] == [1, 1, 4, 4, 16]
-    assert torch.tensor(found["changes_of_reference"]).shape == (2, 5)
+    assert rows["ρ 1.1 1.1"]["mean_mediators_by_step"][:5] == [1] * 5
+    assert rows["by noise level"]["mean_mediators_by_step"] == [1, 1, 1, 4, 4, 4, 16, 16]
+    assert torch.tensor(found["changes_of_reference"]).shape == (2, 8)
     within = [row for row in found["rows"] if row["rho"] and row["distance"] <= 0.5]
     assert found["proposed_rho"] == min(within, key=lambda row: (row["flops"], row["distance"]))["rho"]
     assert "the cheapest switching is --mediator-rho " in said
@@ -220,7 +220,7 @@ def test_a_grid_of_the_references_own_changes(search, tiny_pipeline, capsys):
     ("kind", "words", "mend"),
     [
         ("flexdit", [], "was trained with full attention: there are no mediators to switch between"),
-        ("mediators", ["--steps", "3"], "--steps 3: the first 3 are what ρ is relative to; give more"),
+        ("mediators", ["--steps", "5"], "--steps 5: no change is compared before the 5th; give 6 at least"),
         ("mediators", ["--grid", "0.9", "0"], "--grid 0.0: must be finite and above 0"),
         ("mediators", ["--tolerance", "nan"], "--tolerance nan: must be above 0"),
         ("mediators", ["--pictures", "0"], "--pictures 0: must be at least 1"),

@@ -44,7 +44,8 @@ def compare(double: ReleasedFocusDiT, out: Path, rows: int = 8, columns: int = 2
     [
         {},
         {"ffn": "uniform"},
-        {"interpolation_scale_h": 1.0, "interpolation_scale_w": 2.0},
+        {"interpolation_scale_h": 2.0, "interpolation_scale_w": 2.0},
+        {"interpolation_scale_h": None, "interpolation_scale_w": None, "sample_size": [15, 20]},
         {"sample_size": 12},
         {"norm_eps": 1e-2},
         {"patch_size": 1, "num_layers": 2, "in_channels": 3},
@@ -120,6 +121,8 @@ def test_other_tensors_are_refused_by_name(release, tmp_path, capsys, change, na
         ("a_setting_of_tomorrow", 3),
         ("num_layers", None),
         ("use_q_mask", None),
+        ("interpolation_scale_w", 2.0),
+        ("interpolation_scale_h", None),
     ],
 )
 def test_other_settings_are_refused_by_name(release, tmp_path, capsys, key, value):
@@ -127,6 +130,26 @@ def test_other_settings_are_refused_by_name(release, tmp_path, capsys, key, valu
     (release / "config.json").write_text(json.dumps({**config, key: value}))
     assert run(release, tmp_path / "ours") == 1
     assert f"{key}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["use_rope", "use_softmask", "use_timestep", "activation_fn", "attention_bias", "norm_type", "norm_elementwise_affine"],
+)
+def test_a_missing_setting_is_refused_by_name(release, tmp_path, capsys, key):
+    """Absent, the released code's own default would count, which is another model."""
+    config = json.loads((release / "config.json").read_text())
+    del config[key]
+    (release / "config.json").write_text(json.dumps(config))
+    assert run(release, tmp_path / "ours") == 1
+    assert f"{key}: missing; the released model has " in capsys.readouterr().err
+
+
+def test_null_scales_that_differ_are_refused(tmp_path, capsys):
+    write_release(tmp_path / "release", interpolation_scale_h=None, interpolation_scale_w=None, sample_size=32)
+    assert run(tmp_path / "release", tmp_path / "ours") == 1
+    said = capsys.readouterr().err
+    assert "rows are divided by 1.06667 and columns by 0.8" in said and said.count("\n") == 1
 
 
 def test_an_unknown_setting_may_be_ignored(tmp_path):

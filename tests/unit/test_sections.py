@@ -35,6 +35,7 @@ def test_fields_left_out_are_the_presets() -> None:
         (["model.mediators.numbers=[1]"], "mediators", MediatorsSection((1,))),
         (["model.flexdit.split=[1,1,1,1]"], "flexdit", FlexDiTSection((1, 1, 1, 1), (0.61, 0.86))),
         (["model.flexdit.sparsity=[0.3,0.8]"], "flexdit", FlexDiTSection(None, (0.3, 0.8))),
+        (["model.flexdit.grid=[8,8]"], "flexdit", FlexDiTSection(grid=(8, 8))),
     ],
 )
 def test_one_field_overrides_the_presets_and_leaves_its_neighbours(words, name, value) -> None:

@@ -18,6 +18,8 @@ at the bins' upper ends. All images of a training step lie in one bin. Step s ta
 objective's times (φ the golden ratio's fraction, o from the seed): bins come as often as the times lie in them, more evenly
 spaced than by chance, and within a bin the times are drawn as the objective has them. So the mean over steps is the unbinned
 expectation, and no loss needs a weight.
+
+With a `grid` of the section the coarser grid is that one at every noise level, as in the authors' public logs (8 × 8).
 """
 
 from __future__ import annotations
@@ -66,6 +68,8 @@ class FlexDiTSection:
     """Pooling blocks, modules, sparse blocks in each, dense blocks on top; by default the depth's own (SPLITS)."""
     sparsity: tuple[float, float] = (0.61, 0.86)
     """Share of tokens removed at data, and at noise."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the coarser grid at every noise level, in place of `sparsity`; the authors trained 8 × 8."""
 
 
 # ---- the split into roles, and the coarser grid ----
@@ -278,7 +282,7 @@ class FlexDiT(Density):
 
     @property
     def choices(self) -> tuple[int, ...]:
-        return tuple(range(BINS))
+        return tuple(range(BINS if self.section.grid is None else 1))
 
     def mixers(self, dense: Callable[[], TokenMixer]) -> list[TokenMixer]:
         make: dict[str, Callable[[], TokenMixer]] = {
@@ -301,9 +305,19 @@ class FlexDiT(Density):
                 f"flexdit.sparsity: {list(section.sparsity)} must be two shares above 0 and below 1, the first not above the "
                 "second"
             )
+        fixed = section.grid
+        if fixed is not None and (len(fixed) != 2 or min(fixed) < 1):
+            found.append(f"flexdit.grid: {list(fixed)} must be rows and columns, each at least 1")
+        if fixed is not None and section.sparsity != FlexDiTSection.sparsity:
+            found.append("flexdit.grid and flexdit.sparsity: the one is in place of the other; give one")
         return found
 
     def grid_problems(self, tokens: Grid) -> list[str]:
+        fixed = self.section.grid
+        if fixed is not None:
+            fits = all(cells <= side for cells, side in zip(fixed, tokens, strict=True))
+            said = f"flexdit.grid: {fixed[0]} × {fixed[1]} is finer than the picture's {tokens[0]} × {tokens[1]} tokens"
+            return [] if fits else [f"{said}; lower it, or use larger pictures"]
         try:
             self.coarse_grid(tokens, BINS - 1)
         except ValueError as error:
@@ -311,16 +325,18 @@ class FlexDiT(Density):
         return []
 
     def default_choice(self, t: float) -> int:
-        return bin_of(t)
+        return bin_of(t) if self.section.grid is None else 0
 
     def training_choice(self, cdf: Callable[[float], float], seed: int, step: int) -> TrainingChoice:
+        if self.section.grid is not None:
+            return TrainingChoice(0)
         edges = [cdf(i / BINS) for i in range(BINS + 1)]
         quantile = (hash64(f"density/{seed}") / 2**64 + step * GOLDEN) % 1
         bin_ = max(i for i in range(BINS) if edges[i] <= quantile)
         return TrainingChoice(bin_, (edges[bin_], edges[bin_ + 1]))
 
     def coarse_grid(self, tokens: Grid, choice: int) -> Grid:
-        return sparse_grid(tokens, self.section.sparsity, choice)
+        return self.section.grid or sparse_grid(tokens, self.section.sparsity, choice)
 
     def cells(self, tokens: Grid, budget: ComputeBudget) -> Grid:
         """The coarser grid in a budget."""

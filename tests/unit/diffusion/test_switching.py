@@ -57,14 +57,15 @@ def numbers(rule: BudgetRule, changes: Sequence[float]) -> list[int | None]:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        # The reference is 2. From the third change on one under 1.6 leads to 4 mediators, one under 0.8 to 9.
-        ([2, 2, 2, 1.61, 1.59, 1.0, 0.79, 0.1], [1, 1, 1, 1, 1, 4, 4, 9, 9]),
-        ([2, 2, 2, 0.7, 3], [1, 1, 1, 1, 9, 9]),
-        ([2, 2, 2, 1.5, 5, 0.7, 5, 5], [1, 1, 1, 1, 4, 4, 9, 9, 9]),
-        ([0.1, 3, 2.9, 2.5], [1, 1, 1, 1, 1]),
-        ([2.5, 2.5, 1.0], [1, 1, 1, 4]),
-        ([2, 2, 2, 2, 1.6], [1, 1, 1, 1, 1, 1]),
-        ([2, 0.1], [1, 1, 1]),
+        # The reference, of the second to the fourth change, is 2. From the fifth on one under 1.6 leads to 4, under 0.8 to 9.
+        ([9, 2, 2, 2, 1.61, 1.59, 1.0, 0.79, 0.1], [1, 1, 1, 1, 1, 1, 4, 4, 9, 9]),
+        ([0.1, 2, 2, 2, 0.7, 3], [1, 1, 1, 1, 1, 9, 9]),
+        ([2, 2, 2, 2, 1.5, 5, 0.7, 5, 5], [1, 1, 1, 1, 1, 4, 4, 9, 9, 9]),
+        ([9, 0.1, 3, 2.9, 2.5], [1, 1, 1, 1, 1, 1]),
+        # Two steps earlier than its source would a rule switch that began at once: at the third change, of 1.0.
+        ([2.5, 2.5, 1.0, 2.5, 2.5], [1, 1, 1, 1, 1, 1]),
+        ([9, 2, 2, 2, 2, 1.6], [1, 1, 1, 1, 1, 1, 1]),
+        ([2, 2, 2, 0.1], [1, 1, 1, 1, 1]),
     ],
 )
 def test_switching_never_goes_back(changes, expected):
@@ -72,12 +73,12 @@ def test_switching_never_goes_back(changes, expected):
 
 
 def test_switching_between_any_number_of_numbers():
-    changes = [1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    changes = [5, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
     two, four = (replace(CONFIG, mediators=MediatorsSection(m)) for m in ((4, 9), (1, 4, 9, 16)))
-    assert numbers(Switching(two, (0.7,)), changes) == [4, 4, 4, 4, 4, 9, 9, 9]
-    assert numbers(Switching(four, (0.9, 0.5, 0.3)), changes) == [1, 1, 1, 1, 4, 4, 9, 16]
-    assert numbers(Switching(four, (0.9, 2.0, 0.3)), changes) == [1, 1, 1, 1, 9, 9, 9, 16]
-    assert numbers(Switching(replace(CONFIG, mediators=MediatorsSection((4,))), ()), changes) == [4] * 8
+    assert numbers(Switching(two, (0.7,)), changes) == [4, 4, 4, 4, 4, 4, 9, 9, 9]
+    assert numbers(Switching(four, (0.9, 0.5, 0.3)), changes) == [1, 1, 1, 1, 1, 4, 4, 9, 16]
+    assert numbers(Switching(four, (0.9, 2.0, 0.3)), changes) == [1, 1, 1, 1, 1, 9, 9, 9, 16]
+    assert numbers(Switching(replace(CONFIG, mediators=MediatorsSection((4,))), ()), changes) == [4] * 9
 
 
 def test_change_is_of_each_picture():
@@ -154,7 +155,7 @@ def draw(
     )
 
 
-SWITCHING = Switching(BOTH, (0.7, 0.45))
+SWITCHING = Switching(BOTH, (1.05, 0.8))
 
 
 def mediators_BS(drawn: Generated) -> list[list[int | None]]:
@@ -253,5 +254,5 @@ def test_a_step_can_stop_it_or_give_other_latents(model):
     stopped = draw(model, SWITCHING, on_step=lambda i, timestep, latent: None if i == 2 else latent)
     assert [len(row) for row in mediators_BS(stopped)] == [3] * 4
     start = start_noise(range(4), SIZE)
-    still = draw(model, SWITCHING, on_step=lambda i, timestep, latent: start + (i + 1 if i < 3 else 3))
-    assert mediators_BS(still)[0][-3:] == [9, 9, 9], "it stands still from the fourth step on"
+    still = draw(model, SWITCHING, on_step=lambda i, timestep, latent: start + (i + 1 if i < 4 else 4))
+    assert mediators_BS(still)[0][-3:] == [9, 9, 9], "it stands still from the fifth step on"

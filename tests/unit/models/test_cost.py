@@ -357,13 +357,17 @@ def test_where_the_published_figures_contradict_each_other():
 
     V and the output are two maps of D², in two pooling blocks at 512 px, in one at 256 px.
     """
-    large, small = (p for p in PUBLISHED if p.gmacs in (235.0, 68.05))
+    large, small = (p for p in PUBLISHED if p.gmacs in (235.0, 68.05) and p.config.flexdit.grid is None)
     D2 = large.config.width**2 / 1e9
     assert large.counted() + 2 * 2 * (1024 - 1) * D2 == pytest.approx(235.1, abs=0.05)
     assert small.counted() + 1 * 2 * (256 - 1) * D2 == pytest.approx(70.4, abs=0.05)
     assert replace(small, config=replace(small.config, flexdit=FlexDiTSection())).counted() == pytest.approx(
         68.25, abs=0.005
     )
+    less = FlexDiTSection(split=(1, 4, 3, 3), sparsity=(0.44, 0.61))  # published with 88.91, which 12 × 12 alone gives
+    assert replace(small, config=replace(small.config, flexdit=less)).counted() == pytest.approx(83.33, abs=0.005)
+    fixed = FlexDiTSection(split=(1, 4, 3, 3), grid=(8, 8))
+    assert replace(large, config=replace(large.config, flexdit=fixed)).counted() == pytest.approx(235.76, abs=0.005)
     sparse = sum(side**2 for side in (10, 9, 8, 6)) / 4
     assert 4 * (1024 - sparse) * D2 / large.counted() == pytest.approx(0.022, abs=5e-4)
 

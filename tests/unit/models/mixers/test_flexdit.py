@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pretrain.models import PRESETS, ComputeBudget, DiT, DiTConfig, PackedText
 from pretrain.models.grids import Grid
-from pretrain.models.mixers.base import TokenState
+from pretrain.models.mixers.base import TokenState, TrainingChoice
 from pretrain.models.mixers.flexdit import (
     FlexDiTSection,
     GenerateMixer,
@@ -213,6 +213,49 @@ def test_the_backbone_against_the_reference(mask, bin_):
             assert got.masks_KBN.shape == (8, 2, 35)
             assert got.masks_KBN[:, b].std(-1).mean() > 1e-3
             torch.testing.assert_close(got.masks_KBN[:, b], torch.stack(masks), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
+def test_a_fixed_grid_is_that_at_every_noise_level(t):
+    """What the authors' public logs trained: not by the bins, and nothing is left open."""
+    config = replace(FLEX, flexdit=FlexDiTSection(grid=(2, 3)))
+    model, (latent, _, text) = build(config), inputs()
+    timestep = torch.full((2,), 1000 * t)
+    got = predict(model, latent, timestep, text).sample_BCHW
+    other = build(replace(FLEX, flexdit=FlexDiTSection(sparsity=(0.8, 0.8))))  # 2 × 3 in all bins
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(got, predict(other, latent, timestep, text).sample_BCHW)
+    (method,) = config.open_methods
+    assert method.choices == (0,)
+    assert [method.training_choice(lambda t: t, 0, step) for step in range(9)] == [TrainingChoice(0, (0.0, 1.0))] * 9
+
+
+@torch.no_grad()
+def test_images_of_different_noise_levels_share_a_fixed_grid():
+    latent, _, text = inputs()
+    model = build(replace(FLEX, flexdit=FlexDiTSection(grid=(2, 3))))
+    assert predict(model, latent, torch.tensor([3.0, 990.0]), text).sample_BCHW.isfinite().all()
+    with pytest.raises(ValueError, match="share one compute budget"):
+        predict(build(), latent, torch.tensor([3.0, 990.0]), text)
+
+
+@pytest.mark.parametrize(
+    ("section", "mend"),
+    [
+        (FlexDiTSection(grid=(0, 3)), r"flexdit.grid: \[0, 3\] must be rows and columns, each at least 1"),
+        (FlexDiTSection(sparsity=(0.3, 0.8), grid=(2, 3)), "flexdit.grid and flexdit.sparsity: .* give one"),
+    ],
+)
+def test_a_fixed_grid_that_cannot_be(section, mend):
+    with pytest.raises(ValueError, match=mend):
+        DiT(replace(FLEX, flexdit=section))
+
+
+def test_a_fixed_grid_finer_than_the_tokens():
+    model = build(replace(FLEX, flexdit=FlexDiTSection(grid=(8, 8))))
+    with pytest.raises(ValueError, match="flexdit.grid: 8 × 8 is finer than the picture's 5 × 7 tokens; lower it"):
+        predict(model, *inputs())
 
 
 @torch.no_grad()
