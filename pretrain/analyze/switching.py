@@ -244,7 +244,7 @@ def read_subject(args: argparse.Namespace) -> Subject:
 
 def default_grid(reference: Drawn) -> list[float]:
     """ρ that the reference's changes, the least so far of each picture, fall under at different steps; the highest first."""
-    least_BS = reference.ratios_BS[:, REFERENCE.stop :].cummin(1).values
+    least_BS = reference.ratios_BS[:, REFERENCE.stop : -1].cummin(1).values  # the last change decides nothing
     values = least_BS.flatten().quantile(1 - torch.tensor(SHARES)).tolist()
     return sorted({float(f"{value:.3g}") for value in values}, reverse=True)
 
@@ -353,7 +353,9 @@ def _plot_changes(panel: Axes, reference: Drawn, proposed: Row | None, numbers: 
             at, [proposed.drawn.ratios_BS[b, s - 1].item() for b, s in switched], color=colour, s=18, zorder=3
         )
     panel.set(
-        title="change δ of each picture; dots: where it switches", xlabel="step", ylabel="δ / mean of the second to fourth"
+        title="change δ of each picture; dots: where it switches",
+        xlabel="step",
+        ylabel="δ / mean of the second to fourth",
     )
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_ylim(bottom=0)

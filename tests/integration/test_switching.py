@@ -207,7 +207,7 @@ def test_the_search_proposes_what_is_cheapest_within_the_tolerance(search, tiny_
 
 def test_a_grid_of_the_references_own_changes(search, tiny_pipeline, capsys):
     """Where nothing is within the tolerance, that is said."""
-    code, out = search(make(tiny_pipeline, "mediators"), "--tolerance", "1e-9", "--pictures", "1")
+    code, out = search(make(tiny_pipeline, "mediators"), "--tolerance", "1e-9", "--pictures", "2", "--steps", "12")
     said = capsys.readouterr().out
     assert code == 0 and "no ρ of this grid is within 1e-09; the nearest, ρ " in said
     assert "16 at all steps: 100.0% of the FLOPs at a distance of 0.000" in said

@@ -134,7 +134,15 @@ def test_other_settings_are_refused_by_name(release, tmp_path, capsys, key, valu
 
 @pytest.mark.parametrize(
     "key",
-    ["use_rope", "use_softmask", "use_timestep", "activation_fn", "attention_bias", "norm_type", "norm_elementwise_affine"],
+    [
+        "use_rope",
+        "use_softmask",
+        "use_timestep",
+        "activation_fn",
+        "attention_bias",
+        "norm_type",
+        "norm_elementwise_affine",
+    ],
 )
 def test_a_missing_setting_is_refused_by_name(release, tmp_path, capsys, key):
     """Absent, the released code's own default would count, which is another model."""

@@ -254,7 +254,7 @@ def test_a_fixed_grid_that_cannot_be(section, mend):
 
 def test_a_fixed_grid_finer_than_the_tokens():
     model = build(replace(FLEX, flexdit=FlexDiTSection(grid=(8, 8))))
-    with pytest.raises(ValueError, match="flexdit.grid: 8 × 8 is finer than the picture's 5 × 7 tokens; lower it"):
+    with pytest.raises(ValueError, match=r"flexdit\.grid: 8 × 8 is finer than the picture's 5 × 7 tokens; lower it"):
         predict(model, *inputs())
 
 
