@@ -11,7 +11,7 @@ from pretrain.data.batch import Batch
 from pretrain.diffusion import Loss, Objective, StepBudget, draw, measure
 from pretrain.distributed.engine import Engine
 from pretrain.models import DiT
-from pretrain.models.focusdit.mask import draw_keep
+from pretrain.models.focusdit.mask import dropout_factors
 from pretrain.monitoring.monitor import Monitor
 
 
@@ -22,12 +22,11 @@ def forward(engine: Engine, objective: Objective, monitor: Monitor, batch: Batch
     """
     device, model = engine.world.device, cast(DiT, engine.module)
     backbone = model.config
-    numbers = draw(batch.seeds, batch.mean_BCHW.shape, device)
+    drops = backbone.mask != "none" and backbone.mask_dropout > 0
+    tokens = batch.mean_BCHW[0, 0].numel() // backbone.patch**2
+    numbers = draw(batch.seeds, batch.mean_BCHW.shape, device, more=backbone.depth * tokens if drops else 0)
     noisy = objective.corrupt(batch.latent(numbers.posterior_BCHW), numbers.noise_BCHW, step.narrow(numbers.uniform_B))
-    keep_KBN = None
-    if backbone.mask != "none" and backbone.mask_dropout:
-        tokens = noisy.noisy_BCHW[0, 0].numel() // backbone.patch**2
-        keep_KBN = draw_keep(batch.seeds, backbone.depth, tokens, backbone.mask_dropout, device)
+    keep_KBN = dropout_factors(numbers.more_uniform_BX, backbone.depth, backbone.mask_dropout) if drops else None
     latent_BCHW = noisy.noisy_BCHW.to(engine.dtype)
     conditioning = model.condition(noisy.timestep_B, batch.text)
     prediction = engine.forward(latent_BCHW, conditioning, None, keep_KBN, step.budget)

@@ -14,6 +14,7 @@ from torch.utils.data import get_worker_info
 
 from data_prep.schema import Latent
 from pretrain.data.shard_reader import UnreadableSample
+from pretrain.diffusion import captions_dropped
 from pretrain.distributed import torch_private
 from pretrain.models import PackedText
 
@@ -25,7 +26,7 @@ class Sample:
     Attributes:
         key: its name in the data set.
         seed: the seed of all its random numbers in this epoch.
-        text: its caption's embedding [L, E], L tokens of it, or the null text's where the caption is dropped.
+        text: its caption's embedding [L, E], L tokens of it.
         latent: the VAE's posterior.
         damaged: the samples that it stands in for, as they cannot be read.
     """
@@ -43,7 +44,7 @@ class Batch:
 
     Attributes:
         keys, seeds: the samples' names, and the seeds of all their random numbers.
-        text: the captions' embeddings, M tokens of width E.
+        text: the captions' embeddings, the null text's where a caption is dropped; M tokens of width E.
         mean_BCHW, std_BCHW: the VAE's posteriors in fp16; std_BCHW is None where the data set keeps the means alone.
         damaged: samples that belong into it, but could not be read: other samples of their sets are in their places.
     """
@@ -73,11 +74,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Collate:
-    """Makes micro-batches of `micro` samples from the samples of one optimizer step."""
+    """Makes micro-batches of `micro` samples from the samples of one optimizer step.
+
+    Captions are dropped with the probability `dropout`, by the samples' seeds: `null_text` [L, E], the embedding of the
+    empty caption, takes their places.
+    """
 
     micro: int
+    null_text: Tensor
+    dropout: float
 
     def __call__(self, samples: list[Sample]) -> list[Batch]:
+        if self.dropout:
+            dropped = captions_dropped([s.seed for s in samples], self.dropout)
+            samples = [replace(s, text=self.null_text) if d else s for s, d in zip(samples, dropped, strict=True)]
         return [self._batch(samples[i : i + self.micro]) for i in range(0, len(samples), self.micro)]
 
     def _batch(self, samples: list[Sample]) -> Batch:

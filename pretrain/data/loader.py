@@ -65,11 +65,10 @@ class Loader:
         if world.rank == 0:
             print("".join(f"{note}\n" for note in (*self.plan.notes, *missing)), end="", flush=True)
         streams = [SetStream(location, name, choose=count) for name, count in self.plan.draws.items()]
-        null_text = schema.load_null_text(self.root)
         with unique_names(world):
-            self.data = TrainingSet(streams, config, self.card, null_text, global_batch // world.size)
+            self.data = TrainingSet(streams, config, self.card, global_batch // world.size)
         self.steps_per_epoch = sum(self.plan.draws.values()) // global_batch
-        self.collate = Collate(micro)
+        self.collate = Collate(micro, schema.load_null_text(self.root), config.data.caption_dropout)
         self.resume(DataPosition())
 
     @property

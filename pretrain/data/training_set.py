@@ -8,12 +8,9 @@ in their places; the sample in its place tells of it.
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
-
-from torch import Tensor
 
 from data_prep import schema
 from pretrain.config import Config
@@ -33,13 +30,10 @@ class TrainingSet(PositionedDataset):
     Args:
         streams: the sets, with the samples that an epoch draws of each.
         card: the data set's.
-        null_text: the embedding [L, E] of the empty caption, which stands in for dropped captions.
         process_batch: samples of an optimizer step in this process.
     """
 
-    def __init__(
-        self, streams: list[SetStream], config: Config, card: schema.Card, null_text: Tensor, process_batch: int
-    ):
+    def __init__(self, streams: list[SetStream], config: Config, card: schema.Card, process_batch: int):
         super().__init__(
             streams,
             make_shard=Shard,
@@ -54,8 +48,8 @@ class TrainingSet(PositionedDataset):
             cache_limit=config.data.cache_limit,
             allow_unsafe_types=False,
         )
-        self.null_text, self.text_dtype = null_text, card.text_dtype
-        self.run_seed, self.resolution, self.dropout = config.seed, config.data.resolution, config.data.caption_dropout
+        self.text_dtype = card.text_dtype
+        self.run_seed, self.resolution = config.seed, config.data.resolution
         self.set_names = [stream.name for stream in streams]
 
     def start_at(self, epoch: int, first_sample: int, seed: int) -> None:
@@ -67,9 +61,8 @@ class TrainingSet(PositionedDataset):
         repeat, number = divmod(int(at), self.num_samples)
         row, damaged = self._readable(number)
         seed = sample_seed(self.run_seed, self.epoch, f"{row['key']}/{repeat}" if repeat else row["key"])
-        dropped = random.Random(seed).random() < self.dropout
-        text = self.null_text if dropped else schema.text_of(row, self.text_dtype)
-        return Sample(row["key"], seed, text, schema.latent_of(row, self.resolution), damaged)
+        text, latent = schema.text_of(row, self.text_dtype), schema.latent_of(row, self.resolution)
+        return Sample(row["key"], seed, text, latent, damaged)
 
     def _readable(self, number: int) -> tuple[dict[str, Any], tuple[UnreadableSample, ...]]:
         """Reads the row of a sample or, where it cannot be read, of another one of its set.

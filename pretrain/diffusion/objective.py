@@ -1,18 +1,13 @@
-"""The training objective: draws noise and times, forms x_t and the target, and measures the prediction.
+"""The training objective: forms x_t and the target from noise and times, and measures the prediction.
 
 Letters: B images, C latent channels.
-
-Every random number of a sample comes from the sample's own seed, so that the loss does not depend on how a global batch
-is divided among processes and micro-batches, and a resumed run needs no random state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -48,28 +43,6 @@ class Objective(Protocol):
         Uniform numbers scaled to cdf(a)..cdf(b) draw the times between a and b, as often as they are there.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Random numbers of a batch, each row from its own seed, in fp32."""
-
-    posterior_BCHW: Tensor
-    noise_BCHW: Tensor
-    uniform_B: Tensor
-
-
-def draw(seeds: Sequence[int], shape: torch.Size, device: torch.device) -> Draw:
-    """Normal numbers for the VAE's posterior and the noise, and a uniform one for the time, for latents [B, C, H, W]."""
-    generator = torch.Generator(device)
-    numbers = torch.empty(2, *shape, device=device)
-    uniform = torch.empty(shape[0], device=device)
-    for i, seed in enumerate(seeds):
-        generator.manual_seed(seed)
-        numbers[0, i].normal_(generator=generator)
-        numbers[1, i].normal_(generator=generator)
-        uniform[i].uniform_(generator=generator)
-    return Draw(numbers[0], numbers[1], uniform)
 
 
 def measure(prediction_BCHW: Tensor, sample: NoisySample) -> Loss:

@@ -223,7 +223,7 @@ class DiT(nn.Module):
         Args:
             conditioning: `condition`'s in training; `CachedConditioning` in sampling.
             skip: leaves the FFN out where the query mask weighs it little.
-            keep_KBN: dropout of each block's query mask while training, from `mask.draw_keep`; none by default.
+            keep_KBN: dropout of each block's query mask while training, from `mask.dropout_factors`; none by default.
             budget: the compute budget; by default that of the noise level, which must then be the same for all images.
 
         Raises:

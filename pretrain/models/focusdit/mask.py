@@ -14,7 +14,6 @@ back through it. Two kinds differ in how the time t enters:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -81,13 +80,10 @@ class QueryMask(nn.Module):
         return mask if keep_BN1 is None else mask * keep_BN1
 
 
-def draw_keep(seeds: Sequence[int], depth: int, tokens: int, dropout: float, device: torch.device) -> Tensor:
-    """The masks' dropout of a batch, each image's from its own seed: 0 or 1 / (1 − dropout), [depth, B, tokens] in fp32."""
-    generator = torch.Generator(device)
-    keep_BKN = torch.empty(len(seeds), depth, tokens, device=device)
-    for row_KN, seed in zip(keep_BKN, seeds, strict=True):
-        row_KN.bernoulli_(1 - dropout, generator=generator.manual_seed(seed ^ 1))
-    return keep_BKN.transpose(0, 1) / (1 - dropout)
+def dropout_factors(uniform_BX: Tensor, depth: int, dropout: float) -> Tensor:
+    """The masks' dropout from uniform numbers, depth · tokens an image: 0 or 1 / (1 − dropout), [depth, B, tokens] in fp32."""
+    keep_KBN = uniform_BX.unflatten(1, (depth, -1)).transpose(0, 1) >= dropout
+    return keep_KBN.float() * (1 / (1 - dropout))
 
 
 def macs(kind: str, width: int, hidden: tuple[int, ...], tokens: int) -> int:

@@ -12,7 +12,7 @@ from backbones import predict
 from torch import Tensor
 
 from pretrain.models import ComputeBudget, DiT, DiTConfig, PackedText, Skip
-from pretrain.models.focusdit.mask import draw_keep
+from pretrain.models.focusdit.mask import dropout_factors
 from pretrain.models.mixers.flexdit import FlexDiTSection
 from pretrain.models.mixers.mediators import MediatorsSection
 
@@ -58,7 +58,9 @@ def inputs() -> tuple[Tensor, Tensor, PackedText]:
 
 
 def keep_of(model: DiT) -> Tensor:
-    return draw_keep(range(2), model.config.depth, GRID[0] * GRID[1], 0.3, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(2)
+    uniform = torch.rand(2, model.config.depth * GRID[0] * GRID[1], generator=generator)
+    return dropout_factors(uniform, model.config.depth, 0.3)
 
 
 def budgets(model: DiT) -> list[ComputeBudget]:

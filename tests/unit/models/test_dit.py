@@ -14,7 +14,7 @@ from backbones import Storages, predict, predict_cached
 from torch import Tensor
 
 from pretrain.models import CachedConditioning, DiT, DiTConfig, PackedText
-from pretrain.models.focusdit.mask import draw_keep
+from pretrain.models.focusdit.mask import dropout_factors
 from pretrain.models.mixers.base import TokenState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -366,7 +366,7 @@ def test_recompute_changes_neither_loss_nor_gradients(mask, ffn):
     """Also with dropout."""
     model, (latent, timestep, text) = build(replace(PLAIN, mask=mask, ffn=ffn)).train(), inputs()
     tokens = latent.shape[2] * latent.shape[3] // PLAIN.patch**2
-    keep = draw_keep(range(len(latent)), PLAIN.depth, tokens, 0.3, latent.device)
+    keep = dropout_factors(torch.rand(len(latent), PLAIN.depth * tokens), PLAIN.depth, 0.3)
     results = []
     for recompute in (False, True):
         model.recompute = recompute

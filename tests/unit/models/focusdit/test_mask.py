@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.models.focusdit.mask import KINDS, QueryMask, draw_keep
+from pretrain.models.focusdit.mask import KINDS, QueryMask, dropout_factors
 
 WIDTH, HIDDEN = 24, (16, 12, 8, 4)
 B, N = 3, 7
@@ -131,18 +131,21 @@ def test_the_order_is_scale_then_shift(kind):
 
 def test_dropout_acts_on_the_mask_itself():
     module, (x, previous, time, timestep) = seeded("adaln_single"), inputs()
-    keep = draw_keep([7] * len(x), 1, x.shape[1], 0.25, x.device)[0, ..., None].to(x)
+    keep = dropout_factors(torch.rand(x.shape[:2]), 1, 0.25)[0, ..., None].to(x)
     whole = run(module, x, previous, time, timestep)
     dropped = module(x, previous, *module.embed_time(time, timestep), keep)
     torch.testing.assert_close(dropped, whole * keep)
 
 
-def test_dropout_follows_from_each_images_seed_alone():
-    keep_KBN = draw_keep([3, 4, 5], 28, 256, 0.25, torch.device("cpu"))
-    assert torch.equal(keep_KBN[:, 1:2], draw_keep([4], 28, 256, 0.25, torch.device("cpu")))
-    assert keep_KBN.unique().tolist() == pytest.approx([0, 1 / 0.75])
-    assert (keep_KBN == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
-    assert not torch.equal(keep_KBN[:, 0], keep_KBN[:, 1])
+def test_dropout_from_uniform_numbers():
+    """Each image's numbers are for its blocks in turn; what is kept is scaled, so that the mean stays 1."""
+    uniform_BX = torch.tensor([[0.0, 0.2, 0.25, 0.3, 0.9, 0.1], [0.9, 0.9, 0.9, 0.2, 0.2, 0.2]])
+    keep_KBN = dropout_factors(uniform_BX, 2, 0.25)
+    expected = torch.tensor([[[0, 0, 1], [1, 1, 1]], [[1, 1, 0], [0, 0, 0]]]) / 0.75
+    torch.testing.assert_close(keep_KBN, expected)
+    assert keep_KBN.dtype == torch.float32
+    evenly = (torch.arange(1000)[None] + 0.5) / 1000
+    assert dropout_factors(evenly, 10, 0.25).mean().item() == pytest.approx(1)
 
 
 def test_gradients_reach_the_previous_mask():
