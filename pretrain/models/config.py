@@ -55,7 +55,7 @@ class DiTConfig:
     mask_hidden: tuple[int, ...] = (512, 128, 32, 16)
     """Hidden widths of the query mask's MLP."""
     mask_dropout: float = 0.1
-    """Dropout of the query mask while training (`mask.draw_keep`)."""
+    """Dropout of the query mask while training (`mask.dropout_factors`)."""
     norm_eps: float = 1e-6
     """Epsilon of the blocks' LayerNorms."""
     removed_ffns: tuple[int, ...] = ()
