@@ -16,7 +16,7 @@ setup(
     package_data={"pretrain": ["configs/*.yaml", "configs/*.txt"], "data_prep": ["assets/**/*"]},
     # Exact versions that are known to work together stand in constraints.txt.
     install_requires=[
-        "torch>=2.6,<2.13",  # docs/dependencies.md: the private interfaces that are relied on
+        "torch>=2.10,<2.13",  # Tensor.grad_dtype; docs/dependencies.md: the private interfaces that are relied on
         "torchvision>=0.21",  # `import streaming` needs it
         "deepspeed>=0.19.7,<0.20",  # likewise
         "mosaicml-streaming>=0.13,<0.14",  # likewise

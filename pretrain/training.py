@@ -95,7 +95,8 @@ def build(config: Config, deepspeed: dict[str, Any], world: World, stop: StopReq
     if config.model.compile:
         for block in model.blocks:
             block.compile()
-    zero = Engine(model, optim.build_optimizer(model, config.optimizer), deepspeed, world)
+    optimizer = optim.build_optimizer(model, config.optimizer)
+    zero = Engine(model, optimizer, deepspeed, world, model.reused_parameters)
     ema = Ema(zero, config.optimizer.ema_decay)
     guard = SpikeGuard(config.guard, world, stop)
     monitor = Monitor(config, backbone, zero)

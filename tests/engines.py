@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,17 +56,22 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95))
 
 
-def engine_of(world: World, model: nn.Module | None = None, micro_batches: int = 1, **config: Any) -> Engine:
+def engine_of(
+    world: World,
+    model: nn.Module | None = None,
+    micro_batches: int = 1,
+    reused: Iterable[nn.Parameter] = (),
+    **config: Any,
+) -> Engine:
     """An engine over a tiny model, in fp32 and without clipping unless `config` says otherwise."""
     model = model or tiny()
     deepspeed: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": 0.0,
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": 2, "overlap_comm": False, "contiguous_gradients": True},
+        "zero_optimization": {"stage": 2},
     }
-    return Engine(model, adamw(model), deepspeed | config, world)
+    return Engine(model, adamw(model), deepspeed | config, world, reused)
 
 
 def admit(squared_norm: Tensor) -> GradientCheck:

@@ -69,8 +69,7 @@ def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: StopReq
         "train_micro_batch_size_per_gpu": args.batch,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": world.device.type == "cuda"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": 2, "overlap_comm": False, "contiguous_gradients": True},
+        "zero_optimization": {"stage": 2, "overlap_comm": True},
     }
     zero = Engine(model, optim.build_optimizer(model, config.optimizer), deepspeed, world)
     ema, guard = Ema(zero, 0.9999), SpikeGuard(config.guard, world, stop)

@@ -1,7 +1,7 @@
 """DeepSpeed's inner state, reached here and nowhere else; docs/dependencies.md says what breaks without each name.
 
-`engine.py` keeps exact fp32 weights, an average and checkpoints of its own beside ZeRO-2, and replaces its search for overflow.
-DeepSpeed has no public interface for these.
+`engine.py` keeps exact fp32 weights, an average and checkpoints of its own beside ZeRO-2, and replaces its reduction of gradients
+and its search for overflow. DeepSpeed has no public interface for these.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from pretrain.distributed import torch_private
 PRIVATE = {
     "deepspeed.ops": ("__compatible_ops__",),
     "deepspeed.utils.groups": ("_WORLD_GROUP",),
-    "DeepSpeedEngine": ("optimizer", "was_step_applied"),
+    "DeepSpeedEngine": (
+        "is_gradient_accumulation_boundary",
+        "optimizer",
+        "was_step_applied",
+        "zero_overlap_comm",
+        "zero_reduce_bucket_size",
+    ),
     "DeepSpeedZeroOptimizer": (
         "averaged_gradients",
         "bit16_groups",
@@ -29,8 +35,10 @@ PRIVATE = {
         "dp_process_group",
         "optimizer",
         "overflow",
+        "overlapping_partition_gradients_reduce_epilogue",
         "parallel_partitioned_bit16_groups",
         "param_groups",
+        "process_gradients",
         "scaled_global_norm",
         "single_partition_of_fp32_groups",
     ),
@@ -92,9 +100,40 @@ class Zero:
         if (group := self._zero.dp_process_group) is not None:
             torch_private.set_timeout(timeout, group)
 
-    def gradients(self) -> list[Tensor]:
-        """This process's partitions of the mean gradient, complete at an accumulation boundary; [n] of any n each."""
-        return [g for group in self._zero.averaged_gradients.values() for g in group if g is not None]
+    @property
+    def overlaps(self) -> bool:
+        """`zero_optimization.overlap_comm`."""
+        return bool(self._engine.zero_overlap_comm())
+
+    @property
+    def bucket_size(self) -> int:
+        """`zero_optimization.reduce_bucket_size`, in elements."""
+        return int(self._engine.zero_reduce_bucket_size())
+
+    def replace_reduction(
+        self, add: Callable[[Tensor, bool], None], finish: Callable[[bool], None], partitions: list[Tensor]
+    ) -> None:
+        """Lets others add up the gradients and reduce them over the processes.
+
+        Args:
+            add: called in each backward pass for each parameter once its gradient is complete, and whether this is the step's
+                last micro-batch.
+            finish: called after each backward pass, and whether it was the step's last.
+            partitions: this process's partition [n] of each group's mean gradient, complete after the last `finish`. Clipping
+                scales them in place.
+        """
+
+        def process_gradients(parameter: Tensor, group: int) -> None:
+            add(parameter, self._engine.is_gradient_accumulation_boundary())
+
+        def epilogue() -> None:
+            last = self._engine.is_gradient_accumulation_boundary()
+            finish(last)
+            if last:
+                self._zero.averaged_gradients.update({group: [p] for group, p in enumerate(partitions)})
+
+        self._zero.process_gradients = process_gradients
+        self._zero.overlapping_partition_gradients_reduce_epilogue = epilogue
 
     def replace_overflow_check(self, check: Callable[[], bool], norm: Callable[[], Tensor]) -> None:
         """Lets `check` decide about each step, and `norm` give what clipping divides by.

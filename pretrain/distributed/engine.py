@@ -6,15 +6,15 @@ the average. DeepSpeed's inner state is reached through `deepspeed_private.py`.
 Precision: with `bf16.enabled` the forward and backward pass run on bf16 weights, which are a rounded copy of fp32 masters. So
 no update is lost to rounding, as it is where bf16 weights are all there is (PRX measured FID 21.9 for those against 18.2 with
 fp32 weights under autocast); autocast over fp32 weights would cost another 2 bytes a parameter and a cast of each weight in
-each micro-batch. Gradients are bf16 then: reduced over the processes and added up over the micro-batches in bf16. Under ZeRO-2
-DeepSpeed 0.19.7 gives `data_types.grad_accum_dtype` only to the zeros that stand for missing gradients.
+each micro-batch. The backward pass makes bf16 gradients then; they are added up over the micro-batches and reduced over the
+processes in fp32 (`gradients.py`), and over the blocks where several share a parameter.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,8 +24,16 @@ from torch import Tensor, nn
 
 from pretrain.distributed import torch_private
 from pretrain.distributed.deepspeed_private import Zero
+from pretrain.distributed.gradients import GradientReducer
 from pretrain.distributed.partition import Slot
 from pretrain.distributed.world import World, all_gather_into
+
+# The throughput timer, which is on by default, waits for the device twice in each micro-batch.
+FIXED = {
+    "zero_allow_untested_optimizer": True,
+    "steps_per_print": 2**31,
+    "timers": {"throughput": {"enabled": False}},
+}
 
 
 @dataclass(frozen=True)
@@ -43,14 +51,28 @@ class Engine:
         module: the model; its weights are the rounded masters.
         masters: this process's fp32 partition [n] of each optimizer group.
         slots: the place of every parameter; the same for every number of processes.
+        gradients: this process's parts of the step's mean gradient in fp32, one for each parameter of which it keeps a part;
+            complete when `step` calls its check.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        world: World,
+        reused: Iterable[nn.Parameter] = (),
+    ):
+        """
+        Args:
+            config: DeepSpeed's.
+            reused: parameters that a forward pass uses several times; their gradients of each use are added up in fp32, too.
+        """
         self.world = world
         names = {id(p): n for n, p in model.named_parameters()}
         # DeepSpeed makes the masters from weights already rounded to bf16; the exact ones are put back below.
         exact = {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in model.named_parameters()}
-        config = {**config, "zero_allow_untested_optimizer": True, "steps_per_print": 2**31}
+        config = {**config, **FIXED}
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -60,18 +82,31 @@ class Engine:
         self.module: nn.Module = self._engine.module
         self.dtype = next(self.module.parameters()).dtype
         self.masters = self._zero.masters
-        self.slots = [slot for group in range(len(self.masters)) for slot in self._slots_of(group, names)]
+        slots = {p: slot for group in range(len(self.masters)) for p, slot in self._slots_of(group, names).items()}
+        self.slots = list(slots.values())
+        self._replace_reduction({p: slots[p] for p in names if p in slots})
+        for parameter in reused:
+            parameter.grad_dtype = torch.float32  # by default autograd adds them up in the weights' precision
         for master in self.masters:
             master.detach().zero_()  # the padding stays 0
         self.load_partitions(self.masters, exact.__getitem__)
         self.all_gather_weights(self.masters)
 
-    def _slots_of(self, group: int, names: dict[int, str]) -> list[Slot]:
+    def _slots_of(self, group: int, names: dict[int, str]) -> dict[int, Slot]:
         flat = self._zero.flat_weights(group)
-        return [
-            Slot(names[id(p)], tuple(p.shape), group, (p.data_ptr() - flat.data_ptr()) // flat.element_size())
+        return {
+            id(p): Slot(names[id(p)], tuple(p.shape), group, (p.data_ptr() - flat.data_ptr()) // flat.element_size())
             for p in self._zero.parameters(group)
-        ]
+        }
+
+    def _replace_reduction(self, slots: dict[int, Slot]) -> None:
+        sizes = [self._zero.flat_weights(group).numel() for group in range(len(self.masters))]
+        zero, world = self._zero, self.world
+        reducer = GradientReducer(slots, sizes, zero.bucket_size, zero.overlaps, world)
+        zero.replace_reduction(reducer.add, reducer.finish, reducer.partitions)
+        overlaps = [(s, s.overlap(world.rank, len(reducer.partitions[s.group]))) for s in slots.values()]
+        # A parameter's part each: one norm over a partition of 10⁹ elements would be summed up in fp32.
+        self.gradients = [reducer.partitions[s.group][o.in_partition] for s, o in overlaps if o is not None]
 
     # ---- a step ----
 
@@ -96,7 +131,7 @@ class Engine:
         self._engine.step()
 
     def _check_gradients(self) -> bool:
-        checked = self._check(squared_norm(self._zero.gradients(), self.masters[0].device))
+        checked = self._check(squared_norm(self.gradients, self.masters[0].device))
         self._norm = checked.norm
         return checked.admitted
 

@@ -49,3 +49,30 @@ class Slot:
     def ranks(self, partition_size: int) -> range:
         """The processes whose partitions hold this parameter, in order of its elements."""
         return range(self.offset // partition_size, (self.offset + self.numel - 1) // partition_size + 1)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of a flat buffer that one process sums over all, and that is in the partition of one process.
+
+    Attributes:
+        summed_by: the process that receives the sum.
+        owner: the process whose partition it is in.
+    """
+
+    range: range
+    summed_by: int
+    owner: int
+
+
+def cut_into_pieces(bucket: range, processes: int, partition_size: int) -> list[Piece]:
+    """Cuts a range of a flat buffer, of which each process sums an equal shard, at the shards' and the partitions' ends."""
+    shard, rest = divmod(len(bucket), processes)
+    assert not rest, "the processes divide a bucket"
+    pieces = []
+    for rank in range(processes):
+        start, stop = bucket.start + rank * shard, bucket.start + (rank + 1) * shard
+        for owner in range(start // partition_size, (stop - 1) // partition_size + 1):
+            part = range(max(start, owner * partition_size), min(stop, (owner + 1) * partition_size))
+            pieces.append(Piece(part, rank, owner))
+    return pieces

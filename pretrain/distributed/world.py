@@ -7,7 +7,7 @@ exchanges (gradients, and the weights after a step) it exchanges by itself.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -58,6 +58,33 @@ def all_gather_into(whole: Tensor, part: Tensor, world: World) -> None:
     """Fills `whole` [world.size · n] on all processes with each process's `part` [n], in order of their ranks."""
     if world.size > 1:
         dist.all_gather_into_tensor(whole, part)
+
+
+def reduce_scatter(tensor: Tensor, world: World) -> Callable[[], None]:
+    """Begins to sum a tensor [world.size · n] over all processes in place, n elements for each process.
+
+    Returns:
+        A function that waits for it; afterwards process r holds the sum in part r, and the other parts are as they were.
+    """
+    if world.size == 1:
+        return lambda: None
+    work = dist.reduce_scatter_tensor(tensor.chunk(world.size)[world.rank], tensor, async_op=True)
+    assert work is not None
+    return work.wait
+
+
+def exchange(parts: Iterable[tuple[Tensor, int, int]], world: World) -> None:
+    """Copies each tensor from its process to another one, in place; all at once.
+
+    Args:
+        parts: each tensor with the process that sends it and the one that receives it; the same list on all processes.
+    """
+    between = [part for part in parts if part[1] != part[2]]
+    sent = [dist.P2POp(dist.isend, t, receiver) for t, sender, receiver in between if sender == world.rank]
+    received = [dist.P2POp(dist.irecv, t, sender) for t, sender, receiver in between if receiver == world.rank]
+    if sent or received:
+        for work in dist.batch_isend_irecv(sent + received):
+            work.wait()
 
 
 def all_gather(item: T, world: World) -> list[T]:

@@ -165,6 +165,11 @@ class DiT(nn.Module):
         """Block number `index`, from the bottom."""
         return cast(Block, self.blocks[index])
 
+    @property
+    def reused_parameters(self) -> list[nn.Parameter]:
+        """Parameters that several blocks use: their gradient is a sum over the blocks."""
+        return [] if self.shared_expert is None else list(self.shared_expert.parameters())
+
     # ---- conditioning: before the forward pass ----
 
     def condition(self, timestep_B: Tensor, text: PackedText) -> StepConditioning:

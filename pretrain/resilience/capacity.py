@@ -83,9 +83,9 @@ def memory_problems(config: Config, deepspeed: dict[str, Any], processes: int, t
 
 
 def state_bytes(config: Config, deepspeed: dict[str, Any], processes: int) -> int:
-    """Bytes of ZeRO-2 on each GPU: all weights, and a share of the fp32 gradients, masters, both moments and average."""
+    """Bytes of ZeRO-2 on each GPU: all weights and fp32 gradients, and a share of the masters, both moments and average."""
     weight = 2 if deepspeed.get("bf16", {}).get("enabled") else 4
-    return count_parameters(config.model.backbone()).total * (weight * processes + 20) // processes
+    return count_parameters(config.model.backbone()).total * ((weight + 4) * processes + 16) // processes
 
 
 def activation_bytes(config: Config, micro: int) -> int:

@@ -12,6 +12,7 @@ from pretrain.config import Config, geometry, load, upgrade
 from pretrain.config_files import ConfigError, known
 from pretrain.diffusion import EpsilonPrediction, RectifiedFlow
 from pretrain.models import PRESETS, DiT
+from pretrain.resilience.capacity import activation_bytes, gib, state_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,7 +95,7 @@ def test_overrides():
             "data.path=/elsewhere",
             "run_dir=out",
             "deepspeed.train_batch_size=64",
-            "deepspeed.zero_optimization.overlap_comm=true",
+            "deepspeed.zero_optimization.overlap_comm=false",
         ],
     )
     assert (config.steps, config.model.mask, config.optimizer.betas) == (7, "none", (0.8, 0.9))
@@ -102,7 +103,7 @@ def test_overrides():
     assert config.optimizer.lr == plain.optimizer.lr, "the YAML's other fields stay"
     assert deepspeed["train_batch_size"] == 64
     assert deepspeed["train_micro_batch_size_per_gpu"] == shipped["train_micro_batch_size_per_gpu"]
-    assert deepspeed["zero_optimization"] == {"stage": 2, "overlap_comm": True, "contiguous_gradients": True}
+    assert deepspeed["zero_optimization"] == {"stage": 2, "overlap_comm": False}
     assert load("demo_256") == (plain, shipped)
 
 
@@ -156,6 +157,36 @@ def test_all_problems_of_fields_at_once():
     said = "\n".join(lines)
     for mend in ("'big'", "'flow' or 'epsilon'", "less than 1", "greater than 0", "section.key=value", "must be 2"):
         assert mend in said
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("communication_data_type=bf16", "communication_data_type: has no effect"),
+        ("comms_logger.enabled=true", "comms_logger: waits for the device after each"),
+        ("timers.throughput.enabled=true", "timers: waits for the device twice in each micro-batch"),
+        ("data_types.grad_accum_dtype=bf16", "data_types: gradients are always added up in fp32"),
+        ("zero_optimization.reduce_scatter=false", "zero_optimization.reduce_scatter: has no effect"),
+        ("zero_optimization.allgather_bucket_size=9", "zero_optimization.allgather_bucket_size: has no effect"),
+    ],
+)
+def test_a_deepspeed_key_without_effect_or_with_a_price_is_refused(override: str, said: str):
+    (line,) = complaint(f"deepspeed.{override}")
+    assert line.startswith(f"deepspeed.{said}") and "leave it out" in line
+
+
+def test_a_gpu_of_80_gb_holds_the_largest_micro_batch_that_divides():
+    """On the 32 GPUs of the scripts; the sums in the configs' comments are these."""
+    for name in ("stage1_256", "stage2_512"):
+        config, deepspeed = load(name)
+        assert not config.model.recompute
+        micro, share = deepspeed["train_micro_batch_size_per_gpu"], deepspeed["train_batch_size"] // 32
+        states = state_bytes(config, deepspeed, 32)
+        needed = {m: states + activation_bytes(config, m) for m in range(micro, share + 1) if share % m == 0}
+        assert needed.pop(micro) < 0.8 * 80e9, "room for the allocator, NCCL and the pictures of a preview"
+        assert all(bytes_ > 80e9 for bytes_ in needed.values())
+        comment = (ROOT / "pretrain/configs" / f"{name}.yaml").read_text()
+        assert f"{gib(states)} of states and {gib(activation_bytes(config, micro))} of activations" in comment
 
 
 def test_all_contradictions_at_once():

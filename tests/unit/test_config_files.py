@@ -207,7 +207,13 @@ def test_an_older_runs_config_repeats_it_too(tmp_path: Path) -> None:
     keep(tmp_path / "old", "demo_256", "guard.min_history=7")
     content = (tmp_path / "old/config.yaml").read_text()
     (tmp_path / "old/config.yaml").write_text(content.replace("min_history", "after"))
-    assert load(str(tmp_path / "old/config.yaml"))[0].guard.min_history == 7
+    _, now = load("demo_256")
+    zero = now["zero_optimization"] | {"contiguous_gradients": True}
+    earlier = now | {"communication_data_type": "fp32", "zero_optimization": zero}
+    (tmp_path / "old/ds_config.json").write_text(json.dumps(earlier))
+    config, deepspeed = load(str(tmp_path / "old/config.yaml"))
+    assert config.guard.min_history == 7
+    assert deepspeed == now, "without what has no effect any more"
 
 
 # ---- all problems at once ----

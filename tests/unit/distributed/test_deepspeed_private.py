@@ -41,7 +41,10 @@ def tensors(value: Any) -> bool:
 # What each attribute must be, on a real engine with two optimizer groups.
 KINDS = {
     "DeepSpeedEngine.optimizer": lambda v: type(v).__name__ == "DeepSpeedZeroOptimizer",
+    "DeepSpeedEngine.is_gradient_accumulation_boundary": lambda v: v() is False,
     "DeepSpeedEngine.was_step_applied": callable,
+    "DeepSpeedEngine.zero_overlap_comm": lambda v: v() is False,
+    "DeepSpeedEngine.zero_reduce_bucket_size": lambda v: v() == 500_000_000,
     "DeepSpeedZeroOptimizer.averaged_gradients": lambda v: isinstance(v, dict),
     "DeepSpeedZeroOptimizer.bit16_groups": lambda v: [len(group) for group in v] == [2, 3],
     "DeepSpeedZeroOptimizer.bit16_groups_flat": lambda v: tensors(v) and v[0].dtype == torch.bfloat16,
@@ -50,8 +53,10 @@ KINDS = {
     "DeepSpeedZeroOptimizer.dp_process_group": lambda v: v is None or isinstance(v, torch.distributed.ProcessGroup),
     "DeepSpeedZeroOptimizer.optimizer": lambda v: isinstance(v, torch.optim.AdamW),
     "DeepSpeedZeroOptimizer.overflow": lambda v: v is False,
+    "DeepSpeedZeroOptimizer.overlapping_partition_gradients_reduce_epilogue": callable,
     "DeepSpeedZeroOptimizer.parallel_partitioned_bit16_groups": lambda v: all(tensors([p[0]] * 2) for p in v),
     "DeepSpeedZeroOptimizer.param_groups": lambda v: [g["weight_decay"] for g in v] == [0.1, 0.0],
+    "DeepSpeedZeroOptimizer.process_gradients": callable,
     "DeepSpeedZeroOptimizer.scaled_global_norm": callable,
     "DeepSpeedZeroOptimizer.single_partition_of_fp32_groups": lambda v: tensors(v) and v[0].dtype == torch.float32,
     "deepspeed.ops.__compatible_ops__": lambda v: "deepspeed_shm_comm" in v,
@@ -73,7 +78,15 @@ def test_the_attribute_is_there(name: str, engine: Engine) -> None:
     assert KINDS[name](value), f"in DeepSpeed {VERSION} {name} is {value!r}: see docs/dependencies.md"
 
 
-@pytest.mark.parametrize("name", ["check_overflow", "scaled_global_norm"])
+REPLACED = (
+    "check_overflow",
+    "overlapping_partition_gradients_reduce_epilogue",
+    "process_gradients",
+    "scaled_global_norm",
+)
+
+
+@pytest.mark.parametrize("name", REPLACED)
 def test_what_is_replaced_is_a_method(name: str) -> None:
     """Of DeepSpeed's own class: an assignment to a name that it does not call would go unnoticed."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer

@@ -7,7 +7,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from pretrain.distributed.partition import Slot
+from pretrain.distributed.partition import Slot, cut_into_pieces
 
 SHAPES = ((3, 4), (1,), (5,), (2, 2, 2))
 OFFSETS = (0, *accumulate(torch.Size(s).numel() for s in SHAPES))
@@ -34,3 +34,17 @@ def test_partitions_hold_each_element_once(size: int) -> None:
                 whole[overlap.in_parameter] = partition[overlap.in_partition]
         assert whole.tolist() == list(range(slot.offset, slot.offset + slot.numel))
         assert ranks == list(slot.ranks(size))
+
+
+@pytest.mark.parametrize(("processes", "size", "length"), [(1, 26, 10), (2, 14, 8), (3, 9, 6), (4, 7, 4), (4, 7, 28)])
+def test_pieces_of_buckets_are_each_in_one_shard_and_one_partition(processes: int, size: int, length: int) -> None:
+    """And together they are the flat buffer, in order; partitions may be smaller or larger than buckets."""
+    covered = []
+    for start in range(0, processes * size, length):
+        bucket = range(start, min(start + length, processes * size))
+        shard = len(bucket) // processes
+        for piece in cut_into_pieces(bucket, processes, size):
+            assert {(i - start) // shard for i in piece.range} == {piece.summed_by}
+            assert {i // size for i in piece.range} == {piece.owner}
+            covered += piece.range
+    assert covered == list(range(processes * size))

@@ -12,7 +12,17 @@ import pytest
 import torch
 from support import ROOT, free_port, launcher
 
-from pretrain.distributed.world import World, all_gather, all_gather_into, all_reduce, barrier, broadcast, once_per_node
+from pretrain.distributed.world import (
+    World,
+    all_gather,
+    all_gather_into,
+    all_reduce,
+    barrier,
+    broadcast,
+    exchange,
+    once_per_node,
+    reduce_scatter,
+)
 
 ALONE = World.alone()
 
@@ -28,6 +38,9 @@ def test_one_process_alone() -> None:
     x = torch.arange(3.0)
     assert all_reduce(x, ALONE) is x and x.tolist() == [0, 1, 2]
     all_gather_into(x, x.clone(), ALONE)
+    assert x.tolist() == [0, 1, 2]
+    reduce_scatter(x, ALONE)()
+    exchange([(x, 0, 0)], ALONE)
     assert x.tolist() == [0, 1, 2]
     assert all_gather("mine", ALONE) == ["mine"]
     assert broadcast({"a": 1}, ALONE) == {"a": 1}
@@ -74,6 +87,11 @@ said["sum"] = all_reduce(torch.tensor([rank + 1.0, 10.0]), world).tolist()
 whole = torch.zeros(4)
 all_gather_into(whole, torch.tensor([rank, rank + 0.5]), world)
 said["whole"] = whole.tolist()
+parts = torch.tensor([rank + 1.0, 5.0 * rank])
+reduce_scatter(parts, world)()
+exchange([(parts[:1], 0, 1), (parts[1:], 1, 0)], world)
+said["parts"] = parts.tolist()
+exchange([(parts, 0, 0)], world)
 said["items"] = all_gather({"rank": rank}, world)
 said["first"] = broadcast(f"from {rank}", world)
 said["once"] = once_per_node(lambda: f"done by {rank}", world)
@@ -113,6 +131,7 @@ def test_two_processes() -> None:
     assert said[0] == {
         "sum": [3.0, 20.0],
         "whole": [0.0, 0.5, 1.0, 1.5],
+        "parts": [3.0, 5.0],
         "items": [{"rank": 0}, {"rank": 1}],
         "first": "from 0",
         "error": "no disk on 0",
