@@ -157,6 +157,20 @@ def test_squared_norm() -> None:
     assert squared_norm([torch.tensor([1e30])], cpu).item() == pytest.approx(1e60)
 
 
+def test_no_timer_of_deepspeeds_waits_for_the_device(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its throughput timer would, from the third step on."""
+    from deepspeed.accelerator import get_accelerator
+
+    calls: list[None] = []
+    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *_: calls.append(None))
+    engine = engine_of(world)
+    train_steps(engine, range(4))
+    assert calls == []
+    engine._engine.tput_timer.config.enabled = True
+    train_steps(engine, range(4, 8))
+    assert calls
+
+
 # ---- partitions ----
 
 
