@@ -4,6 +4,21 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Commands `focusdit-NAME`; each is `python -m MODULE`, too.
+COMMANDS = {
+    "encode": "data_prep.encode",
+    "verify": "data_prep.verify",
+    "shapes": "data_prep.shapes",
+    "train": "pretrain.train",
+    "sample": "pretrain.sample",
+    "export": "pretrain.export",
+    "prune": "pretrain.prune",
+    "import-release": "pretrain.import_release",
+    "models": "pretrain.models.__main__",
+    "analyze": "pretrain.analyze.__main__",
+    "demo": "pretrain.demo",
+}
+
 setup(
     name="focusdit-pretrain",
     version="0.1.0",
@@ -12,8 +27,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["pretrain", "pretrain.*", "data_prep", "data_prep.*"]),
-    package_data={"pretrain": ["configs/*.yaml", "configs/*.txt"], "data_prep": ["assets/**/*"]},
+    packages=[*find_packages(include=["pretrain", "pretrain.*", "data_prep", "data_prep.*"]), "ds_configs"],
+    package_data={
+        "pretrain": ["configs/*.yaml", "configs/*.txt"],
+        "data_prep": ["assets/**/*"],
+        "ds_configs": ["*.json"],
+    },
+    entry_points={"console_scripts": [f"focusdit-{command} = {module}:main" for command, module in COMMANDS.items()]},
     # Exact versions that are known to work together stand in constraints.txt.
     install_requires=[
         "torch>=2.10,<2.13",  # Tensor.grad_dtype; docs/dependencies.md: the private interfaces that are relied on

@@ -14,17 +14,23 @@ Everything follows from a seed. The command line:
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import webdataset
 from PIL import Image, ImageDraw
+
+from data_prep.common.command import command_parser
+from data_prep.common.paths import path
+
+if TYPE_CHECKING:
+    import webdataset
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -205,6 +211,8 @@ def scenes(count: int, seed: int) -> Iterator[Scene]:
 
 def tar_of(path: Path) -> webdataset.TarWriter:
     """Opens a writer of a tar whose bytes depend on the samples alone: time, owner and mode are fixed."""
+    import webdataset  # late: it imports torch
+
     return webdataset.TarWriter(str(path), mtime=0, user="shapes", group="shapes")
 
 
@@ -216,8 +224,8 @@ def write_tars(folder: Path, pictures: int, seed: int = 0, per_tar: int = 250, s
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:05d}.tar" for i in range(-(-pictures // per_tar))]
     todo = enumerate(scenes(pictures, seed))
-    for path in paths:
-        with tar_of(path) as tar:
+    for tar_path in paths:
+        with tar_of(tar_path) as tar:
             for i, scene in (entry for _, entry in zip(range(per_tar), todo, strict=False)):
                 side = 320 if random.Random(f"{seed}/{i}/side").random() < small_share else 512
                 jpeg = io.BytesIO()
@@ -234,17 +242,18 @@ def write_tars(folder: Path, pictures: int, seed: int = 0, per_tar: int = 250, s
     return paths
 
 
-def main() -> None:
-    """Runs the command."""
-    parser = argparse.ArgumentParser(description="Draws captioned shapes into webdataset tars.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the tars")
-    parser.add_argument("--pictures", type=int, default=2000)
-    parser.add_argument("--per-tar", type=int, default=250)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    for path in write_tars(args.output, args.pictures, args.seed, args.per_tar):
-        print(path)
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = command_parser("Draws captioned shapes into webdataset tars.")
+    parser.add_argument("--output", type=path, required=True, help="folder for the tars")
+    parser.add_argument("--pictures", type=int, default=2000, help="number of pictures")
+    parser.add_argument("--per-tar", type=int, default=250, help="number of pictures in a tar")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes")
+    args = parser.parse_args(argv)
+    for tar in write_tars(args.output, args.pictures, args.seed, args.per_tar):
+        print(tar)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

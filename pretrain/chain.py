@@ -8,7 +8,6 @@ is encoded before them and need not exist yet. Prints a line for each problem; e
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from data_prep.common.command import command_parser
 from pretrain.checkpoint.restore import map_parameters
 from pretrain.config import Config, ConfigError, load
 from pretrain.data.loader import check_fits
@@ -35,7 +35,7 @@ class Encoding:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(description="Checks that one stage can follow another.")
+    parser = command_parser("Checks that one stage can follow another.")
     for stage in ("stage1", "stage2"):
         parser.add_argument(stage, help="a config's name, or the path of a YAML file")
         parser.add_argument(f"{stage}_overrides", help="section.key=value, blanks between")

@@ -9,13 +9,22 @@ import warnings
 from collections.abc import Mapping
 from typing import Protocol
 
+from data_prep.common.command import command_parser
+
 
 def silence_libraries() -> None:
     """Keeps the libraries' routine messages out of the log; errors and other warnings stay."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
+    warnings.filterwarnings(
+        "ignore", message="This DataLoader will create"
+    )  # more workers than cores: the user's choice
     for name in ("DeepSpeed", "streaming"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).addFilter(_is_error)  # a level would be set anew when the library is imported
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def log_from_first(rank: int, line: str) -> None:
@@ -33,7 +42,7 @@ class Subcommand(Protocol):
 
 def run_one_of(program: str, description: str, modules: Mapping[str, Subcommand], argv: list[str] | None) -> int:
     """Runs the subcommand that `argv` names; ValueError and OSError become one line. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = command_parser(description)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in modules.items():
         about = " ".join((module.__doc__ or "").split("\n\n")[0].split())

@@ -6,7 +6,6 @@ used again, so a stopped demo continues.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -17,9 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_prep.pictures.grids import labelled_grid
+from data_prep.common.command import command_parser
 from data_prep.shapes import KINDS, Scene, check, scenes
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")
@@ -28,10 +26,9 @@ PROCESSES = 2  # of the training
 PROMPTS, PROMPT_SEED = 64, 1000  # another seed than the training pictures have
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs the commands in turn and prints a report; a failing command ends the program."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.parse_args()
+    command_parser((__doc__ or "").splitlines()[0]).parse_args(argv)
     start = time.monotonic()
     python = sys.executable
     asked = list(scenes(PROMPTS, PROMPT_SEED))
@@ -40,8 +37,8 @@ def main() -> int:
     prompts.write_text("".join(f"{s.caption}\n" for s in asked))
     draw = [python, "-m", "pretrain.sample", "--run", f"runs/{STAGES[-1]}"]
     commands = [
-        [python, "data_prep/shapes.py", "--output", TARS, "--pictures", str(PICTURES)],
-        [python, "data_prep/encode.py", "--input", f"{TARS}/*.tar", "--output", DATA, "--encoders", "tiny"],
+        [python, "-m", "data_prep.shapes", "--output", TARS, "--pictures", str(PICTURES)],
+        [python, "-m", "data_prep.encode", "--input", f"{TARS}/*.tar", "--output", DATA, "--encoders", "tiny"],
         *map(training_command, STAGES),
         [*draw, "--prompts", str(prompts), "--out", str(OUT), "--overwrite"],
     ]
@@ -75,6 +72,8 @@ def run(command: list[str]) -> float:
 
 def report(asked: list[Scene], seconds: float) -> str:
     """Summary: colours and shapes read back from the pictures, the loss curves, time, memory, and paths of the results."""
+    from data_prep.pictures.grids import labelled_grid  # late: it imports torch
+
     drawn = [json.loads(line)["file"] for line in (OUT / "prompts.jsonl").read_text().splitlines()]
     images = [Image.open(OUT / name).convert("RGB") for name in drawn]
     results = [check(image, scene) for image, scene in zip(images, asked, strict=True)]
@@ -105,6 +104,8 @@ def _share(right: list[bool]) -> str:
 
 def curve(run_dir: Path, tag: str) -> dict[int, float]:
     """Values of one of a run's TensorBoard curves, by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # late: it takes a second
+
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     return {e.step: e.value for e in events.Scalars(tag)}

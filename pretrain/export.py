@@ -11,24 +11,27 @@ where they stand and their fingerprints), and a model card. It loads with
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
-from pretrain.checkpoint.export_folder import new_folder
+from data_prep.common.command import command_parser
+from data_prep.common.paths import path
 from pretrain.console import silence_libraries
-from pretrain.sampling.export_writer import DTYPES, add_export_arguments, write_export
-from pretrain.sampling.trained_run import load_run
+from pretrain.sampling.options import add_export_arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(description="Writes a trained run as a diffusers folder.")
-    parser.add_argument("--run", type=Path, required=True, help="run directory")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not be there yet")
+    parser = command_parser("Writes a trained run as a diffusers folder.")
+    parser.add_argument("--run", type=path, required=True, help="run directory")
+    parser.add_argument("--out", type=path, required=True, help="folder to write; must not be there yet")
     add_export_arguments(parser)
     args = parser.parse_args(argv)
     silence_libraries()
+    # Late, as the libraries take seconds.
+    from pretrain.checkpoint.export_folder import new_folder
+    from pretrain.sampling.export_writer import DTYPES, write_export
+    from pretrain.sampling.trained_run import load_run
+
     try:
         with new_folder(args.out) as writing:
             trained = load_run(args.run, args.weights)

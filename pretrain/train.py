@@ -9,16 +9,20 @@ docs/operations.md says what happens at each fault.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from data_prep.common.command import command_parser
+from pretrain.config_files import CONFIGS, DS_CONFIGS, known
 from pretrain.console import silence_libraries
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(description="Trains a stage; every field of a config can be overridden.")
-    parser.add_argument("config", help="a stage's name, or the path of a YAML file")
+    parser = command_parser(
+        f"Trains a stage ({', '.join(known())}), or a config of your own; every field of it can be overridden.",
+        epilog=f"Fields are explained in {CONFIGS.with_name('config.py')}; DeepSpeed's are in {DS_CONFIGS}.",
+    )
+    parser.add_argument("config", help="a stage's name, or the path of a YAML file with `base: STAGE`")
     parser.add_argument("overrides", nargs="*", help="section.key=value, or deepspeed.key=value")
     parser.add_argument("--check", action="store_true", help="check all that the training needs, and do not train")
     parser.add_argument("--processes", type=int, help="with --check on a login node: the planned number of processes")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data_prep.common.words import counted
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config import Config, geometry, load
 from pretrain.console import log_from_first
@@ -143,7 +144,9 @@ def train(t: Trainer) -> str | None:
             recovery.log(f"stopped by {reason} after step {state.step}; started again, it goes on from there")
             return reason
     t.monitor.close()
-    recovery.log(f"{config.name} is complete: {state.step} steps, {state.images} images; {config.run_dir}")
+    recovery.log(
+        f"{config.name} is complete: {counted(state.step, 'step')}, {counted(state.images, 'image')}; {config.run_dir}"
+    )
     return None
 
 

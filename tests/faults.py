@@ -97,8 +97,9 @@ PLACES = (
 def die_in_sampling(count: int, argv: list[str]) -> int:
     """`pretrain.sample`, killed when it is about to write its `count`-th picture."""
     from pretrain import sample
+    from pretrain.sampling import drawing
 
-    whole, seen = sample.write_png, 0
+    whole, seen = drawing.write_png, 0
 
     def dying(*args, **kwargs):
         nonlocal seen
@@ -107,7 +108,7 @@ def die_in_sampling(count: int, argv: list[str]) -> int:
             die()
         return whole(*args, **kwargs)
 
-    sample.write_png = dying
+    drawing.write_png = dying
     return sample.main(argv)
 
 

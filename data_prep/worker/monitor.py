@@ -22,6 +22,7 @@ class EncodingMonitor:
         self._total, self._encoded_before, self._encoded = total_bytes, encoded_bytes, encoded_bytes
         self._start = self._last_point = time.monotonic()
         self._read = self._dropped = self._own_bytes = 0
+        self._shown = encoded_bytes  # by the bar
         self._waited = 0.0
         self._lock = threading.Lock()
         self._progress = Progress(
@@ -35,7 +36,7 @@ class EncodingMonitor:
             self._read += 1
             self._dropped += dropped
             self._own_bytes += size
-            self._progress.update(size)
+            self._move_bar()
             if time.monotonic() - self._last_point > POINT_SECONDS:
                 self._write_point()
 
@@ -45,7 +46,21 @@ class EncodingMonitor:
 
     def set_encoded(self, encoded_bytes: int) -> None:
         """Sets the bytes of the tars that are encoded by now, by all workers."""
-        self._encoded = encoded_bytes
+        with self._lock:
+            self._encoded = encoded_bytes
+            self._move_bar()
+
+    def finish_tar(self, rest: int) -> None:
+        """Counts what a tar that was read has beside the pictures, in bytes: captions, headers, padding."""
+        with self._lock:
+            self._own_bytes += rest
+            self._move_bar()
+
+    def _move_bar(self) -> None:
+        """To what all workers have encoded, or what this one has read beyond."""
+        reached = max(self._encoded, self._encoded_before + self._own_bytes)
+        self._progress.update(max(0, reached - self._shown))
+        self._shown = max(reached, self._shown)
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar where there is one."""

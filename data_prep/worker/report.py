@@ -22,6 +22,7 @@ from typing import Any
 from data_prep import schema
 from data_prep.common.files import temporary_name
 from data_prep.common.storage import Remote
+from data_prep.common.words import counted
 from data_prep.inputs.sources import Job
 from data_prep.worker.parts import PartWriter, part_reports
 
@@ -133,7 +134,10 @@ def card_counts(report: Mapping[str, Any]) -> dict[str, Any]:
 def table(report: Mapping[str, Any], card: schema.Card) -> str:
     """Returns the report as text. Of more than a thousand tars, those with the largest dropped shares are listed."""
     dropped = sum(report["dropped"].values())
-    lines = [f"read {report['read']} = written {report['written']} + dropped {dropped}, from {report['tars']} tars", ""]
+    lines = [
+        f"read {report['read']} = written {report['written']} + dropped {dropped}, from {counted(report['tars'], 'tar')}",
+        "",
+    ]
     if len(report["sources"]) > 1:
         lines += [
             f"  {name:<20} read {s['read']:>11} = written {s['written']:>11} + dropped {sum(s['dropped'].values()):>10}"
@@ -200,7 +204,7 @@ def histograms(report: Mapping[str, Any], root: Path) -> list[Path]:
         axes = figure.subplots()
         bins = [int(k) for k in report[key]]
         axes.bar(bins, list(report[key].values()), width=width, align="edge" if width > 1 else "center")
-        axes.set(xlabel=label, ylabel="samples", title=f"{report['written']} samples")
+        axes.set(xlabel=label, ylabel="samples", title=f"{counted(report['written'], 'sample')}")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         temporary = root / schema.WORK / temporary_name(name)

@@ -24,6 +24,7 @@ from queue import Empty, Queue
 
 from data_prep import schema
 from data_prep.common.storage import Remote
+from data_prep.common.words import counted
 from data_prep.inputs.filters import add_sizes
 from data_prep.inputs.samples import Reject, Sample
 from data_prep.inputs.sources import Job
@@ -179,6 +180,7 @@ class Worker:
 
     def _encode(self, writer: BackgroundThread) -> None:
         window: list[Picture] = []
+        counted_bytes = 0  # of the tar that is being read
         while True:
             start = time.monotonic()
             try:
@@ -190,6 +192,7 @@ class Worker:
                 picture = self._picture(item)
                 self.monitor.count_waiting(time.monotonic() - start)
                 self.monitor.count_sample(picture is None, len(item.sample.image))
+                counted_bytes += len(item.sample.image)
                 if picture is not None:
                     window.append(picture)
             if isinstance(item, _EndOfTar) or len(window) == WINDOW:
@@ -199,6 +202,9 @@ class Worker:
                     )
                 window = []
             if isinstance(item, _EndOfTar):
+                if item.error is None:
+                    self.monitor.finish_tar(item.tally.job.bytes - counted_bytes)
+                counted_bytes = 0
                 writer.put(item)
             if item is None:
                 return
@@ -255,9 +261,9 @@ class Worker:
         part.commit(report, tally.rejects())
         said = f"{job.url}: read {tally.read}, dropped {tally.dropped} ({self.monitor.images_per_second:.1f} images/s)"
         if tally.expected is not None and tally.expected != tally.read:
-            said += f"; img2dataset wrote {tally.expected} samples, {tally.read} were found"
+            said += f"; img2dataset wrote {counted(tally.expected, 'sample')}, {tally.read} were found"
         if not self._estimated:
             self._estimated = True
             size = estimate([report], sum(j.bytes for j in self.jobs))
-            said += f"; about {size_text(size)} for all {len(self.jobs)} tars, judged by this one"
+            said += f"; about {size_text(size)} for all {counted(len(self.jobs), 'tar')}, judged by this one"
         self.monitor.say(said)

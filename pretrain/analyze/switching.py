@@ -16,7 +16,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from data_prep.common.paths import path
 from data_prep.common.progress import Progress
 from pretrain.diffusion import Guidance, start_noise
 from pretrain.diffusion.switching import REFERENCE, change
@@ -43,8 +43,8 @@ SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of steps and pictures, that the default gr
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument("--run", type=Path, required=True, help="run directory of a model with attention: mediators")
-    parser.add_argument("--prompts", type=Path, required=True, help="file of captions, one a line")
+    parser.add_argument("--run", type=path, required=True, help="run directory of a model with attention: mediators")
+    parser.add_argument("--prompts", type=path, required=True, help="file of captions, one a line")
     parser.add_argument(
         "--pictures", type=int, default=16, help="the number of prompts, from the first on, that are drawn"
     )

@@ -17,7 +17,7 @@ from data_prep.encoders import working_dtype
 from pretrain.bench.timing import side_by_side
 from pretrain.models import DiT, DiTConfig, preset
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
-from pretrain.sample import compile_pipeline
+from pretrain.sampling.drawing import compile_pipeline
 from pretrain.schedulers import build_scheduler
 
 # The paper, "Model Size and Inference Cost": 20 steps on an H800.

@@ -6,9 +6,10 @@ python -m pretrain.models --compare --resolution 256 512 1024
 
 from __future__ import annotations
 
-import argparse
+import sys
 from dataclasses import replace
 
+from data_prep.common.command import command_parser
 from data_prep.encoders import DOWNSAMPLE
 from pretrain.models import PRESETS
 from pretrain.models.compare import compare, compare_published
@@ -61,11 +62,9 @@ def notes() -> str:
     )
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        description="Prints parameters and FLOPs of every preset, or of the methods compared."
-    )
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = command_parser("Prints parameters and FLOPs of every preset, or of the methods compared.")
     parser.add_argument(
         "--text-tokens", type=int, default=CAPTION, help=f"caption length for the FLOPs (default {CAPTION})"
     )
@@ -73,7 +72,7 @@ def main() -> None:
         "--compare", action="store_true", help="FocusDiT, FlexDiT and mediators at the 1B model's shape"
     )
     parser.add_argument("--resolution", type=int, nargs="+", default=[256, 512, 1024], help="with --compare: pixels")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     about = f"one forward pass of one image with a caption of {args.text_tokens} tokens; a multiply-add is 2"
     if args.compare:
         print(compare(args.resolution, args.text_tokens))
@@ -84,11 +83,12 @@ def main() -> None:
         )
         print(compare_published())
         print("G: 10⁹ multiply-adds; where the sources contradict themselves: docs/neighbours.md.")
-        return
+        return 0
     print(table(args.text_tokens))
     print(f"\nFLOPs: {about}.")
     print(notes())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import schema
+from data_prep.common.words import counted
 from data_prep.encoders import DOWNSAMPLE
 from pretrain.checkpoint.reader import FOLDER
 from pretrain.config import Config
@@ -78,7 +79,7 @@ def memory_problems(config: Config, deepspeed: dict[str, Any], processes: int, t
     if states <= there:
         return []
     more = "take more processes, or GPUs with more memory"
-    needed = f"weights, gradients and AdamW's state alone take {gib(states)} with {processes} processes"
+    needed = f"weights, gradients and AdamW's state alone take {gib(states)} with {counted(processes, 'process', 'processes')}"
     return [f"GPU memory: {gib(there)} on a GPU, but {needed}; {more}"]
 
 

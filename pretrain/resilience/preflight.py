@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from data_prep import schema
+from data_prep.common.words import counted
 from pretrain.config import Config, ConfigError, geometry, load
 from pretrain.data.epoch_plan import plan_epoch
 from pretrain.data.loader import check_fits
@@ -70,7 +71,7 @@ def check(name: str, overrides: list[str], processes: int | None) -> int:
     finally:
         shutdown()
     if os.environ.get("RANK", "0") == "0":
-        print(f"{name}: {len(report.problems)} problems\n{report}", flush=True)
+        print(f"{name}: {counted(len(report.problems), 'problem')}\n{report}", flush=True)
     return 1 if report.problems else 0
 
 
@@ -98,7 +99,7 @@ def require(config: Config, deepspeed: dict[str, Any], world: World) -> None:
     if world.rank == 0:
         print(Report(problems=report.problems), file=sys.stderr, flush=True)
     barrier(world)  # the first process that ends may have the others killed
-    raise ValueError(f"not started: process 0 lists what is wrong ({len(report.problems)} problems)")
+    raise ValueError(f"not started: process 0 lists what is wrong ({counted(len(report.problems), 'problem')})")
 
 
 def preflight(config: Config, deepspeed: dict[str, Any], world: World, every_shard: bool = True) -> Report:
@@ -150,9 +151,8 @@ def _batch(report: Report, deepspeed: dict[str, Any], processes: int) -> None:
         report.problems.append(f"batch: {error}")
     else:
         micro = deepspeed["train_micro_batch_size_per_gpu"]
-        report.passed.append(
-            f"batch: {deepspeed['train_batch_size']} images = {processes} processes × {steps} micro-batches of {micro}"
-        )
+        parts = f"{counted(processes, 'process', 'processes')} × {counted(steps, 'micro-batch', 'micro-batches')} of {micro}"
+        report.passed.append(f"batch: {deepspeed['train_batch_size']} images = {parts}")
 
 
 def _data(
@@ -169,7 +169,9 @@ def _data(
         report.problems.append(f"data: {error}")
         return None
     count = sum(drawn.draws.values())
-    report.passed.append(f"data: {place.origin}, {count} samples an epoch in {len(drawn.draws)} sets")
+    report.passed.append(
+        f"data: {place.origin}, {counted(count, 'sample')} an epoch in {counted(len(drawn.draws), 'set')}"
+    )
     report.passed += [*drawn.notes, *missing]
     return card
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from dataclasses import asdict
@@ -101,13 +100,3 @@ The whole configuration, as in `training.json`:
 {yaml.safe_dump(trained.config.model_dump(mode="json"), sort_keys=False).rstrip()}
 ```
 """
-
-
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of an export to a command."""
-    parser.add_argument("--weights", choices=("ema", "master"), default="ema")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the transformer's file")
-    parser.add_argument(
-        "--encoders", choices=("copy", "reference"), default="copy",
-        help="copy the text encoder and the VAE into the folder, or only name them",
-    )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from support import SMALL, draw_in_a_new_process
 
 from pretrain import export, prune, sample
 from pretrain.checkpoint.reader import newest
+from pretrain.models import PRESETS
 from pretrain.models.cost import count_parameters
 from pretrain.pipeline import FocusDiTPipeline
+from pretrain.sampling import drawing, pruning
 
 PROMPTS = ["a large red circle on the left on a white background", "a small blue square on a black background"]
 
@@ -105,9 +108,9 @@ def test_pruning_by_its_command(run, prompts, tmp_path, capsys):
     assert f"{100 * report['share_left']:.1f}%" in (out / "README.md").read_text()
 
     # what is left computes what the whole model computes with those FFNs' updates at zero
-    whole = sample.load_pipeline(sample.parse(["--run", str(run), "--prompt", "x", "--out", "x"]), torch.device("cpu"))[
-        0
-    ]
+    whole = drawing.load_pipeline(
+        sample.parse(["--run", str(run), "--prompt", "x", "--out", "x"]), torch.device("cpu")
+    )[0]
     for block in report["removed_ffns"]:
         whole.transformer.dit.blocks[block].scale_shift_table.data[5] = 0
         whole.transformer.dit.time_modulation.weight.data[5 * 256 :] = 0
@@ -129,13 +132,20 @@ def test_pruning_by_its_command(run, prompts, tmp_path, capsys):
         ("prune", "no run"),
         ("prune", "out is there"),
         ("prune", "too many"),
+        ("prune", "no steps"),
+        ("prune", "no prompts"),
     ],
 )
-def test_bad_input_is_one_line(run, prompts, tmp_path, capsys, command, problem):
+def test_bad_input_is_one_line_before_anything_is_drawn(run, prompts, tmp_path, capsys, monkeypatch, command, problem):
+    monkeypatch.setattr(FocusDiTPipeline, "__call__", lambda *_, **__: pytest.fail("pictures were drawn"))
     out = tmp_path / "out"
     words = ["--run", str(run), "--out", str(out)]
     if command == "prune":
         words += ["--prompts", str(prompts), "--remove", "3" if problem == "too many" else "1", "--steps", "1"]
+    if problem == "no steps":
+        words[-1] = "0"
+    if problem == "no prompts":
+        words[words.index(str(prompts))] = str(tmp_path / "nowhere.txt")
     if problem == "no run":
         words[1] = str(tmp_path / "nowhere")
     elif problem == "out is there":
@@ -147,7 +157,9 @@ def test_bad_input_is_one_line(run, prompts, tmp_path, capsys, command, problem)
     expected = {
         "no run": "no run at",
         "out is there": "is there already",
-        "too many": "--remove 3: the model has 2 FFNs",
+        "too many": "--remove 3: the model has 2 FFNs; give a number from 1 to 2",
+        "no steps": "--steps 0: must be at least 1",
+        "no prompts": "no prompts file",
     }
     assert expected[problem] in complaint
     assert not list(tmp_path.glob(".writing*"))
@@ -161,4 +173,13 @@ def test_bad_input_is_one_line(run, prompts, tmp_path, capsys, command, problem)
 ])  # fmt: skip
 def test_the_least_are_of_the_lowest_mean(means, removed, count, expected):
     steps = torch.tensor(means) + torch.tensor([[0.05], [-0.05]])
-    assert prune.lowest_blocks(steps, removed, count) == expected
+    assert pruning.lowest_blocks(steps, removed, count) == expected
+
+
+def test_a_model_without_masks_is_not_pruned():
+    with pytest.raises(ValueError, match="no query masks"):
+        pruning.check_removable(PRESETS["dit_tiny"], 1)
+    pruned = replace(PRESETS["focusdit_tiny"], removed_ffns=(0,))
+    pruning.check_removable(pruned, 1)
+    with pytest.raises(ValueError, match=r"--remove 2: the model has 1 FFNs; give a number from 1 to 1"):
+        pruning.check_removable(pruned, 2)

@@ -519,7 +519,7 @@ def test_a_tar_that_always_breaks_off_is_named_and_the_others_are_made(
     server.breaks["/00001.tar"] = 1 << 30
     assert main(["--input", tars, "--output", str(root), *OPTIONS]) == 1
     error = capsys.readouterr().err
-    assert "encode: 1 tars could not be read; run this again:\n" in error and "Traceback" not in error
+    assert "encode: 1 tar could not be read; run this again:\n" in error and "Traceback" not in error
     place = re.search(
         rf"^  .*{server.url}/00001.tar cannot be read at byte (\d+): ClientPayloadError", error, re.MULTILINE
     )

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from support import same_pictures
 
-from pretrain import prune, sample
+from pretrain import sample
 from pretrain.analyze.__main__ import main as analyze
 from pretrain.diffusion import FfnWork
 from pretrain.models import DiT, preset
@@ -24,6 +24,7 @@ from pretrain.models.budget_choices import default_budget
 from pretrain.models.cost import block_tokens, saved_flops
 from pretrain.models.mixers.mediators import MediatorsSection
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput, FocusDiTTransformer2DModel
+from pretrain.sampling import pruning
 from pretrain.schedulers import build_scheduler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -239,11 +240,11 @@ def test_a_search_that_cannot_be_is_one_line(search, tiny_pipeline, capsys, kind
 def test_pruning_a_block_of_the_sparse_grid(tiny_pipeline):
     """The means are over the tokens of the picture; the block's query mask stays, and it has nothing left to skip."""
     pipe = make(tiny_pipeline, "both")
-    means_SK = prune.measure_masks(pipe, PROMPTS, 4, 2, seed=0).means_SK
+    means_SK = pruning.measure_masks(pipe, PROMPTS, 4, 2, seed=0).means_SK
     masks = pipe(PROMPTS, num_inference_steps=4, generator=[torch.Generator().manual_seed(i) for i in range(3)],
                  output_type="latent", output_query_masks=True).query_masks  # fmt: skip
     torch.testing.assert_close(means_SK, masks.mean((0, 3)), rtol=1e-3, atol=1e-4)
-    smaller = prune.without_ffns(pipe.transformer.dit, [2, 3])  # the first module's two first
+    smaller = pruning.without_ffns(pipe.transformer.dit, [2, 3])  # the first module's two first
     pipe.register_modules(transformer=FocusDiTTransformer2DModel.of(smaller))
     drawn = draw(pipe, skip_threshold=1.0, output_query_masks=True)
     assert drawn.images.isfinite().all()

@@ -15,7 +15,7 @@ from release_double import write_release
 from torch import nn
 
 from data_prep.encoders import TextEncoder, Vae, lay_out, read_text_model
-from pretrain.import_release import load_release
+from pretrain.checkpoint.release_folder import load_release
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
 
 

@@ -86,7 +86,7 @@ def test_states_that_no_gpu_of_this_size_holds() -> None:
     assert capacity.state_bytes(config, deepspeed, 8) == 8 * 1027902120
     assert capacity.memory_problems(config, deepspeed, 8, 16 << 30) == []
     (problem,) = capacity.memory_problems(config, deepspeed, 1, 16 << 30)
-    assert problem.startswith("GPU memory: 16.0 GiB on a GPU, but ") and "take 21.1 GiB with 1 processes" in problem
+    assert problem.startswith("GPU memory: 16.0 GiB on a GPU, but ") and "take 21.1 GiB with 1 process" in problem
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_recomputing() -> None:

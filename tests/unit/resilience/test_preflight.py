@@ -89,7 +89,7 @@ def test_a_check_without_nodes(capsys, monkeypatch, data_set: Path, tmp_path: Pa
     code, out = check(capsys, monkeypatch, *words, "--processes", "2")
     assert code == 0
     assert "demo_256: 0 problems\n" in out
-    assert "  ok       batch: 4 images = 2 processes × 1 micro-batches of 2\n" in out
+    assert "  ok       batch: 4 images = 2 processes × 1 micro-batch of 2\n" in out
     assert f"  ok       data: {data_set}, 20 samples an epoch in " in out
     assert "  not checked here: GPUs, " in out and "--processes" not in out
     assert not (tmp_path / "run").exists()

@@ -58,3 +58,21 @@ def test_nothing_read_is_no_point(tmp_path: Path) -> None:
     EncodingMonitor(10, 0, tmp_path).close()
     (file,) = tmp_path.iterdir()
     assert b"encode/" not in file.read_bytes()
+
+
+def test_the_bar_ends_at_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tars hold more than pictures, and other workers encode some of them."""
+    shown: list[int] = []
+    monkeypatch.setattr(progress.Progress, "update", lambda self, count=1: shown.append(count))
+    bar = EncodingMonitor(1000, 100, tmp_path)
+    bar.count_sample(False, 270)
+    bar.count_sample(True, 0)
+    bar.finish_tar(30)
+    assert shown == [270, 0, 30]
+    bar.set_encoded(300)  # the own tar is not among them yet
+    assert sum(shown) == 300
+    bar.set_encoded(700)
+    bar.count_sample(False, 250)  # 650 in all: others' 300 hide it
+    assert sum(shown) == 600
+    bar.set_encoded(1000)
+    assert 100 + sum(shown) == 1000

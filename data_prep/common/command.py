@@ -1,0 +1,32 @@
+"""Command lines: a parser whose help has the program's name as it was started, and every default."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def program() -> str:
+    """This command as it was started: `python -m MODULE`, `python FILE.py`, or a console command's name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    return f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to an option's help, where the help does not say it and there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        shown = action.default is not None and not isinstance(action.default, bool | list) and action.option_strings
+        if shown and action.default is not argparse.SUPPRESS and "default" not in text:
+            return f"{text} (default: %(default)s)".lstrip()
+        return text
+
+
+def command_parser(description: str, **more: Any) -> argparse.ArgumentParser:
+    """A parser for a command's `main`."""
+    return argparse.ArgumentParser(prog=program(), description=description, formatter_class=_Help, **more)

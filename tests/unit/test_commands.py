@@ -1,0 +1,130 @@
+"""Every command's help: quick, with the name by which it was started, and every default; wrong paths are told in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+from data_prep import encode, schema
+from data_prep.common.paths import expand
+from pretrain.config import PreviewSection
+from pretrain.config_files import known
+from pretrain.schedulers import SAMPLERS
+
+MODULES = re.findall(r'^    "[\w-]+": "([\w.]+)",$', (ROOT / "setup.py").read_text(), re.MULTILINE)
+# `pretrain.models` imports torch with its package, and an analysis brings its own options.
+LATE = [name for name in MODULES if name not in ("pretrain.models.__main__", "pretrain.analyze.__main__")]
+HEAVY = ("torch", "deepspeed", "streaming", "diffusers", "transformers", "tensorboard", "matplotlib", "webdataset")
+SCRIPT = """
+import contextlib, importlib, io, json, sys
+found = {}
+for name in sys.argv[2:]:
+    said, sys.argv[0] = io.StringIO(), "focusdit-" + name.split(".")[1]
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        sys.modules["__main__"].__spec__ = None
+        importlib.import_module(name).main(["--help"])
+    found[name] = [said.getvalue(), [m for m in json.loads(sys.argv[1]) if m in sys.modules]]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, tuple[str, list[str]]]:
+    """Help of each command, and the heavy libraries that were imported when it was shown; all in one process."""
+    command = [sys.executable, "-c", SCRIPT, json.dumps(HEAVY), *LATE]
+    return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
+def test_there_are_commands() -> None:
+    assert {"data_prep.encode", "data_prep.verify", "pretrain.train", "pretrain.sample", "pretrain.demo"} <= set(
+        MODULES
+    )
+
+
+@pytest.mark.parametrize("module", LATE)
+def test_help_waits_for_no_library(module: str, helps) -> None:
+    said, imported = helps[module]
+    assert said.startswith(f"usage: focusdit-{module.split('.')[1]} ")
+    assert imported == []
+
+
+def test_help_names_stages_and_where_fields_are_explained(helps) -> None:
+    said = " ".join(helps["pretrain.train"][0].split())
+    assert all(name in said for name in known())
+    assert Path(re.search(r"Fields are explained in (\S+);", said)[1]).samefile(ROOT / "pretrain/config.py")
+    assert Path(re.search(r"DeepSpeed's are in (\S+)\.", said)[1]).samefile(ROOT / "ds_configs")
+
+
+def test_help_has_every_default(helps) -> None:
+    said = " ".join(helps["data_prep.shapes"][0].split())
+    assert "number of pictures (default: 2000)" in said
+    assert "seed of the scenes (default: 0)" in said
+    said = " ".join(helps["pretrain.sample"][0].split())
+    assert "pictures drawn together (default: 8)" in said
+    preview = PreviewSection()
+    for name in ("steps", "guidance", "shift"):
+        assert f"(default: the run's preview.{name}, {getattr(preview, name):g} unless set)" in said
+
+
+def test_options_that_wait_for_no_library_are_the_librarys() -> None:
+    args = encode.parse(["--input", "x", "--output", "y", "--encoders", "tiny"])
+    assert args.shard_mb == schema.SHARD_BYTES >> 20
+    for dtype in schema.TEXT_DTYPES:
+        assert encode.parse(["--input=x", "--output=y", "--encoders=tiny", f"--text-dtype={dtype}"]).text_dtype == dtype
+    from pretrain.sample import parse
+
+    for sampler in SAMPLERS:
+        assert parse(["--run=x", "--prompt=y", "--out=z", f"--sampler={sampler}"]).sampler == sampler
+
+
+@pytest.mark.parametrize(("words", "name"), [
+    (["-m", "data_prep.shapes"], "python -m data_prep.shapes"),
+    (["data_prep/shapes.py"], "python data_prep/shapes.py"),
+])  # fmt: skip
+def test_help_has_the_name_by_which_it_was_started(words: list[str], name: str) -> None:
+    command = [sys.executable, *words, "--help"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"usage: {name} [-h]")
+
+
+# ---- paths ----
+
+
+def test_paths_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    assert expand("~/x/$SCRATCH/${SCRATCH}") == "/home/me/x//scratch//scratch"
+    assert expand("s3://$SCRATCH/a~b") == "s3:///scratch/a~b"
+    assert expand("plain ${data.path} ${small} 5$") == "plain ${data.path} ${small} 5$"
+    for wrong, said in (("$NOWHERE/x", r"\$NOWHERE is not set"), ("~nobody_of_this_name/x", "no home folder is known")):
+        with pytest.raises(ValueError, match=said):
+            expand(wrong)
+
+
+@pytest.mark.parametrize("words", [
+    ["--input=~/tars/*.tar", "--output=$SCRATCH/set", "--encoders=tiny"],
+    ["--sources=${SCRATCH}/s.yaml", "--output=s3://b/$SCRATCH", "--work=~/w", "--encoders=~/t5+$SCRATCH/vae"],
+])  # fmt: skip
+def test_a_commands_paths_are_expanded(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    args = vars(encode.parse(words))
+    assert not [value for value in map(str, args.values()) if "~" in value or "$" in value]
+
+
+def test_a_variable_that_is_not_set_is_wrong_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pretrain.sample import parse
+
+    monkeypatch.delenv("NOWHERE", raising=False)
+    with pytest.raises(SystemExit):
+        parse(["--run=$NOWHERE/run", "--prompt=x", "--out=out"])
+    assert "argument --run: $NOWHERE/run: $NOWHERE is not set; set it, or write the path out" in capsys.readouterr().err
