@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> str:
         print(f"skipping left out {100 * saved:.1f}% of the FFNs' FLOPs")
     left = [job for job in jobs if not is_drawn(job, args.out, args.save_masks)]
     if left:
-        return f"{counted(len(todo), 'picture')} in {args.out}; {len(left)} of {len(jobs)} are still to be drawn by other processes"
+        drawn = f"{counted(len(todo), 'picture')} in {args.out}"
+        return f"{drawn}; {len(left)} of {len(jobs)} are still to be drawn by other processes"
     return write_summary(jobs, origin, args)
 
 
