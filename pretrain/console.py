@@ -16,9 +16,8 @@ def silence_libraries() -> None:
     """Keeps the libraries' routine messages out of the log; errors and other warnings stay."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
-    warnings.filterwarnings(
-        "ignore", message="This DataLoader will create"
-    )  # more workers than cores: the user's choice
+    # More loader processes than cores are the user's choice.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     for name in ("DeepSpeed", "streaming"):
         logging.getLogger(name).addFilter(_is_error)  # a level would be set anew when the library is imported
 

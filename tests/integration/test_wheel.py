@@ -17,12 +17,11 @@ UV = Path(sys.executable).with_name("uv")
 # One process for several commands, since each would import for seconds.
 FIRST_COMMANDS = """
 import sys
-import data_prep.encode, pretrain.train, pretrain.export
+import data_prep.encode, pretrain.train
 assert data_prep.encode.__file__.startswith(sys.prefix) and pretrain.train.__file__.startswith(sys.prefix)
 assert data_prep.encode.main(["--input", "tars/*.tar", "--output", "data", "--encoders", "tiny", "--resolutions", "256"]) == 0
 words = ["demo_256", "data.path=data", "steps=2", *sys.argv[1:]]
 assert pretrain.train.main(words) == 0
-assert pretrain.export.main(["--run", "runs/demo_256", "--out", "export"]) == 0
 """
 
 
@@ -57,8 +56,7 @@ def test_the_first_commands_from_the_wheel(environment: Path, tmp_path: Path) ->
     assert run(environment / "bin/focusdit-shapes", "--output", "tars", "--pictures", "8") == "tars/00000.tar\n"
     run(environment / "bin/python", "-c", FIRST_COMMANDS, *SMALL)
     assert json.loads((tmp_path / "runs/demo_256/ds_config.json").read_text())["train_batch_size"] == 4
-    assert (tmp_path / "export/README.md").exists()
-    said = run(environment / "bin/focusdit-train", "demo_256", "--check", "data.path=data", "--processes", "2")
+    said = run(environment / "bin/focusdit-train", "demo_256", "--check", "data.path=data", *SMALL)
     assert said.startswith("demo_256: 0 problems\n")
     commands = {"analyze", "demo", "encode", "export", "import-release", "models", "prune", "sample", "shapes", "train"}
     there = {p.name.removeprefix("focusdit-") for p in (environment / "bin").glob("focusdit-*")}

@@ -191,7 +191,7 @@ def test_the_commands_run_by_their_paths(command: str) -> None:
         [sys.executable, f"data_prep/{command}.py", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: {command}.py ")
+    assert done.stdout.startswith(f"usage: python data_prep/{command}.py ")
 
 
 def test_a_stats_file_that_says_nothing_stops_no_tar(shape_tars: Path, tmp_path: Path, capsys) -> None:
