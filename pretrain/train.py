@@ -9,6 +9,7 @@ docs/operations.md says what happens at each fault.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from data_prep.common.command import command_parser
@@ -28,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, help="with --check on a login node: the planned number of processes")
     args = parser.parse_intermixed_args(argv)
     silence_libraries()
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Each step's captions ask for memory of other sizes, and blocks of fixed sizes would be left over. torch reads it once.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     # Imported late, as the libraries take seconds: help and wrong usage are answered at once.
     if args.check:
         from pretrain.resilience.preflight import check

@@ -30,7 +30,7 @@ launch() {
     export LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%[(,]*} # from 8(x4), or 2,1
     ((SLURM_NTASKS == LOCAL_WORLD_SIZE * SLURM_NNODES)) ||
         refuse "$SLURM_NTASKS tasks do not fit $SLURM_NNODES nodes evenly: give --nodes and --ntasks-per-node only"
-    local gpus=${SLURM_GPUS_PER_NODE:-0} cpus first code=0
+    local gpus=${SLURM_GPUS_PER_NODE:-0} cpus first code=0 bind=()
     gpus=${gpus##*:} # from a100:8
     ((gpus == 0 || gpus == LOCAL_WORLD_SIZE)) ||
         refuse "$LOCAL_WORLD_SIZE tasks but $gpus GPUs a node: give --ntasks-per-node and --gpus-per-node one number"
@@ -39,6 +39,9 @@ launch() {
     # CPUs are shared out, where srun would bind each task to a single one.
     cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / LOCAL_WORLD_SIZE))}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+    # A task's number says nothing of where its GPU is: the program binds itself to its GPU's NUMA node, among the job's CPUs
+    # (pretrain/distributed/numa.py).
+    ((gpus == 0)) || bind=(--cpu-bind=none)
 
     # The address Slurm itself uses for the node: its name need not resolve.
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
@@ -62,7 +65,7 @@ launch() {
     # --export: the tasks need the variables above, whatever list sbatch's own --export had.
     # In the background: a trap waits for what runs in the foreground.
     # shellcheck disable=SC2016  # expanded by each task
-    srun --kill-on-bad-exit=1 --export=ALL --label --cpus-per-task="$cpus" bash -c '
+    srun --kill-on-bad-exit=1 --export=ALL --label --cpus-per-task="$cpus" "${bind[@]}" bash -c '
         export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
         trap : USR1 TERM # Slurm sends them to this shell, too: it stays to tell how the program ended
         "$@"

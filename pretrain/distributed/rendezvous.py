@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.distributed import deepspeed_private, torch_private
+from pretrain.distributed.numa import bind_to_gpu
 from pretrain.distributed.world import World
 
 LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -36,6 +37,8 @@ def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> World:
     device = choose_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if (problem := bind_to_gpu(device)) is not None:
+            print(f"WARNING: process {os.environ['RANK']}: {problem}", flush=True)
     else:
         deepspeed_private.disable_shared_memory_collectives()
     try:

@@ -64,6 +64,7 @@ def test_two_tasks_on_one_node_share_its_gpus(cluster, recorder):
     ]
     # Each task sees all of the node's GPUs and takes the one of its LOCAL_RANK.
     assert [(t["CUDA_VISIBLE_DEVICES"], t["OMP_NUM_THREADS"]) for t in tasks] == [("0,1", "1")] * 2
+    assert [t["SLURM_CPU_BIND_TYPE"] for t in tasks] == ["none"] * 2  # they bind themselves, by their GPUs
 
 
 def test_a_stage_runs_by_its_own_config_where_slurm_knows_no_gpus(cpu_cluster, recorder):

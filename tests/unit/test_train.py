@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from pretrain import training
 from pretrain.train import main
 
 
@@ -17,3 +20,20 @@ def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["demo_256", "--nonsense"])
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("users", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_gpu_memory_is_taken_in_segments_that_grow_unless_the_user_says_otherwise(
+    users: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")  # undone afterwards, whoever sets it
+        monkeypatch.delenv(name)
+    if users:
+        monkeypatch.setenv(users, "backend:native")
+    seen: dict[str, str] = {}
+    monkeypatch.setattr(training, "run", lambda *_: seen.update(os.environ) or 0)
+    assert main(["demo_256"]) == 0
+    expected = {users: "backend:native"} if users else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert {name: seen[name] for name in names if name in seen} == expected
