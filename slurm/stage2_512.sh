@@ -11,7 +11,7 @@
 # It stops with a checkpoint 300 s before the time limit, on scancel --signal=USR1 JOB, and when Slurm preempts it. Then,
 # and after a task that hung or was killed, the job goes back into the queue by itself and on from the newest checkpoint.
 #
-#   CONFIG        a name in pretrain/configs            stage2_512
+#   CONFIG        a stage's name, or a YAML file's path  stage2_512
 #   RUN_DIR       checkpoints and TensorBoard logs      the config's run_dir
 #   OVERRIDES     section.key=value, blanks between     none
 #   MAX_REQUEUES  how often it does so, at most         100
