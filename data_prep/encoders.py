@@ -4,8 +4,7 @@
 
 Letters: B items, L tokens, E text width, C latent channels; H, W pixels, h, w latent pixels.
 
-`--encoders` is `tiny` (both ship with the package) or `TEXT+VAE`, each a name of the tables below, a hub name, or a local
-folder in transformers' or diffusers' layout.
+Their names and where the weights are: `data_prep/weights.py`.
 """
 
 from __future__ import annotations
@@ -19,67 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-ASSETS = Path(__file__).parent / "assets"
-# A hub name may end in ":subfolder".
-TEXT_ENCODERS = {
-    "tiny": str(ASSETS / "tiny_t5"),
-    "flan-t5-xxl": "google/flan-t5-xxl",
-    "flan-t5-xl": "google/flan-t5-xl",
-    "flan-t5-large": "google/flan-t5-large",
-    "t5-v1.1-xxl": "google/t5-v1_1-xxl",
-}
-VAES = {
-    "tiny": str(ASSETS / "tiny_vae"),
-    "mochi": "genmo/mochi-1-preview:vae",
-    "sd-ft-mse": "stabilityai/sd-vae-ft-mse",
-    "sdxl": "stabilityai/sdxl-vae",
-}
+from data_prep.weights import CONVERT_TEXT, CONVERT_VAE, TEXT_ENCODERS, VAES, local_folder, require_safetensors
+
 DOWNSAMPLE = 8  # pixels per latent pixel of every supported VAE, along each side
 ALIGNMENT = 64  # bytes; torch's allocator gives it, and MKL computes equal bits for equal alignment only
 CHARACTERS_PER_TOKEN = 100  # longer captions are cut before they are tokenized
 TOKEN_BUDGET = 16384  # tokens that are encoded together, with padding
-
-
-def parse_encoders(spec: str) -> tuple[str, str]:
-    """Splits `tiny` or `TEXT+VAE` into the two names. Raises ValueError for anything else."""
-    if spec == "tiny":
-        return "tiny", "tiny"
-    text, plus, vae = spec.partition("+")
-    if not plus or not text or not vae or "+" in vae:
-        raise ValueError(
-            f"--encoders {spec}: expected `tiny` or TEXT+VAE, for example flan-t5-xxl+mochi; known text encoders: "
-            f"{', '.join(TEXT_ENCODERS)}; known VAEs: {', '.join(VAES)}; hub names and local folders serve too"
-        )
-    return text, vae
-
-
-def local_folder(name: str, known: dict[str, str]) -> Path:
-    """Returns the folder of weights, downloaded from the hub where it is not local; `known` are short names.
-
-    Raises FileNotFoundError where there are none, or the hub cannot be reached.
-    """
-    source = known.get(name, name)
-    if Path(source).is_dir():
-        return Path(source)
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        names = f"a known name ({', '.join(known)})" if known else "a hub name"
-        raise FileNotFoundError(f"no weights at {source}: neither {names} nor a local folder")
-    repository, _, subfolder = source.partition(":")
-    inside = f"{subfolder}/" if subfolder else ""
-    try:
-        root = snapshot_download(
-            repository, allow_patterns=[f"{inside}*.json", f"{inside}*.safetensors", f"{inside}*.model"]
-        )
-    except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise FileNotFoundError(
-            f"{repository} could not be fetched from the hub ({reason}); give a local folder instead, or log in and "
-            "check the network"
-        ) from error
-    return Path(root) / subfolder
 
 
 def fingerprint(module: nn.Module, about: dict) -> str:
@@ -185,21 +131,22 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def read_text_model(folder: Path, dtype: torch.dtype) -> Any:
-    """Loads a folder's T5 encoder. Raises ValueError with one line where it is damaged or incomplete."""
+def read_text_model(folder: Path, dtype: torch.dtype, variant: str | None = None) -> Any:
+    """Loads a folder's T5 encoder, of its files of a `variant`. Raises ValueError with one line where it cannot be."""
     from transformers import T5EncoderModel
 
+    require_safetensors(folder, CONVERT_TEXT)
     try:
         model, info = T5EncoderModel.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, variant=variant
         )
     except Exception as error:  # transformers raises many kinds for damaged files
         raise ValueError(f"{folder} holds no T5 encoder that can be loaded: {error}".splitlines()[0]) from error
     return lay_out(_require_complete(model, folder, info))
 
 
-def read_vae(folder: Path, dtype: torch.dtype) -> Any:
-    """Loads a folder's VAE. Raises ValueError with one line where it is of another class, damaged or incomplete."""
+def read_vae(folder: Path, dtype: torch.dtype, variant: str | None = None) -> Any:
+    """Loads a folder's VAE, of its files of a `variant`. Raises ValueError with one line where it cannot be."""
     from diffusers import AutoencoderKL, AutoencoderKLMochi
 
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLMochi": AutoencoderKLMochi}
@@ -212,10 +159,10 @@ def read_vae(folder: Path, dtype: torch.dtype) -> Any:
             raise ValueError(f"_class_name {kind!r} is not supported; expected {' or '.join(classes)}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{config_file}: {error}") from error
+    require_safetensors(folder, CONVERT_VAE)
+    options = {"torch_dtype": dtype, "use_safetensors": True, "low_cpu_mem_usage": False, "variant": variant}
     try:
-        model, info = classes[kind].from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
+        model, info = classes[kind].from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:  # diffusers raises many kinds for damaged files
         raise ValueError(f"{folder} holds no {kind} that can be loaded: {error}".splitlines()[0]) from error
     return lay_out(_require_complete(model, folder, info))
@@ -231,10 +178,11 @@ def _require_complete(model: Any, folder: Path, info: dict[str, Any]) -> Any:
 class TextEncoder:
     """Frozen T5 encoder, loaded from `folder`. `width` is E; `fingerprint` covers weights and tokenizer."""
 
-    def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
+    def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **hub: Any):
+        """`hub`: words for the download, as `local_folder` takes them."""
         from transformers import AutoTokenizer
 
-        folder = local_folder(name, TEXT_ENCODERS)
+        folder = local_folder(name, TEXT_ENCODERS, **hub)
         self.name, self.folder = name, folder
         self.device = torch.device(device)
         self.model = (
@@ -313,8 +261,9 @@ class Vae:
     channel where its config has `latents_mean` and `latents_std`, else `(z − shift)·scale`.
     """
 
-    def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
-        folder = local_folder(name, VAES)
+    def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **hub: Any):
+        """`hub`: words for the download, as `local_folder` takes them."""
+        folder = local_folder(name, VAES, **hub)
         self.name, self.folder = name, folder
         self.device = torch.device(device)
         self.model = read_vae(folder, dtype or working_dtype(device)).to(self.device).eval().requires_grad_(False)

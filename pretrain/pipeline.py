@@ -1,4 +1,4 @@
-"""diffusers' way to a trained FocusDiT: the backbone as a `ModelMixin`, and the pipeline from prompts to pictures.
+"""diffusers' way to a trained FocusDiT: the pipeline from prompts to pictures.
 
     from pretrain.pipeline import FocusDiTPipeline
 
@@ -11,157 +11,37 @@ N tokens. Weights are read from safetensors files only; nothing is unpickled.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from data_prep.encoders import (
-    DOWNSAMPLE,
-    TextEncoder,
-    Vae,
-    decode_latents,
-    encode_captions,
-    lay_out,
-    local_folder,
-    read_text_model,
-    read_vae,
-    require_fingerprint,
-)
-from pretrain.checkpoint.export_folder import check_export, check_transformer, only_safetensors, read_backbone
+from data_prep.encoders import DOWNSAMPLE, decode_latents, encode_captions, lay_out
+from pretrain import hub
+from pretrain.checkpoint.export_folder import CUSTOM_PIPELINE, check_export
 from pretrain.diffusion import FfnWork, Guidance, choose_rule, generate
-from pretrain.models import (
-    ComputeBudget,
-    Conditioning,
-    DiT,
-    PackedText,
-    Prediction,
-    Skip,
-    TextCache,
-    TimeCache,
-)
-from pretrain.models.block import Block
+from pretrain.models import ComputeBudget, Conditioning, PackedText, Prediction, Skip
 from pretrain.models.mixers.mediators import Mediators
 from pretrain.schedulers import set_timesteps
+from pretrain.transformer import FocusDiTTransformer2DModel, unpadded
 
 logger = logging.get_logger(__name__)
-
-
-# ---- the transformer ----
-
-
-@dataclass
-class FocusDiTTransformer2DModelOutput(BaseOutput):
-    """The prediction [B, C, H, W], and each block's query mask [K, B, N] (None without query masks)."""
-
-    sample: Tensor
-    query_masks: Tensor | None = None
-
-
-class FocusDiTTransformer2DModel(ModelMixin, ConfigMixin):
-    """The backbone in diffusers' form.
-
-    Args:
-        backbone: the fields of `pretrain.models.DiTConfig`.
-    """
-
-    _repeated_blocks: ClassVar[list[str]] = [Block.__name__]
-    _no_split_modules: ClassVar[list[str]] = _repeated_blocks
-
-    @register_to_config
-    def __init__(self, backbone: dict[str, Any]):
-        super().__init__()
-        self.dit = DiT(read_backbone(backbone))
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        timestep: Tensor | float | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        skip: Skip | None = None,
-        return_dict: bool = True,
-        budget: ComputeBudget | None = None,
-        conditioning: Conditioning | None = None,
-    ) -> FocusDiTTransformer2DModelOutput | tuple[Tensor, tuple, tuple[int, int]]:
-        """Predicts for latents [B, C, H, W] at timesteps [B] (or one for all) in 0..1000.
-
-        Args:
-            encoder_hidden_states: text embeddings [B, L, E].
-            encoder_attention_mask: [B, L], not 0 where there is a token; None where all are.
-            skip: leaves FFNs out where the query mask weighs them little.
-            return_dict: False for the fields of `Prediction` as a tuple.
-            budget: the compute budget; by default that of the noise level.
-            conditioning: in place of text and timestep, from `encode_text` and `embed_times`.
-        """
-        if conditioning is None:
-            if encoder_hidden_states is None or timestep is None:
-                raise ValueError("give encoder_hidden_states and timestep, or conditioning")
-            timestep_B = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
-            conditioning = self.dit.condition(timestep_B, unpadded(encoder_hidden_states, encoder_attention_mask))
-        prediction = self.dit(hidden_states, conditioning, skip, budget=budget)
-        if not return_dict:
-            return prediction.sample_BCHW, prediction.masks, prediction.grid
-        return FocusDiTTransformer2DModelOutput(prediction.sample_BCHW, prediction.masks_KBN)
-
-    @apply_forward_hook
-    def encode_text(self, text: PackedText) -> TextCache:
-        """Captions to all blocks' keys and values: once per prompt, for all sampling steps."""
-        return self.dit.encode_text(text)
-
-    @apply_forward_hook
-    def embed_times(self, timestep_S: Tensor) -> tuple[TimeCache, ...]:
-        """Timesteps to all that the backbone makes of them: once for all pictures."""
-        return self.dit.embed_times(timestep_S)
-
-    @classmethod
-    def of(cls, dit: DiT) -> FocusDiTTransformer2DModel:
-        """The shell around a backbone that is there already."""
-        with torch.device("meta"):
-            shell = cls(backbone=asdict(dit.config))
-        shell.dit = dit
-        return shell
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> FocusDiTTransformer2DModel:
-        """diffusers' loading, from safetensors alone.
-
-        Raises:
-            ValueError: the folder's config or weights are not those of a FocusDiT; one line says what is wrong.
-        """
-        only_safetensors(kwargs)
-        folder = local_folder(str(pretrained_model_name_or_path), {}) / (kwargs.pop("subfolder", None) or "")
-        check_transformer(folder)
-        loaded = super().from_pretrained(folder, **kwargs)
-        lay_out(loaded[0] if kwargs.get("output_loading_info") else loaded)
-        return loaded
-
-
-def unpadded(embeds_BLE: Tensor, keep_BL: Tensor | None) -> PackedText:
-    """Padded text embeddings to packed ones; asks the device for the mask."""
-    if keep_BL is None:
-        return PackedText.pack(list(embeds_BLE))
-    return PackedText.pack([row[keep.bool()] for row, keep in zip(embeds_BLE, keep_BL, strict=True)])
 
 
 def mediators_of(budgets_SB: Sequence[Sequence[ComputeBudget]]) -> Tensor | None:
     """The number of mediators of each picture at each step [B, S]; None for a model without mediators."""
     numbers_SB = [[budget.get(Mediators.name) for budget in budgets] for budgets in budgets_SB]
     return None if not numbers_SB or None in numbers_SB[0] else torch.tensor(numbers_SB).T
-
-
-# ---- the pipeline ----
 
 
 @dataclass
@@ -359,6 +239,11 @@ class FocusDiTPipeline(DiffusionPipeline):
     def encode_prompt(self, prompts: Sequence[str]) -> list[Tensor]:
         """Prompts to embeddings [L, E] in bf16 on the host, each encoded by itself: the same in every batch."""
         texts = []
+        if self.text_encoder is None:
+            raise ValueError(
+                "this pipeline has no text encoder: load it by FocusDiTPipeline.from_pretrained, which fetches those that an "
+                "export only names, or give prompt_embeds"
+            )
         for prompt in prompts:
             (text,), cut = encode_captions(
                 self.tokenizer, self.text_encoder, [prompt], self.config.token_cap, self._execution_device
@@ -404,6 +289,11 @@ class FocusDiTPipeline(DiffusionPipeline):
             and not (prompt and all(isinstance(p, str) for p in prompt))
         ):
             raise ValueError("prompt: expected a text or a list of texts with at least one")
+        if self.vae is None and output_type != "latent":
+            raise ValueError(
+                "this pipeline has no VAE: load it by FocusDiTPipeline.from_pretrained, which fetches the one that an export "
+                'only names, or ask for output_type="latent"'
+            )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type: {output_type!r} is none of pil, np, pt, latent")
         if unknown := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
@@ -415,32 +305,35 @@ class FocusDiTPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> FocusDiTPipeline:
         """diffusers' loading, from safetensors alone; encoders that the export only names are loaded from where they are.
 
+        `kwargs` are diffusers' words (revision, token, variant, torch_dtype, …), components, and settings of the pipeline; each
+        is followed or refused.
+
         Raises:
-            ValueError, FileNotFoundError: the folder is no whole export; one line says what is wrong.
+            ValueError, FileNotFoundError: the folder is no whole export, or a word cannot be followed; in one line.
         """
-        only_safetensors(kwargs)
-        folder = local_folder(str(pretrained_model_name_or_path), {})
-        references = check_export(folder)
-        return super().from_pretrained(folder, **_encoders(folder, references, kwargs), **kwargs)
+        source = hub.find(pretrained_model_name_or_path, kwargs, (*hub.PIPELINE, *hub.arguments_of(cls)))
+        references = check_export(source.folder, source.words.get("variant"))
+        return super().from_pretrained(source.folder, **hub.read_encoders(source, references), **source.words)
 
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """diffusers' reading of `model_index.json`, without the file that it names for others: no code of a folder is run."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config["_class_name"] = cls.__name__
+        return loaded
 
-def _encoders(folder: Path, references: dict[str, dict[str, str]], given: dict[str, Any]) -> dict[str, Any]:
-    """An export's encoders, copied or named, unless they were given. Raises ValueError where they are not whole, or others."""
-    found: dict[str, Any] = {}
-    asked = given.get("torch_dtype")
-    dtype = asked if isinstance(asked, torch.dtype) else torch.float32
-    for component, about in references.items():
-        if component in given:
-            continue
-        encoder = (TextEncoder if component == "text_encoder" else Vae)(about["name"], "cpu", dtype)
-        made = "this model was trained with"
-        require_fingerprint(component, about["name"], encoder.fingerprint, about["fingerprint"], made)
-        found[component] = encoder.model
-        if isinstance(encoder, TextEncoder):
-            found["tokenizer"] = encoder.tokenizer
-    # Settings that diffusers shall apply to every component leave the loading of the copies to it.
-    if not given.keys() & {"device_map", "quantization_config", "variant"} and not isinstance(asked, dict):
-        for component, read in (("text_encoder", read_text_model), ("vae", read_vae)):
-            if component not in {*references, *given}:
-                found[component] = read(folder / component, dtype).eval()
-    return found
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """diffusers' writing of `model_index.json`, and the file by which `DiffusionPipeline.from_pretrained` finds this class.
+
+        Raises:
+            ValueError: it shall be pushed alone, before it is whole.
+        """
+        if push_to_hub:
+            raise ValueError("push_to_hub: an index alone is no pipeline; call save_pretrained(…, push_to_hub=True)")
+        super().save_config(save_directory, **kwargs)
+        index = Path(save_directory, self.config_name)
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["_class_name"] = [CUSTOM_PIPELINE, type(self).__name__]
+        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        Path(save_directory, f"{CUSTOM_PIPELINE}.py").write_text(hub.CUSTOM_PIPELINE_SOURCE, encoding="utf-8")

@@ -18,11 +18,11 @@ from data_prep.encoders import (
     TextEncoder,
     Vae,
     encode_tokens,
-    parse_encoders,
     pixels_to_floats,
     tokenize,
 )
 from data_prep.pictures.images import Cut
+from data_prep.weights import parse_encoders
 from data_prep.worker.report import Tally
 
 PIXEL_BUDGET = 1 << 20  # pixels that the VAE encodes together

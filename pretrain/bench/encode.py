@@ -21,13 +21,14 @@ from PIL import Image
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from data_prep import schema
-from data_prep.encoders import ASSETS, encode_tokens, tokenize
+from data_prep.encoders import encode_tokens, tokenize
 from data_prep.inputs.samples import Sample
 from data_prep.inputs.sources import DEFAULT_SOURCE, Job, make_source
 from data_prep.inputs.tars import read_tar
 from data_prep.pictures.decoders import DecoderPool
 from data_prep.pictures.images import Cut, cut
 from data_prep.shapes import scenes, tar_of
+from data_prep.weights import ASSETS
 from data_prep.worker.claims import Claims
 from data_prep.worker.encoder import Encoder, Settings
 from data_prep.worker.monitor import EncodingMonitor

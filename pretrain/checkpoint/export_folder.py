@@ -24,7 +24,7 @@ from pretrain.models.config import upgrade_fields
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # The classes that an export may name, so that opening a folder never runs code that it brings along.
 COMPONENTS = {
-    "transformer": {("pretrain.pipeline", "FocusDiTTransformer2DModel")},
+    "transformer": {(module, "FocusDiTTransformer2DModel") for module in ("pretrain.transformer", "pretrain.pipeline")},
     "vae": {("diffusers", "AutoencoderKL"), ("diffusers", "AutoencoderKLMochi")},
     "text_encoder": {("transformers", "T5EncoderModel")},
     "tokenizer": {("transformers", name) for name in ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast")},
@@ -34,6 +34,8 @@ COMPONENTS = {
         ("pretrain.schedulers", "FlowMatchEulerMaruyamaScheduler"),
     },
 }
+PIPELINE_CLASS = "FocusDiTPipeline"
+CUSTOM_PIPELINE = "pipeline"  # the file, without .py, that an export names for diffusers' own loading; never run here
 # Each component's own description.
 CONFIGS = {
     "transformer": "config.json",
@@ -42,12 +44,6 @@ CONFIGS = {
     "tokenizer": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
-
-
-def only_safetensors(kwargs: dict[str, Any]) -> None:
-    """Makes diffusers' loading read no pickles. Raises ValueError where the caller asks for them."""
-    if kwargs.setdefault("use_safetensors", True) is not True:
-        raise ValueError("use_safetensors: weights are read from safetensors only, since unpickling runs a file's code")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,14 +57,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def tensor_shapes(folder: Path, weights: str = WEIGHTS) -> dict[str, tuple[int, ...]]:
+def has_variant(folder: Path, variant: str | None) -> bool:
+    """True where a folder's weights are there in a variant, as `save_pretrained(variant="fp16")` names them."""
+    patterns = (f"*.{variant}.safetensors", f"*.safetensors.index.{variant}.json")
+    return variant is not None and any(path.is_file() for pattern in patterns for path in folder.glob(pattern))
+
+
+def tensor_shapes(folder: Path, weights: str = WEIGHTS, variant: str | None = None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a folder's weights, in one safetensors file or several beside an index.
 
     Raises:
         ValueError: they are missing, pickled, truncated or damaged.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in _weight_files(folder, weights):
+    for name in _weight_files(folder, weights, variant):
         path = folder / name
         if Path(name).name != name or not path.is_file():
             pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
@@ -82,9 +84,12 @@ def tensor_shapes(folder: Path, weights: str = WEIGHTS) -> dict[str, tuple[int, 
     return shapes
 
 
-def _weight_files(folder: Path, weights: str) -> list[str]:
+def _weight_files(folder: Path, weights: str, variant: str | None) -> list[str]:
     """The one file, and those that an index names: of both, diffusers and transformers do not prefer the same."""
     index = folder / f"{weights}.index.json"
+    if variant is not None:
+        index = folder / f"{weights}.index.{variant}.json"
+        weights = f"{Path(weights).stem}.{variant}.safetensors"
     if not index.is_file():
         return [weights]
     names = read_json(index).get("weight_map")
@@ -93,14 +98,14 @@ def _weight_files(folder: Path, weights: str) -> list[str]:
     return sorted({*names.values(), *([weights] if (folder / weights).is_file() else [])})
 
 
-def check_transformer(folder: Path) -> None:
+def check_transformer(folder: Path, variant: str | None = None) -> None:
     """Compares a transformer folder's weights with what its config asks for. Raises ValueError with one line."""
     path = folder / "config.json"
     config = read_json(path)
     if "backbone" not in config:
         hint = "; import the authors' release with python -m pretrain.import_release" if "use_q_mask" in config else ""
         raise ValueError(f"{path} is not of a FocusDiTTransformer2DModel: it has no backbone{hint}")
-    found = tensor_shapes(folder)
+    found = tensor_shapes(folder, variant=variant)
     try:
         backbone = read_backbone(config["backbone"])
         blocks = {name.split(".")[2] for name in found if name.startswith("dit.blocks.")}
@@ -133,14 +138,19 @@ def _some(names: list[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def check_export(folder: Path) -> dict[str, dict[str, str]]:
-    """Checks an export's parts; returns the encoders that it only names. Raises ValueError with one line."""
+def check_export(folder: Path, variant: str | None = None) -> dict[str, dict[str, str]]:
+    """Checks an export's parts; returns the encoders that it only names. Raises ValueError with one line.
+
+    Args:
+        variant: of the weights' files, where a component has it; one has to.
+    """
     path = folder / "model_index.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no export: it has no {path.name}; make one with python -m pretrain.export")
     index = read_json(path)
-    if index.get("_class_name") != "FocusDiTPipeline":
-        raise ValueError(f"{path} is of a {index.get('_class_name')}, not of a FocusDiTPipeline")
+    kind = index.get("_class_name")
+    if kind not in (PIPELINE_CLASS, [CUSTOM_PIPELINE, PIPELINE_CLASS]):
+        raise ValueError(f"{path} is of a {kind}, not of a {PIPELINE_CLASS}")
     references = index.get("references") or {}
     if not _are_references(references):
         raise ValueError(
@@ -157,10 +167,14 @@ def check_export(folder: Path) -> dict[str, dict[str, str]]:
                 raise ValueError(f"{folder} is no whole export: {component}/ is missing; export again")
             for file in {folder / component / CONFIGS[component], *(folder / component).glob("*.json")}:
                 read_json(file)
-    check_transformer(folder / "transformer")
-    for component, weights in (("vae", WEIGHTS), ("text_encoder", "model.safetensors")):
+    files = {"transformer": WEIGHTS, "vae": WEIGHTS, "text_encoder": "model.safetensors"}
+    variants = {part: variant if has_variant(folder / part, variant) else None for part in files}
+    if variant is not None and not any(variants.values()):
+        raise ValueError(f"variant: {folder} has no weights of the variant {variant}")
+    check_transformer(folder / "transformer", variants["transformer"])
+    for component in ("vae", "text_encoder"):
         if component not in absent:
-            tensor_shapes(folder / component, weights)
+            tensor_shapes(folder / component, files[component], variants[component])
     return references
 
 

@@ -12,17 +12,16 @@ from diffusers import AutoencoderKL, AutoencoderKLMochi
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from data_prep.encoders import (
-    ASSETS,
     TextEncoder,
     Vae,
     batches_by_length,
     encode_tokens,
-    parse_encoders,
     pixels_to_floats,
     require_fingerprint,
 )
 from data_prep.pictures.grids import to_image
 from data_prep.shapes import check, draw, scenes
+from data_prep.weights import ASSETS
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +159,6 @@ def test_refusals(tmp_path: Path) -> None:
         Vae(str(tmp_path))
     with pytest.raises(ValueError, match="holds no T5 encoder"):
         TextEncoder(str(tmp_path))
-    with pytest.raises(ValueError, match="expected `tiny` or"):
-        parse_encoders("flan-t5-xxl")
-    assert parse_encoders("flan-t5-xxl+mochi") == ("flan-t5-xxl", "mochi")
 
 
 def test_the_shipped_encoders_are_small() -> None:
