@@ -15,7 +15,7 @@ import torch
 
 from data_prep.encoders import TextEncoder, Vae, read_text_model, read_vae, require_fingerprint
 from data_prep.weights import local_folder
-from pretrain.checkpoint.export_folder import has_variant
+from pretrain.checkpoint.export_folder import References, has_variant, read_backbone, read_json
 
 # Of the download; for a local folder there is none, so that all but the revision are met as they are.
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
@@ -112,21 +112,24 @@ def arguments_of(pipeline: type) -> tuple[str, ...]:
     return tuple(name for name in inspect.signature(pipeline).parameters if name != "self")
 
 
-def read_encoders(source: Source, references: dict[str, dict[str, str]]) -> dict[str, Any]:
+def read_encoders(source: Source, references: References) -> dict[str, Any]:
     """An export's encoders, copied or named, unless they were given. Raises ValueError where they are not whole, or others."""
-    given, found = source.words, {}
+    given, found = source.words, dict[str, Any]()
     if references and (word := next((word for word in LEFT_TO_DIFFUSERS if word in given), None)):
-        named = ", ".join(about["name"] for about in references.values())
+        named = ", ".join(str(about["name"]) for about in references.values())
         raise ValueError(
             f"{word}: this export only names its encoders ({named}), which it would not reach; export copies"
         )
     for component, about in references.items():
         if component in given:
             continue
+        name = str(about["name"])
         kind = TextEncoder if component == "text_encoder" else Vae
-        encoder = kind(about["name"], "cpu", _dtype(given, component), **source.hub)
-        made = "this model was trained with"
-        require_fingerprint(component, about["name"], encoder.fingerprint, about["fingerprint"], made)
+        encoder = kind(name, "cpu", _dtype(given, component), **source.hub)
+        _require_width(source.folder, name, encoder)
+        if about["fingerprint"] is not None:
+            made = "this model was trained with"
+            require_fingerprint(component, name, encoder.fingerprint, about["fingerprint"], made)
         found[component] = encoder.model
         if isinstance(encoder, TextEncoder):
             found["tokenizer"] = encoder.tokenizer
@@ -137,6 +140,19 @@ def read_encoders(source: Source, references: dict[str, dict[str, str]]) -> dict
                 variant = given.get("variant") if has_variant(folder, given.get("variant")) else None
                 found[component] = read(folder, _dtype(given, component), variant).eval()
     return found
+
+
+def _require_width(folder: Path, name: str, encoder: TextEncoder | Vae) -> None:
+    """Raises ValueError where a named encoder has another width, or other channels, than the transformer was trained with."""
+    backbone = read_backbone(read_json(folder / "transformer" / "config.json")["backbone"])
+    if isinstance(encoder, TextEncoder):
+        what, has, wanted = "text embeddings are {} wide", encoder.width, backbone.text_width
+    else:
+        what, has, wanted = "latents have {} channels", encoder.channels, backbone.latent_channels
+    if has != wanted:
+        raise ValueError(
+            f"{name}: its {what.format(has)}, but this model was trained on {wanted}; name the encoder it had"
+        )
 
 
 def _dtype(words: dict[str, Any], component: str) -> torch.dtype:

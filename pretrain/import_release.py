@@ -1,10 +1,12 @@
-"""The authors' released weights as this project's transformer.
+"""The authors' released weights as an export of this project.
 
     python -m pretrain.import_release --transformer FocusDiT/transformer --out models/focusdit_release
+    python -m pretrain.sample --model models/focusdit_release --prompt "a lighthouse at dusk" --out samples
 
-reads `config.json` and `diffusion_pytorch_model.safetensors` and writes a folder for
-`FocusDiTTransformer2DModel.from_pretrained`. Every tensor is used exactly once; what is missing, unknown or of another shape
-is an error that names it, as is every setting that is not supported.
+reads `config.json` and `diffusion_pytorch_model.safetensors` and writes a folder for `pretrain.sample` and
+`FocusDiTPipeline.from_pretrained`. It names the encoders, and draws by the recipe `release` (`pretrain/recipes.py`) unless one
+asks for another. Every tensor is used exactly once; what is missing, unknown or of another shape is an error that names it, as is
+every setting that is not supported.
 """
 
 from __future__ import annotations
@@ -21,18 +23,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--transformer", type=path, required=True, help="the released transformer's folder")
     parser.add_argument("--out", type=path, required=True, help="folder to write; must not be there yet")
     parser.add_argument(
+        "--encoders", default="flan-t5-xxl+mochi", metavar="TEXT+VAE",
+        help="encoders that the folder shall name: short names, hub names or local folders (default: the authors')",
+    )  # fmt: skip
+    parser.add_argument(
         "--ignore", action="append", default=[], metavar="KEY", help="unknown setting that may be ignored"
     )
     args = parser.parse_args(argv)
     # Late, as the libraries take seconds.
-    from pretrain.checkpoint.export_folder import new_folder
-    from pretrain.checkpoint.release_folder import load_release
-    from pretrain.pipeline import FocusDiTTransformer2DModel
+    from pretrain.sampling.release_export import write_release_export
 
     try:
-        with new_folder(args.out) as writing:
-            model = load_release(args.transformer, args.ignore)
-            FocusDiTTransformer2DModel.of(model).save_pretrained(writing)
+        model = write_release_export(args.transformer, args.out, args.encoders, args.ignore)
     except (ValueError, OSError) as error:
         print(f"import_release: {error}", file=sys.stderr)
         return 1

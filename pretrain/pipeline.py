@@ -20,19 +20,18 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from data_prep.encoders import DOWNSAMPLE, decode_latents, encode_captions, lay_out
+from data_prep.encoders import DOWNSAMPLE, lay_out
 from pretrain import hub
 from pretrain.checkpoint.export_folder import CUSTOM_PIPELINE, check_export
 from pretrain.diffusion import FfnWork, Guidance, choose_rule, generate
 from pretrain.models import ComputeBudget, Conditioning, PackedText, Prediction, Skip
 from pretrain.models.mixers.mediators import Mediators
-from pretrain.schedulers import set_timesteps
+from pretrain.recipes import Recipe, recipe_of
 from pretrain.transformer import FocusDiTTransformer2DModel, unpadded
 
 logger = logging.get_logger(__name__)
@@ -66,6 +65,7 @@ class FocusDiTPipeline(DiffusionPipeline):
         token_cap: longer prompts are cut, with a warning that shows what was cut.
         resolution: default height and width, in pixels.
         steps, guidance: default `num_inference_steps` and `guidance_scale`.
+        recipe: default `recipe`.
         references: encoders that stand elsewhere, by component: name and fingerprint.
         data_fingerprint: of the card of the data set that the model was trained on.
     """
@@ -85,10 +85,12 @@ class FocusDiTPipeline(DiffusionPipeline):
         resolution: int = 512,
         steps: int = 30,
         guidance: float = 5.5,
-        references: dict[str, dict[str, str]] | None = None,
+        references: dict | None = None,
         data_fingerprint: str | None = None,
+        recipe: str = "plain",
     ):
         super().__init__()
+        recipe_of(recipe)
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=None if text_encoder is None else lay_out(text_encoder),
@@ -103,8 +105,8 @@ class FocusDiTPipeline(DiffusionPipeline):
             guidance=guidance,
             references=references,
             data_fingerprint=data_fingerprint,
+            recipe=recipe,
         )
-        self.image_processor = VaeImageProcessor(vae_scale_factor=DOWNSAMPLE)
         self._interrupt = False
 
     @torch.no_grad()
@@ -133,6 +135,7 @@ class FocusDiTPipeline(DiffusionPipeline):
         output_query_masks: bool = False,
         mediators: int | None = None,
         mediator_rho: Sequence[float] | None = None,
+        recipe: str | None = None,
     ) -> FocusDiTPipelineOutput | tuple:
         """Draws pictures.
 
@@ -140,7 +143,7 @@ class FocusDiTPipeline(DiffusionPipeline):
             prompt: one or several; or `prompt_embeds` [B, L, E] with their mask [B, L].
             height, width: in pixels; divisible by 8 × the patch. The training's resolution by default.
             guidance_scale: of classifier-free guidance; 1 is none.
-            negative_prompt: one for all, or one per prompt; the empty caption by default.
+            negative_prompt: one for all, or one per prompt; the recipe's by default, which is the empty caption's in `plain`.
             generator: of the starting noise, then of the steps' where the scheduler draws any (build_scheduler's sde);
                 one per picture makes each picture independent of the batch.
             latents: starting noise [B, C, H, W].
@@ -154,31 +157,37 @@ class FocusDiTPipeline(DiffusionPipeline):
             mediators: attention mediators at all steps; by default few near noise, many near data.
             mediator_rho: switch each picture to more of them as it settles; one ρ fewer than the model has numbers
                 (diffusion/switching.py).
+            recipe: plain | release (pretrain/recipes.py); the model's own by default.
 
         Raises:
             ValueError: for arguments that contradict each other or the model, with the mend.
         """
         self._check(prompt, prompt_embeds, callback_on_step_end_tensor_inputs, output_type)
+        chosen = recipe_of(recipe or self.config.recipe)
+        chosen.check(self.transformer, self.vae, self.scheduler)
         low, high = guidance_interval
-        guidance = Guidance(self.config.guidance if guidance_scale is None else guidance_scale, (low, high))
+        scale = (chosen.guidance or self.config.guidance) if guidance_scale is None else guidance_scale
+        guidance = Guidance(scale, (low, high))
         skip = None if skip_threshold is None else Skip(skip_threshold, skip_unit)
         rule = choose_rule(self.transformer.dit.config, mediators, mediator_rho)
         device, dtype = self._execution_device, self.transformer.dtype
-        text = self._text(prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt)
+        text = self._text(prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt, chosen)
         null = text
         if guidance.scale != 1:
-            negative = negative_prompt or ""
-            null = self._text(negative, negative_prompt_embeds, negative_prompt_attention_mask, num_images_per_prompt)
+            negative = chosen.negative_prompt if negative_prompt is None else negative_prompt
+            null = self._text(
+                negative, negative_prompt_embeds, negative_prompt_attention_mask, num_images_per_prompt, chosen
+            )
             given, wanted = len(null) // num_images_per_prompt, len(text) // num_images_per_prompt
             if given not in (1, wanted):
                 raise ValueError(f"{given} negative prompts for {wanted} prompts: give one, or one per prompt")
             if given == 1:
                 null = PackedText.pack(null.captions()[:1])
-        noise = self._noise(len(text), self.latent_size(height, width), generator, latents).to(device)
-        steps = self.config.steps if num_inference_steps is None else num_inference_steps
+        noise = self._noise(len(text), self.latent_size(height, width), generator, latents, chosen).to(device)
+        steps = (chosen.steps or self.config.steps) if num_inference_steps is None else num_inference_steps
         if steps < 1:
             raise ValueError(f"num_inference_steps: {steps} must be at least 1")
-        set_timesteps(self.scheduler, steps, device)
+        chosen.set_timesteps(self.scheduler, steps, device)
         self._interrupt = False
 
         with self.progress_bar(total=steps) as bar:
@@ -208,8 +217,7 @@ class FocusDiTPipeline(DiffusionPipeline):
             )
         images: Any = drawn.latent_BCHW
         if output_type != "latent":
-            pictures = decode_latents(self.vae, drawn.latent_BCHW, device)
-            images = self.image_processor.postprocess(pictures, output_type)
+            images = chosen.pictures(self.vae, drawn.latent_BCHW, device, output_type)
         self.maybe_free_model_hooks()
         output = FocusDiTPipelineOutput(images, drawn.masks_BSKN, drawn.work, mediators_of(drawn.budgets_SB))
         return output if return_dict else output.to_tuple()
@@ -236,8 +244,9 @@ class FocusDiTPipeline(DiffusionPipeline):
                 )
         return sides[0] // DOWNSAMPLE, sides[1] // DOWNSAMPLE
 
-    def encode_prompt(self, prompts: Sequence[str]) -> list[Tensor]:
+    def encode_prompt(self, prompts: Sequence[str], recipe: Recipe | None = None) -> list[Tensor]:
         """Prompts to embeddings [L, E] in bf16 on the host, each encoded by itself: the same in every batch."""
+        recipe = recipe or recipe_of(self.config.recipe)
         texts = []
         if self.text_encoder is None:
             raise ValueError(
@@ -245,12 +254,11 @@ class FocusDiTPipeline(DiffusionPipeline):
                 "export only names, or give prompt_embeds"
             )
         for prompt in prompts:
-            (text,), cut = encode_captions(
-                self.tokenizer, self.text_encoder, [prompt], self.config.token_cap, self._execution_device
-            )
-            if cut:
+            cap = self.config.token_cap
+            text, cut = recipe.encode(self.tokenizer, self.text_encoder, prompt, cap, self._execution_device)
+            if cut is not None:
                 logger.warning(
-                    f"a prompt has more than {self.config.token_cap} tokens; this was cut off its end: {cut[0]!r}"
+                    f"a prompt has more than {recipe.tokens or cap} tokens; this was cut off its end: {cut!r}"
                 )
             texts.append(text)
         return texts
@@ -262,23 +270,25 @@ class FocusDiTPipeline(DiffusionPipeline):
             *self.transformer(latent, skip=skip, return_dict=False, budget=budget, conditioning=conditioning)
         )
 
-    def _text(self, prompt: Any, embeds: Tensor | None, keep: Tensor | None, times: int) -> PackedText:
+    def _text(self, prompt: Any, embeds: Tensor | None, keep: Tensor | None, times: int, recipe: Recipe) -> PackedText:
         """The captions, each repeated `times` times."""
         if embeds is not None:
             captions = list(unpadded(embeds, keep).captions())
         else:
-            captions = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt)
+            captions = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt, recipe)
         return PackedText.pack([caption for caption in captions for _ in range(times)])
 
-    def _noise(self, pictures: int, size: tuple[int, int], generator: Any, latents: Tensor | None) -> Tensor:
+    def _noise(
+        self, pictures: int, size: tuple[int, int], generator: Any, latents: Tensor | None, recipe: Recipe
+    ) -> Tensor:
         shape = (pictures, self.transformer.dit.config.latent_channels, *size)
         if isinstance(generator, list) and len(generator) != pictures:
             raise ValueError(f"{len(generator)} generators for {pictures} pictures: give one, or one per picture")
         if latents is not None:
             if latents.shape != shape:
                 raise ValueError(f"latents: {tuple(latents.shape)}, but {shape} are to be drawn")
-            return latents.float()
-        return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+            return latents.to(recipe.latent_dtype)
+        return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=recipe.latent_dtype)
 
     def _check(self, prompt: Any, embeds: Tensor | None, tensor_inputs: Sequence[str], output_type: str) -> None:
         if (prompt is None) == (embeds is None):

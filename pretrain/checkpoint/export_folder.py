@@ -34,6 +34,8 @@ COMPONENTS = {
         ("pretrain.schedulers", "FlowMatchEulerMaruyamaScheduler"),
     },
 }
+# Encoders that an export only names: by component the name, and the fingerprint where it is known.
+References = dict[str, dict[str, str | None]]
 PIPELINE_CLASS = "FocusDiTPipeline"
 CUSTOM_PIPELINE = "pipeline"  # the file, without .py, that an export names for diffusers' own loading; never run here
 # Each component's own description.
@@ -138,7 +140,7 @@ def _some(names: list[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def check_export(folder: Path, variant: str | None = None) -> dict[str, dict[str, str]]:
+def check_export(folder: Path, variant: str | None = None) -> References:
     """Checks an export's parts; returns the encoders that it only names. Raises ValueError with one line.
 
     Args:
@@ -154,7 +156,8 @@ def check_export(folder: Path, variant: str | None = None) -> dict[str, dict[str
     references = index.get("references") or {}
     if not _are_references(references):
         raise ValueError(
-            f"{path}: references must give name and fingerprint of text_encoder and vae, not {references!r}"
+            f"{path}: references must give name and fingerprint (null where it is not known) of text_encoder and vae, not "
+            f"{references!r}"
         )
     absent = {*references, "tokenizer"} if "text_encoder" in references else {*references}
     for component, classes in COMPONENTS.items():
@@ -182,7 +185,8 @@ def _are_references(value: Any) -> bool:
     return isinstance(value, dict) and all(
         component in ("text_encoder", "vae")
         and isinstance(about, dict)
-        and all(isinstance(about.get(key), str) for key in ("name", "fingerprint"))
+        and isinstance(about.get("name"), str)
+        and isinstance(about.get("fingerprint", 0), str | None)
         for component, about in value.items()
     )
 

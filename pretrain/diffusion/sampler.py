@@ -54,7 +54,7 @@ class FfnWork:
 
 @dataclass(frozen=True)
 class Generated:
-    """Latents in fp32; the query masks of the pictures with text, if kept; what `skip` left of the FFNs' work.
+    """Latents in the noise's dtype; the query masks of the pictures with text, if kept; what `skip` left of the FFNs' work.
 
     `budgets_SB`: each picture's compute budget at each step.
     """
@@ -79,7 +79,7 @@ def sample(
     on_step: OnStep | None = None,
     generator: Generators = None,
 ) -> Tensor:
-    """Follows the scheduler's timesteps from noise [B, C, H, W] to latents of the same shape, in fp32.
+    """Follows the scheduler's timesteps from noise [B, C, H, W] to latents of the same shape, in the noise's dtype.
 
     `predict(latent, timestep, t)` is the (guided) backbone, t = timestep / 1000; the scheduler has had its timesteps set.
     """
@@ -90,7 +90,7 @@ def sample(
         scheduler.set_begin_index(0)  # else the first step asks the device for it
     times = [t / 1000 for t in scheduler.timesteps.tolist()]
     for i, timestep in enumerate(scheduler.timesteps):
-        prediction = predict(latent, timestep, times[i]).float()
+        prediction = predict(latent, timestep, times[i]).to(latent.dtype)
         latent = scheduler.step(prediction, timestep, latent, **noise, return_dict=False)[0]
         if on_step is not None:
             changed = on_step(i, timestep, latent)
@@ -198,7 +198,7 @@ def generate(
     Args:
         text, null: B captions, and one null text for all or one for each, from the backbone's `encode_text`.
         times: the scheduler's timesteps, from the backbone's `embed_times`.
-        noise_BCHW: starting noise in fp32; `dtype` is what the backbone computes in.
+        noise_BCHW: starting noise, in the dtype of all latents; `dtype` is what the backbone computes in.
         skip: leaves out FFNs where the query mask weighs them little.
         keep_masks: give the query masks of each step.
         generator: of a stochastic scheduler's noise.

@@ -47,7 +47,7 @@ class DiTConfig:
     flexdit: FlexDiTSection = field(default_factory=FlexDiTSection)
     """Settings of `density: flexdit`."""
     rotary: str = "halves"
-    """Rotary positions' parts of a head's width: halves (row, column) | thirds (time, row, column)."""
+    """Parts of a head that positions turn: halves (row, column) | thirds (time, row, column) | release (thirds, rounded)."""
     absolute: str = "none"
     """Positions added to the tokens: none (the authors' release) | sincos (PixArt-alpha)."""
     position_scale: Scale = 1.0

@@ -95,7 +95,11 @@ def sincos_positions(grid: Grid, width: int, scale: Scale, device: torch.device,
 
 
 # The coordinates that each part of a head's width turns by.
-ROTARY_PARTS = {"halves": ("row", "column"), "thirds": ("time", "row", "column")}
+ROTARY_PARTS = {
+    "halves": ("row", "column"),
+    "thirds": ("time", "row", "column"),
+    "release": ("time", "row", "column"),
+}
 
 
 def rotary_positions(
@@ -110,7 +114,8 @@ def rotary_positions(
     """Positions of a grid of (rows, columns) tokens, or of its cells.
 
     Args:
-        layout: "halves" (row, column) or "thirds" (time, row, column; the release's, where an image's time is 0).
+        layout: "halves" (row, column), "thirds" (time, row, column, where an image's time is 0), or "release": thirds whose
+            angles are rounded to `dtype` before cosine and sine, as the authors' code has them.
         head_width: d; must be divisible by twice the layout's parts.
         scale: positions are divided by it. With 2, a 512 px grid spans the positions that 256 px training saw.
         cells: (rows, columns) of a coarser grid over the same tokens, whose centres are asked for.
@@ -121,6 +126,8 @@ def rotary_positions(
     row_N, column_N = grid_coordinates(grid, scale, device, cells)
     coordinate = {"time": torch.zeros_like(row_N), "row": row_N, "column": column_N}
     angles = [coordinate[part][:, None] * frequency for part in parts]
+    if layout == "release":
+        angles = [angle.to(dtype) for angle in angles]
     cos_Nd = torch.cat([a.cos() for angle in angles for a in (angle, angle)], dim=-1)
     sin_Nd = torch.cat([a for angle in angles for a in (-angle.sin(), angle.sin())], dim=-1)
     return Rotary(cos_Nd.to(dtype), sin_Nd.to(dtype), len(parts))

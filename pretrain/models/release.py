@@ -20,6 +20,7 @@ from pretrain.models.config import DiTConfig
 from pretrain.models.focusdit.ffn import local_size
 from pretrain.models.focusdit.mask import TIMESTEPS
 
+SHIFT = 3.0  # of the times towards noise, when sampling
 # Settings that decide the backbone's shape; each must be there.
 SHAPE = (
     "num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "caption_channels", "patch_size",
@@ -86,7 +87,7 @@ def read_config(content: dict[str, Any], ffn_widths: list[int], ignore: tuple[st
         text_width=content["caption_channels"],
         mask="release" if content["use_q_mask"] else "none",
         ffn="uniform" if set(ffn_widths) == {4 * width} else "tapered",
-        rotary="thirds",
+        rotary="release",
         position_scale=scale,
         norm_eps=content["norm_eps"],
     )

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from PIL import Image
 from data_prep.common.files import atomic_write
 from data_prep.common.progress import Progress
 from data_prep.common.words import counted
-from data_prep.encoders import DOWNSAMPLE, fingerprint, working_dtype
+from data_prep.encoders import DOWNSAMPLE, fingerprint
 from data_prep.pictures.grids import labelled_grid
+from pretrain.checkpoint.export_folder import read_json
 from pretrain.diffusion import FfnWork
 from pretrain.models.cost import saved_flops
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
+from pretrain.recipes import recipe_of
 from pretrain.sampling.device import device_of
 from pretrain.sampling.jobs import Job, is_drawn, undrawn, write_png
 from pretrain.sampling.options import require_at_least
@@ -67,21 +70,28 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[Focus
     if args.run:
         from pretrain.sampling.trained_run import load_run  # imports DeepSpeed, which an export does not need
 
-        trained = load_run(args.run, args.weights, device)
+        trained = load_run(args.run, args.weights, device, recipe_of(args.recipe or "plain"))
         pipeline, origin = trained.pipeline, {"run": str(args.run), "step": trained.step, "weights": args.weights}
     else:
-        dtype = working_dtype(device)
         if not args.model.is_dir():
             raise FileNotFoundError(f"no export at {args.model}: make one with python -m pretrain.export")
-        pipeline = FocusDiTPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
+        recipe = recipe_of(args.recipe or model_recipe(args.model))
+        pipeline = FocusDiTPipeline.from_pretrained(args.model, torch_dtype=recipe.dtypes(device)).to(device)
         origin = {"model": str(args.model)}
     pipeline.scheduler = changed_scheduler(pipeline.scheduler, args.sampler, args.shift)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, origin
 
 
+def model_recipe(folder: Path) -> str:
+    """The recipe that an export draws by; the folder itself is checked when it is loaded."""
+    index = folder / "model_index.json"
+    return str(read_json(index).get("recipe", "plain")) if index.is_file() else "plain"
+
+
 def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[str, Any]:
     """The settings that a picture depends on, beside its prompt and seed."""
+    recipe = recipe_of(args.recipe or pipeline.config.recipe)
     height, width = (side * DOWNSAMPLE for side in pipeline.latent_size(args.height, args.width))
     return {
         "data_fingerprint": (pipeline.config.data_fingerprint or "")[:16],  # of the encoders, too
@@ -92,14 +102,16 @@ def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[st
         "width": width,
         "scheduler": type(pipeline.scheduler).__name__,
         "shift": pipeline.scheduler.config.get("shift"),
-        "steps": pipeline.config.steps if args.steps is None else args.steps,
-        "guidance": pipeline.config.guidance if args.guidance is None else args.guidance,
+        "steps": (recipe.steps or pipeline.config.steps) if args.steps is None else args.steps,
+        "guidance": (recipe.guidance or pipeline.config.guidance) if args.guidance is None else args.guidance,
         "guidance_interval": list(args.guidance_interval),
         "negative_prompt": args.negative_prompt,
         "skip_threshold": args.skip_threshold,
         "skip_unit": args.skip_unit if args.skip_threshold is not None else None,
         "mediators": args.mediators,
         "mediator_rho": args.mediator_rho,
+        # Pictures of earlier versions say nothing of it.
+        **({} if recipe.name == "plain" else {"recipe": recipe.name}),
     }
 
 
@@ -142,6 +154,7 @@ def draw_batch(pipeline: FocusDiTPipeline, jobs: Sequence[Job], args: argparse.N
         output_query_masks=args.save_masks,
         mediators=settings["mediators"],
         mediator_rho=settings["mediator_rho"],
+        recipe=settings.get("recipe", "plain"),
     )
     assert isinstance(output, FocusDiTPipelineOutput)
     masks = output.query_masks

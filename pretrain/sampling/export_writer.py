@@ -81,9 +81,15 @@ pipe = FocusDiTPipeline.from_pretrained("{name}")
 pipe("your prompt", height={config.resolution}, width={config.resolution}).images[0].save("picture.png")
 ```
 
-or, by diffusers' own name, `DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)`: the folder's `pipeline.py` only
-imports the class above. Or `python -m pretrain.sample --model {name} --prompt "your prompt" --out samples`. By default it takes {config.steps} steps
-at a guidance scale of {config.guidance}. Prompts of more than {config.token_cap} tokens are cut.
+or `DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)` of diffusers, since this folder's `pipeline.py` imports
+that class; or
+
+```
+python -m pretrain.sample --model {name} --prompt "your prompt" --out samples
+```
+
+By default it takes {config.steps} steps at a guidance scale of {config.guidance}.
+Prompts of more than {config.token_cap} tokens are cut.
 
 ## Training
 

@@ -66,7 +66,7 @@ def undrawn(jobs: Sequence[Job], out: Path, with_masks: bool, overwrite: bool) -
         there = read_description(job.picture(out))
         if there is not None and there != job.description and not overwrite:
             old, new = there["settings"], job.settings
-            changed = [f"{k} {old.get(k)!r}, now {v!r}" for k, v in new.items() if old.get(k) != v]
+            changed = [f"{k} {old.get(k)!r}, now {new.get(k)!r}" for k in {**new, **old} if old.get(k) != new.get(k)]
             changed += [f"seed {there.get('seed')}, now {job.seed}"] if there.get("seed") != job.seed else []
             raise ValueError(
                 f"{job.picture(out)} was drawn with other settings ({'; '.join(changed)}): "

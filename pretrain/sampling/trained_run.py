@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from data_prep.encoders import TextEncoder, Vae, require_fingerprint, working_dtype
+from data_prep.encoders import TextEncoder, Vae, require_fingerprint
 from data_prep.schema import Card
 from pretrain.checkpoint import reader as checkpoint
 from pretrain.config import Config, upgrade
 from pretrain.models import DiT
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
+from pretrain.recipes import Recipe, recipe_of
 from pretrain.schedulers import build_scheduler
 
 
@@ -31,8 +32,10 @@ class TrainedRun:
     vae: Vae
 
 
-def load_run(run: Path, weights: str = "ema", device: torch.device | str = "cpu") -> TrainedRun:
-    """Reads a run directory's newest checkpoint. `weights`: ema | master.
+def load_run(
+    run: Path, weights: str = "ema", device: torch.device | str = "cpu", recipe: Recipe | None = None
+) -> TrainedRun:
+    """Reads a run directory's newest checkpoint. `weights`: ema | master; in the dtypes of a recipe (plain by default).
 
     Raises:
         ValueError, FileNotFoundError: no complete checkpoint, damaged files, or encoders other than the data set's.
@@ -47,8 +50,11 @@ def load_run(run: Path, weights: str = "ema", device: torch.device | str = "cpu"
     card = Card.load(run)
     model = DiT(config.model.backbone())
     model.load_state_dict(found.parameters(weights))
-    model.to(device, working_dtype(device)).eval()
-    text, vae = load_text_encoder(card, device), load_vae(card, device)
+    dtypes = (recipe or recipe_of("plain")).dtypes(device)
+    default = dtypes.get("default")
+    model.to(device, dtypes.get("transformer", default)).eval()
+    text = load_text_encoder(card, device, dtypes.get("text_encoder", default))
+    vae = load_vae(card, device, dtypes.get("vae", default))
     p = config.preview
     pipeline = FocusDiTPipeline(
         text.tokenizer,
@@ -65,15 +71,15 @@ def load_run(run: Path, weights: str = "ema", device: torch.device | str = "cpu"
     return TrainedRun(pipeline, config, card, found.run_state.step, found.run_state.images, weights, text, vae)
 
 
-def load_text_encoder(card: Card, device: torch.device) -> TextEncoder:
+def load_text_encoder(card: Card, device: torch.device, dtype: torch.dtype | None = None) -> TextEncoder:
     """The data set's text encoder. Raises ValueError where it is not the one that encoded the data set."""
-    encoder = TextEncoder(card.text_encoder["name"], device)
+    encoder = TextEncoder(card.text_encoder["name"], device, dtype)
     require_fingerprint("text encoder", encoder.name, encoder.fingerprint, card.text_encoder["fingerprint"])
     return encoder
 
 
-def load_vae(card: Card, device: torch.device) -> Vae:
+def load_vae(card: Card, device: torch.device, dtype: torch.dtype | None = None) -> Vae:
     """The data set's VAE. Raises ValueError where it is not the one that encoded the data set."""
-    vae = Vae(card.vae["name"], device)
+    vae = Vae(card.vae["name"], device, dtype)
     require_fingerprint("VAE", vae.name, vae.fingerprint, card.vae["fingerprint"])
     return vae

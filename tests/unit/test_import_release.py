@@ -28,7 +28,7 @@ def run(release: Path, out: Path, *words: str) -> int:
 
 def compare(double: ReleasedFocusDiT, out: Path, rows: int = 8, columns: int = 20, tolerance: float = 1e-5) -> None:
     """Both models' predictions and masks, on a picture that is not square, at times between whole numbers."""
-    ours = FocusDiTTransformer2DModel.from_pretrained(out)
+    ours = FocusDiTTransformer2DModel.from_pretrained(out, subfolder="transformer")
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(3, 3, 1, rows, columns, generator=generator)
     text = torch.randn(3, 1, 7, 10, generator=generator)
@@ -60,7 +60,7 @@ def test_equals_the_released_forward_pass(tmp_path: Path, changes):
 def test_whole_and_broken_timesteps_share_the_masks_row(release, tmp_path):
     """The float timestep is truncated for the mask's table only."""
     assert run(release, tmp_path / "ours") == 0
-    model = FocusDiTTransformer2DModel.from_pretrained(tmp_path / "ours")
+    model = FocusDiTTransformer2DModel.from_pretrained(tmp_path / "ours", subfolder="transformer")
     for module in model.dit.modules():  # the time enters through the masks' tables alone
         if isinstance(module, type(model.dit.time_embed)):
             module.linear_2.weight.data.zero_()
