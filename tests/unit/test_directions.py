@@ -82,7 +82,6 @@ FLOORS: list[set[str]] = [
     {"pretrain/distributed"},
     {"pretrain/checkpoint", "pretrain/data"},
     {"pretrain/hub.py", "pretrain/recipes.py"},
-    {"pretrain/hub.py", "pretrain/recipes.py"},
     {"pretrain/transformer.py"},
     {"pretrain/chain.py", "pretrain/pipeline.py"},
     {"pretrain/import_release.py", "pretrain/sampling"},
