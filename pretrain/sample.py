@@ -56,10 +56,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
         help="times in 0 (data) .. 1 (noise) where guidance acts (default: all)",
     )  # fmt: skip
-    parser.add_argument("--negative-prompt", help="for all pictures (default: the empty caption; by --recipe release its own)")
+    parser.add_argument(
+        "--negative-prompt", help="for all pictures (default: the empty caption; by --recipe release its own)"
+    )
     parser.add_argument(
         "--recipe", choices=("plain", "release"),
-        help="plain, or every way of the authors' inference code (default: the model's: release for imported weights, else plain)",
+        help="plain, or every way of the authors' inference code (default: the model's; imported weights have release)",
     )  # fmt: skip
     parser.add_argument(
         "--sampler",

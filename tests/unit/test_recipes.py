@@ -256,3 +256,9 @@ def test_a_wrong_spec_of_encoders_is_one_line(released, tmp_path, capsys):
     assert import_release.main(words) == 1
     assert "expected `tiny` or TEXT+VAE" in capsys.readouterr().err
     assert not (tmp_path / "ours").exists()
+
+
+def test_the_commands_choices_are_the_recipes():
+    """They stand in the parser by themselves, as help shall not wait for the libraries."""
+    for name in RECIPES:
+        assert sample.parse(["--model", "m", "--prompt", "a", "--out", "o", "--recipe", name]).recipe == name
