@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 COMMANDS = {
     "encode": "data_prep.encode",
     "verify": "data_prep.verify",
+    "convert": "data_prep.convert",
     "shapes": "data_prep.shapes",
     "train": "pretrain.train",
     "sample": "pretrain.sample",

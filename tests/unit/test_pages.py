@@ -14,7 +14,12 @@ from pretrain.config import load
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 COMMAND = re.compile(r"(?:python |-m )((?:-m )?(?:data_prep|pretrain)[./][\w./]+)((?: [^\n`#|…]+)?)")
-PLACES = {"data_prep.shapes", "data_prep.encode", "data_prep.verify"}  # commands that are files, too
+PLACES = {
+    "data_prep.shapes",
+    "data_prep.encode",
+    "data_prep.verify",
+    "data_prep.convert",
+}  # commands that are files, too
 
 
 def commands() -> set[tuple[str, str]]:

@@ -54,7 +54,7 @@ def test_every_row_is_read_back(request, tmp_path, capsys, to, kind):
     root: Path = request.getfixturevalue(kind)
     card, out = schema.Card.load(root), tmp_path / "out"
     assert main([str(root), "--to", to, "--output", str(out)]) == 0
-    total = json.loads(capsys.readouterr().out.splitlines()[-1])["samples"]
+    total = int(capsys.readouterr().out.splitlines()[-1].split(" samples in ")[0])
     assert total == card.counts["written"] == sum(about["samples"] for about in card.sets.values())
     for n, set_ in enumerate(card.sets):
         expected, got = stored(root, set_, tmp_path / f"cache{n}"), read(out / set_, to)
@@ -64,7 +64,8 @@ def test_every_row_is_read_back(request, tmp_path, capsys, to, kind):
             arrays = {name: value for name, value in row.items() if name not in (*about, "crc32")}
             assert tensors.keys() == arrays.keys()
             for name, value in arrays.items():
-                assert tensors[name].numpy(force=True).tobytes() == value.tobytes() if name != "text" else True
+                if name != "text":
+                    assert tensors[name].numpy().tobytes() == value.tobytes()
             kind_of_text = torch.bfloat16 if card.text_dtype == "bfloat16" else torch.int8
             assert tensors["text"].dtype == kind_of_text
             text = (
