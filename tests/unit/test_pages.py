@@ -9,7 +9,7 @@ import shlex
 import pytest
 from support import ROOT
 
-from data_prep.encoders import TEXT_ENCODERS, VAES, local_folder
+from data_prep.weights import TEXT_ENCODERS, VAES, local_folder
 from pretrain.config import load
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
