@@ -63,11 +63,15 @@ def local_folder(name: str, known: dict[str, str], **hub: Any) -> Path:
         FileNotFoundError: there are none, or the hub cannot be reached.
         ValueError: the repository holds no safetensors; the message has the command that makes them.
     """
-    source = known.get(name, name)
+    source = str(Path(known.get(name, name)).expanduser()) if name.startswith("~") else known.get(name, name)
     if known and name in PICKLED:
         raise ValueError(_without_safetensors(PICKLED[name], CONVERT_TEXT))
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).is_file():
+        raise ValueError(
+            f"{source} is a single file; give a folder in transformers' or diffusers' layout, with config.json beside the weights"
+        )
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         names = f"a known name ({', '.join(known)})" if known else "a hub name"
         raise FileNotFoundError(f"no weights at {source}: neither {names} nor a local folder")
@@ -83,6 +87,10 @@ def local_folder(name: str, known: dict[str, str], **hub: Any) -> Path:
             "check the network"
         ) from error
     folder = Path(root) / subfolder
+    if not folder.is_dir():
+        raise ValueError(
+            f"{repository} has no folder {subfolder} with safetensors or JSON files; look for its name on the hub"
+        )
     if known and not any(folder.glob("*.safetensors")):
         convert = CONVERT_TEXT if known is TEXT_ENCODERS else CONVERT_VAE
         raise ValueError(_without_safetensors(repository, convert, subfolder))

@@ -326,6 +326,14 @@ class FocusDiTPipeline(DiffusionPipeline):
         references = check_export(source.folder, source.words.get("variant"))
         return super().from_pretrained(source.folder, **hub.read_encoders(source, references), **source.words)
 
+    def save_pretrained(
+        self, save_directory: str | Path, safe_serialization: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """diffusers' saving. Raises ValueError for pickles, which would never be read again."""
+        if not safe_serialization:
+            raise ValueError("safe_serialization: only safetensors are written, since only they are read")
+        super().save_pretrained(save_directory, safe_serialization, *args, **kwargs)
+
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """diffusers' reading of `model_index.json`, without the file that it names for others: no code of a folder is run."""

@@ -103,6 +103,8 @@ def _weight_files(folder: Path, weights: str, variant: str | None) -> list[str]:
 def check_transformer(folder: Path, variant: str | None = None) -> None:
     """Compares a transformer folder's weights with what its config asks for. Raises ValueError with one line."""
     path = folder / "config.json"
+    if not path.is_file() and (folder / "transformer" / path.name).is_file():
+        raise ValueError(f'{folder} is a whole export; give subfolder="transformer" for its transformer alone')
     config = read_json(path)
     if "backbone" not in config:
         hint = "; import the authors' release with python -m pretrain.import_release" if "use_q_mask" in config else ""
@@ -148,7 +150,7 @@ def check_export(folder: Path, variant: str | None = None) -> References:
     """
     path = folder / "model_index.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is no export: it has no {path.name}; make one with python -m pretrain.export")
+        raise ValueError(f"{folder} is no export: it has no {path.name}; {_what_it_is(folder)}")
     index = read_json(path)
     kind = index.get("_class_name")
     if kind not in (PIPELINE_CLASS, [CUSTOM_PIPELINE, PIPELINE_CLASS]):
@@ -179,6 +181,18 @@ def check_export(folder: Path, variant: str | None = None) -> References:
         if component not in absent:
             tensor_shapes(folder / component, files[component], variants[component])
     return references
+
+
+def _what_it_is(folder: Path) -> str:
+    """How a folder without an index becomes an export, in words."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "use_q_mask" in config:
+        return "it is the authors' transformer: import it with python -m pretrain.import_release"
+    if "backbone" in config:
+        return (
+            "it is a transformer alone, as earlier versions imported the authors': import it again, or export its run"
+        )
+    return "make one with python -m pretrain.export"
 
 
 def _are_references(value: Any) -> bool:

@@ -32,6 +32,8 @@ def read_release_config(folder: Path, ignore: Sequence[str]) -> DiTConfig:
     """The backbone that the folder describes, once its weights are known to be complete."""
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}; give the release's transformer folder")
+    if not (folder / "config.json").is_file() and (folder / "transformer" / "config.json").is_file():
+        raise ValueError(f"{folder} is the whole release; give its transformer folder, {folder / 'transformer'}")
     content, found = read_json(folder / "config.json"), tensor_shapes(folder)
     blocks = {name: shape[0] for name, shape in found.items() if name.endswith(".ff.net.0.proj.weight")}
     widths = [blocks[name] for name in sorted(blocks, key=lambda n: [int(d) for d in re.findall(r"\d+", n)])]

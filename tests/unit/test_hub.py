@@ -200,3 +200,29 @@ def test_a_device_map(folder):
     pipe = FocusDiTPipeline.from_pretrained(folder, device_map="cpu")
     assert {str(part.device) for part in (pipe.transformer, pipe.vae, pipe.text_encoder)} == {"cpu"}
     assert same_pictures(draw(pipe), draw(FocusDiTPipeline.from_pretrained(folder)))
+
+
+# ---- folders that are nearly the right one ----
+
+
+def test_pickles_are_not_written(folder, tmp_path):
+    pipe = FocusDiTPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match="safe_serialization: only safetensors are written"):
+        pipe.save_pretrained(tmp_path / "out", safe_serialization=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_home_folder_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert FocusDiTPipeline.from_pretrained(f"~/{folder.name}").config.resolution == 64
+
+
+def test_a_whole_export_where_a_transformer_is_asked_for(folder):
+    with pytest.raises(ValueError, match=r'is a whole export; give subfolder="transformer"'):
+        FocusDiTTransformer2DModel.from_pretrained(folder)
+
+
+def test_a_transformer_alone_where_an_export_is_asked_for(folder):
+    """As `import_release` of 0.1.0 wrote it."""
+    with pytest.raises(ValueError, match=r"is no export: .*; it is a transformer alone, as earlier versions imported"):
+        FocusDiTPipeline.from_pretrained(folder / "transformer")

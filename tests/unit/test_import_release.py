@@ -8,6 +8,7 @@ import torch
 from release_double import ReleasedFocusDiT, write_release
 from safetensors.torch import load_file, save_file
 
+from pretrain import sample
 from pretrain.checkpoint.export_folder import WEIGHTS
 from pretrain.import_release import main
 from pretrain.pipeline import FocusDiTTransformer2DModel
@@ -192,3 +193,14 @@ def test_bad_folders(release, tmp_path, capsys, damage):
     }
     assert expected[damage] in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.glob(".writing*")) == []
+
+
+def test_the_whole_release_where_its_transformer_is_asked_for(tmp_path, capsys):
+    write_release(tmp_path / "FocusDiT" / "transformer")
+    assert run(tmp_path / "FocusDiT", tmp_path / "ours") == 1
+    assert f"give its transformer folder, {tmp_path / 'FocusDiT' / 'transformer'}" in capsys.readouterr().err
+
+
+def test_sampling_the_authors_folder_says_to_import_it(release, tmp_path, capsys):
+    assert sample.main(["--model", str(release), "--prompt", "a", "--out", str(tmp_path / "out")]) == 1
+    assert "it is the authors' transformer: import it with python -m pretrain.import_release" in capsys.readouterr().err

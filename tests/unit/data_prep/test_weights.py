@@ -113,3 +113,17 @@ def test_a_variants_files_are_read(tmp_path):
     read = read_vae(tmp_path, torch.float32, "fp16").state_dict()
     expected = load_file(TINY["vae"] / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(read[name], value.float()) for name, value in expected.items())
+
+
+def test_a_single_file_is_told_from_a_folder(tmp_path):
+    """As other tools keep a T5."""
+    file = tmp_path / "t5xxl_fp16.safetensors"
+    file.write_bytes((TINY["text"] / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"is a single file; give a folder in transformers' or diffusers' layout"):
+        TextEncoder(str(file))
+
+
+def test_a_folder_that_a_repository_does_not_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "snapshot_download", Hub(tmp_path))
+    with pytest.raises(ValueError, match="someone/model has no folder vea with"):
+        Vae("someone/model:vea")
