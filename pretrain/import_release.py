@@ -27,7 +27,11 @@ def main(argv: list[str] | None = None) -> int:
         help="encoders that the folder shall name: short names, hub names or local folders (default: the authors')",
     )  # fmt: skip
     parser.add_argument(
-        "--ignore", action="append", default=[], metavar="KEY", help="unknown setting that may be ignored"
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="unknown setting that may be ignored; interpolation_scale_w: take the rows' scale for both",
     )
     args = parser.parse_args(argv)
     # Late, as the libraries take seconds.

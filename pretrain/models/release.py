@@ -76,7 +76,7 @@ def read_config(content: dict[str, Any], ffn_widths: list[int], ignore: tuple[st
     known = {*SHAPE, *wanted, *WITHOUT_EFFECT, *READ_BELOW, *ignore}
     # An unknown setting that is off is as good as absent.
     problems += [f"{key}: {value!r} is unknown" for key, value in content.items() if key not in known and value]
-    scale, problem = _position_scale(content)
+    scale, problem = _position_scale(content, ignore)
     problems += [problem] if problem else []
     config = DiTConfig(
         width=width,
@@ -100,7 +100,7 @@ def read_config(content: dict[str, Any], ffn_widths: list[int], ignore: tuple[st
     return config
 
 
-def _position_scale(content: dict[str, Any]) -> tuple[float, str]:
+def _position_scale(content: dict[str, Any], ignore: tuple[str, ...]) -> tuple[float, str]:
     """The scale of rows and columns, and why it cannot be read, where they differ.
 
     The released code keeps its angles by their number alone: on square pictures the columns are turned by the rows' scale, on
@@ -111,12 +111,12 @@ def _position_scale(content: dict[str, Any]) -> tuple[float, str]:
     given = [content.get(f"interpolation_scale_{side}") for side in "hw"]
     by_default = [side / base for side, base in zip(sides, (30, 40), strict=True)]
     rows, columns = (default if scale is None else scale for scale, default in zip(given, by_default, strict=True))
-    if rows == columns:
+    if rows == columns or "interpolation_scale_w" in ignore:
         return rows, ""
     return rows, (
         f"interpolation_scale_h: {given[0]}, interpolation_scale_w: {given[1]}: rows are divided by {rows:g} and columns by "
         f"{columns:g}, but the released code turns the columns of square pictures by the rows' scale, so what such weights "
-        "learned depends on their pictures; only equal scales are read"
+        "learned depends on their pictures; --ignore interpolation_scale_w takes the rows' scale for both, as it was on square ones"
     )
 
 

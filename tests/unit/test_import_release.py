@@ -159,6 +159,15 @@ def test_null_scales_that_differ_are_refused(tmp_path, capsys):
     assert run(tmp_path / "release", tmp_path / "ours") == 1
     said = capsys.readouterr().err
     assert "rows are divided by 1.06667 and columns by 0.8" in said and said.count("\n") == 1
+    assert "--ignore interpolation_scale_w takes the rows' scale for both" in said
+
+
+def test_the_rows_scale_may_be_taken_for_both(tmp_path):
+    """As the released code computes square pictures, whatever its columns' scale is."""
+    double = write_release(tmp_path / "release", interpolation_scale_h=2.0, interpolation_scale_w=0.5)
+    double.scale_w = double.scale_h
+    assert run(tmp_path / "release", tmp_path / "ours", "--ignore", "interpolation_scale_w") == 0
+    compare(double, tmp_path / "ours", rows=8, columns=8)
 
 
 def test_an_unknown_setting_may_be_ignored(tmp_path):
