@@ -116,7 +116,7 @@ def _position_scale(content: dict[str, Any], ignore: tuple[str, ...]) -> tuple[f
     return rows, (
         f"interpolation_scale_h: {given[0]}, interpolation_scale_w: {given[1]}: rows are divided by {rows:g} and columns by "
         f"{columns:g}, but the released code turns the columns of square pictures by the rows' scale, so what such weights "
-        "learned depends on their pictures; --ignore interpolation_scale_w takes the rows' scale for both, as it was on square ones"
+        "learned depends on their pictures; --ignore interpolation_scale_w takes the rows' for both, as it was on square ones"
     )
 
 
