@@ -45,7 +45,7 @@ class _ModelBase(Section):
     recompute: bool = False
     """Activation checkpointing: recompute each block in the backward pass; saves memory, costs about a third more time."""
     compile: bool = False
-    """Compile each block with torch.compile; pays on GPUs."""
+    """Compile each block with torch.compile; pays on GPUs (docs/choices.md, "What is compiled")."""
 
     def backbone(self) -> DiTConfig:
         """The backbone's shape. Raises ValueError for an unknown preset."""

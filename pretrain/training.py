@@ -12,6 +12,7 @@ import torch
 
 from data_prep.common.words import counted
 from pretrain.checkpoint.writer import CheckpointWriter
+from pretrain.compilation import compile_for_training
 from pretrain.config import Config, geometry, load
 from pretrain.console import log_from_first
 from pretrain.data.batch import Batch
@@ -94,8 +95,7 @@ def build(config: Config, deepspeed: dict[str, Any], world: World, stop: StopReq
     model = DiT(backbone).to(world.device)
     model.recompute = config.model.recompute
     if config.model.compile:
-        for block in model.blocks:
-            block.compile()
+        compile_for_training(model)
     optimizer = optim.build_optimizer(model, config.optimizer)
     zero = Engine(model, optimizer, deepspeed, world, model.reused_parameters)
     ema = Ema(zero, config.optimizer.ema_decay)

@@ -15,9 +15,9 @@ from torch import nn
 
 from data_prep.encoders import working_dtype
 from pretrain.bench.timing import side_by_side
+from pretrain.compilation import compile_for_sampling
 from pretrain.models import DiT, DiTConfig, preset
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
-from pretrain.sampling.drawing import compile_pipeline
 from pretrain.schedulers import build_scheduler
 
 # The paper, "Model Size and Inference Cost": 20 steps on an H800.
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> str:
         for chosen in args.presets:
             config = replace(preset(chosen), depth=args.depth) if args.depth else preset(chosen)
             pipe = _pipeline(config, device, dtype)
-            compile_pipeline(pipe, args.compile)
+            compile_for_sampling(pipe.transformer, pipe.transformer.dit, args.compile)
             text = torch.randn(1, 80, config.text_width, device=device, dtype=dtype)
 
             def draw(pipe: FocusDiTPipeline = pipe, text: torch.Tensor = text, side: int = side) -> None:

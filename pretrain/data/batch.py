@@ -77,12 +77,13 @@ class Collate:
     """Makes micro-batches of `micro` samples from the samples of one optimizer step.
 
     Captions are dropped with the probability `dropout`, by the samples' seeds: `null_text` [L, E], the embedding of the
-    empty caption, takes their places.
+    empty caption, takes their places. `multiple` is that of `PackedText.pack`.
     """
 
     micro: int
     null_text: Tensor
     dropout: float
+    multiple: int | None = None
 
     def __call__(self, samples: list[Sample]) -> list[Batch]:
         if self.dropout:
@@ -95,7 +96,9 @@ class Collate:
         return Batch(
             keys=tuple(s.key for s in samples),
             seeds=tuple(s.seed for s in samples),
-            text=PackedText.pack([s.text[:, :0] for s in samples]).with_tokens(concatenate([s.text for s in samples])),
+            text=PackedText.pack([s.text[:, :0] for s in samples], self.multiple).with_tokens(
+                concatenate([s.text for s in samples])
+            ),
             mean_BCHW=concatenate([s.latent.mean[None] for s in samples]),
             std_BCHW=concatenate(stds) if stds else None,
             damaged=tuple(unreadable for s in samples for unreadable in s.damaged),

@@ -27,6 +27,7 @@ from pretrain.data.shared_memory import remove_stale_names, unique_names
 from pretrain.data.training_set import TrainingSet
 from pretrain.distributed.world import World, once_per_node
 from pretrain.models import DiTConfig
+from pretrain.models.text import TEXT_MULTIPLE
 from pretrain.state import DataPosition
 
 # Added to the seed for each rollback: more than any run has epochs, which are added to it, too.
@@ -68,7 +69,8 @@ class Loader:
         with unique_names(world):
             self.data = TrainingSet(streams, config, self.card, global_batch // world.size)
         self.steps_per_epoch = sum(self.plan.draws.values()) // global_batch
-        self.collate = Collate(micro, schema.load_null_text(self.root), config.data.caption_dropout)
+        multiple = TEXT_MULTIPLE if config.model.compile or world.device.type == "cuda" else None
+        self.collate = Collate(micro, schema.load_null_text(self.root), config.data.caption_dropout, multiple)
         self.resume(DataPosition())
 
     @property

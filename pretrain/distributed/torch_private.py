@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Store, distributed_c10d
 
 PRIVATE = {
-    "torch": ("_foreach_lerp_", "_foreach_norm"),
+    "torch": ("_dynamo", "_foreach_lerp_", "_foreach_norm"),
     "torch.distributed.distributed_c10d": ("_set_pg_timeout", "_get_default_store"),
     "torch.UntypedStorage": ("_new_shared",),
 }
@@ -29,6 +29,25 @@ def clone_default_store() -> Store:
 def new_shared_storage(size: int) -> torch.UntypedStorage:
     """Allocates `size` bytes of memory that other processes can map."""
     return torch.UntypedStorage._new_shared(size)
+
+
+def forbid_falling_back(graphs: int) -> None:
+    """Lets torch.compile keep this many graphs of one function; one more is an error, no longer silently eager.
+
+    It holds for the whole process.
+    """
+    torch._dynamo.config.recompile_limit = graphs
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def mark_changing(tensor: Tensor, dim: int) -> None:
+    """Tells torch.compile that a dimension differs from call to call: one graph serves all its sizes."""
+    torch._dynamo.mark_dynamic(tensor, dim)
+
+
+def compiled_graphs() -> int:
+    """The number of graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def norms(tensors: list[Tensor]) -> Tensor:

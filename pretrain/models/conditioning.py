@@ -1,6 +1,6 @@
 """Conditioning of the blocks: the time and the text, made by the backbone before its forward pass and handed to it.
 
-Letters: B images (or captions), S timesteps, D width, h heads, L a caption's tokens, d a head's width.
+Letters: B images (or captions), S timesteps, D width, h heads, L a caption's tokens, M all captions' tokens, d a head's width.
 
 Two parts make it, for the same forward pass. In training `StepConditioning` (dit.py) makes each block's keys and values when
 the block is reached, so that with `recompute` they are recomputed like the block's other activations: kept for all blocks at
@@ -31,6 +31,33 @@ class Segment:
     values: Tensor
     keep: Tensor | None = None
 
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, rows: list[int]) -> Segment:
+        """Some of the captions."""
+        return Segment(self.keys[rows], self.values[rows], None if self.keep is None else self.keep[rows])
+
+    def repeat(self, times: int) -> Segment:
+        """One caption `times` times, without a copy."""
+        parts = (self.keys, self.values, self.keep)
+        return Segment(*(None if part is None else part.expand(times, -1, -1, -1) for part in parts))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Unpadded:
+    """Keys and values [M, h, d] of all captions end to end, for a kernel that takes unequal lengths.
+
+    Attributes:
+        starts: [B + 1] in int32, the place of each caption's first token among the M, and M.
+        longest: no caption has more tokens.
+    """
+
+    keys: Tensor
+    values: Tensor
+    starts: Tensor
+    longest: int
+
 
 # All captions of a batch for one cross-attention, in order.
 KeysValues = tuple[Segment, ...]
@@ -48,7 +75,7 @@ class BlockConditioning:
 
     modulation_B6D: Tensor
     mask_modulation: tuple[Tensor, Tensor] | None
-    text: KeysValues
+    text: KeysValues | Unpadded
 
 
 class Conditioning(Protocol):
@@ -76,7 +103,7 @@ class TextCache:
     """Captions as the blocks' cross-attentions see them: made once per prompt, for all sampling steps.
 
     Attributes:
-        blocks: each block's keys and values, without padding; () for a backbone without text.
+        blocks: each block's keys and values; () for a backbone without text.
         captions: the number of captions.
     """
 
@@ -94,11 +121,7 @@ class TextCache:
     def __mul__(self, times: int) -> TextCache:
         """One caption repeated `times` times, without a copy."""
         assert len(self) == 1, "only a single caption can be repeated"
-        blocks = (
-            tuple(Segment(s.keys.expand(times, -1, -1, -1), s.values.expand(times, -1, -1, -1)) for s in segments)
-            for segments in self.blocks
-        )
-        return TextCache(tuple(blocks), times)
+        return TextCache(tuple(tuple(s.repeat(times) for s in segments) for segments in self.blocks), times)
 
     def take(self, captions: Sequence[int]) -> TextCache:
         """Takes some of the captions, by their numbers in ascending order."""
@@ -108,12 +131,12 @@ class TextCache:
         for segments in self.blocks:
             kept, start = [], 0
             for segment in segments:
-                rows = [n - start for n in numbers if start <= n < start + len(segment.keys)]
-                start += len(segment.keys)
-                if len(rows) == len(segment.keys):
+                rows = [n - start for n in numbers if start <= n < start + len(segment)]
+                start += len(segment)
+                if len(rows) == len(segment):
                     kept.append(segment)
                 elif rows:
-                    kept.append(Segment(segment.keys[rows], segment.values[rows]))
+                    kept.append(segment.take(rows))
             blocks.append(tuple(kept))
         return TextCache(tuple(blocks), len(numbers))
 

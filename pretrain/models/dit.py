@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.models.block import Block, Shared
 from pretrain.models.budget_choices import check_budget, common_budget, default_budget
 from pretrain.models.compute_budget import ComputeBudget
-from pretrain.models.conditioning import BlockConditioning, Conditioning, KeysValues, TextCache, TimeCache
+from pretrain.models.conditioning import BlockConditioning, Conditioning, KeysValues, TextCache, TimeCache, Unpadded
 from pretrain.models.config import DiTConfig
 from pretrain.models.embeddings import (
     PatchEmbed,
@@ -88,9 +88,9 @@ class StepConditioning:
         block, mask = self.dit.block(index), None
         if block.query_mask is not None:
             mask = block.query_mask.embed_time(self.time_BD, self.timestep_B)
-        text: KeysValues = ()
+        text: KeysValues | Unpadded = ()
         if block.cross_attention is not None and self.text is not None:
-            text = block.cross_attention.padded(self.text)
+            text = block.cross_attention.for_training(self.text)
         return BlockConditioning(self.modulation_B6D, mask, text)
 
     def default_budget(self) -> ComputeBudget:
@@ -124,6 +124,7 @@ class DiT(nn.Module):
 
     Attributes:
         recompute: recompute each block's activations in the backward pass instead of keeping them.
+        text_multiple: pad the captions of `encode_text` to multiples of it, for compiled code; None does not pad.
     """
 
     def __init__(self, config: DiTConfig):
@@ -132,6 +133,7 @@ class DiT(nn.Module):
             raise ValueError("this model cannot be built:\n" + "\n".join(f"  {p}" for p in problems))
         self.config = config
         self.recompute = False
+        self.text_multiple: int | None = None
         D = config.width
         self.patch_embed = PatchEmbed(config.latent_channels, config.patch, D)
         self.time_embed = TimeEmbed(D)
@@ -186,9 +188,13 @@ class DiT(nn.Module):
         """Encodes captions to all blocks' keys and values: once per prompt, for all sampling steps."""
         if self.text_projection is None:
             return TextCache(((),) * len(self.blocks), len(text))
+        if self.text_multiple is not None:
+            text = PackedText.pack(text.captions(), self.text_multiple)
         projected = text.with_tokens(self.text_projection(text.tokens_ME))
-        attentions = [self.block(i).cross_attention for i in range(len(self.blocks))]
-        return TextCache(tuple(a.by_length(projected) for a in attentions if a is not None), len(text))
+        attentions = [attention for i in range(len(self.blocks)) if (attention := self.block(i).cross_attention)]
+        if self.text_multiple is None:
+            return TextCache(tuple(a.by_length(projected) for a in attentions), len(text))
+        return TextCache(tuple(a.padded(projected) for a in attentions), len(text))
 
     def embed_times(self, timestep_S: Tensor) -> tuple[TimeCache, ...]:
         """Embeds timesteps [S]: all that the backbone makes of each, for any number of images at that time."""

@@ -16,6 +16,7 @@ from data_prep.common.files import temporary_name
 from data_prep.encoders import DOWNSAMPLE, Vae
 from data_prep.pictures.grids import labelled_grid, to_image
 from data_prep.schema import Card, load_null_text
+from pretrain.compilation import eager_mode
 from pretrain.config import Config
 from pretrain.diffusion import Generated, Guidance, generate, start_noise
 from pretrain.distributed.ema import Ema
@@ -60,7 +61,7 @@ class Preview:
 
     def draw(self, model: DiT, ema: Ema, monitor: Monitor, step: int) -> None:
         """Writes the sample grid and the first prompt's mask map, outside of the training's speed. All processes call it."""
-        with monitor.paused():
+        with monitor.paused(), eager_mode(self.config.model.compile):
             self._draw(model, ema, monitor, step)
 
     def _draw(self, model: DiT, ema: Ema, monitor: Monitor, step: int) -> None:

@@ -18,6 +18,7 @@ from data_prep.common.words import counted
 from data_prep.encoders import DOWNSAMPLE, fingerprint
 from data_prep.pictures.grids import labelled_grid
 from pretrain.checkpoint.export_folder import read_json
+from pretrain.compilation import compile_for_sampling
 from pretrain.diffusion import FfnWork
 from pretrain.models.cost import saved_flops
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> str:
     jobs = [Job(i, prompt, args.seed + i, settings) for i, prompt in enumerate(prompts)]
     args.out.mkdir(parents=True, exist_ok=True)
     todo = [job for job in undrawn(jobs, args.out, args.save_masks, args.overwrite) if job.index % processes == rank]
-    compile_pipeline(pipeline, args.compile)
+    compile_for_sampling(pipeline.transformer, pipeline.transformer.dit, args.compile)
     saved = draw(pipeline, todo, args)
     if saved is not None:
         print(f"skipping left out {100 * saved:.1f}% of the FFNs' FLOPs")
@@ -113,14 +114,6 @@ def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[st
         # Pictures of earlier versions say nothing of it.
         **({} if recipe.name == "plain" else {"recipe": recipe.name}),
     }
-
-
-def compile_pipeline(pipeline: FocusDiTPipeline, how: str | None) -> None:
-    """`blocks`: one block compiled for all; `graphs`: the whole backbone, replayed as CUDA graphs."""
-    if how == "blocks":
-        pipeline.transformer.compile_repeated_blocks()
-    elif how == "graphs":
-        pipeline.transformer.dit.compile(mode="reduce-overhead")
 
 
 def draw(pipeline: FocusDiTPipeline, todo: Sequence[Job], args: argparse.Namespace) -> float | None:

@@ -161,7 +161,7 @@ def test_bad_options_are_one_line(folder, tmp_path, capsys, words, mend):
 
 
 def test_every_kind_of_block_is_compiled(pipe):
-    """By `--compile blocks`; that the pictures stay the same takes minutes of compiling."""
+    """By diffusers' `compile_repeated_blocks`."""
     kinds = {type(block).__name__ for block in pipe.transformer.dit.blocks}
     assert kinds <= set(pipe.transformer._repeated_blocks)
 

@@ -28,7 +28,7 @@ def _group() -> Iterator[None]:
 def test_the_name_is_there(name: str) -> None:
     owner, _, attribute = name.rpartition(".")
     holder = torch.UntypedStorage if owner == "torch.UntypedStorage" else importlib.import_module(owner)
-    assert callable(getattr(holder, attribute, None)), (
+    assert getattr(holder, attribute, None) is not None, (
         f"torch {torch.__version__} has no {name}: see docs/dependencies.md"
     )
 
@@ -43,6 +43,23 @@ def test_no_other_file_reaches_private_names() -> None:
     files = (path.relative_to(ROOT).as_posix() for path in (ROOT / "pretrain").rglob("*.py"))
     found = {file: underscored(file) - {"os._exit"} for file in files if not file.endswith("_private.py")}
     assert {file: names for file, names in found.items() if names} == {}
+
+
+def test_one_graph_more_than_forbidden_is_an_error() -> None:
+    """Read back from torch's own state; a changing dimension needs one graph, another shape a second one."""
+    double = torch.compile(lambda x: 2 * x, backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        torch_private.forbid_falling_back(1)
+        assert torch._dynamo.config.recompile_limit == 1
+        assert torch._dynamo.config.fail_on_recompile_limit_hit
+        before = torch_private.compiled_graphs()
+        for length in (3, 4, 9):
+            x = torch.ones(2, length)
+            torch_private.mark_changing(x, 1)
+            assert torch.equal(double(x), torch.full((2, length), 2.0))
+        assert torch_private.compiled_graphs() == before + 1
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            double(torch.ones(5, 3))
 
 
 def test_set_timeout() -> None:

@@ -1,11 +1,13 @@
 """Cross-attention against attention written out, captions by themselves, and padding."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
 from pretrain.models import PackedText
+from pretrain.models import cross_attention
 from pretrain.models.cross_attention import CrossAttention
 
 WIDTH, HEADS = 24, 2
@@ -24,15 +26,28 @@ def captions(*lengths: int) -> list[torch.Tensor]:
 
 def attend(q_ND: torch.Tensor, k_LD: torch.Tensor, v_LD: torch.Tensor) -> torch.Tensor:
     """Softmax attention of one image, head by head."""
-    heads = []
-    for q, k, v in zip(*(t.chunk(HEADS, dim=-1) for t in (q_ND, k_LD, v_LD)), strict=True):
-        heads.append((q @ k.T / math.sqrt(q.shape[-1])).softmax(-1) @ v)
-    return torch.cat(heads, dim=-1)
+    heads = zip(*(t.chunk(HEADS, dim=-1) for t in (q_ND, k_LD, v_LD)), strict=True)
+    return torch.cat([attend_head(q, k, v) for q, k, v in heads], dim=-1)
+
+
+def attend_head(q_Nd: torch.Tensor, k_Ld: torch.Tensor, v_Ld: torch.Tensor) -> torch.Tensor:
+    return (q_Nd @ k_Ld.T / math.sqrt(q_Nd.shape[-1])).softmax(-1) @ v_Ld
+
+
+def varlen_attn(q_ThD, k_MhD, v_MhD, starts_q, starts_k, longest_q, longest_k):
+    """What torch's kernel of this name computes, which there is on GPUs alone."""
+    assert starts_q.dtype == starts_k.dtype == torch.int32
+    assert starts_q.diff().max() <= longest_q and starts_k.diff().max() <= longest_k
+    parts = []
+    for (a, b), (c, d) in zip(pairwise(starts_q.tolist()), pairwise(starts_k.tolist()), strict=True):
+        parts.append(torch.cat([attend_head(q_ThD[a:b, h], k_MhD[c:d, h], v_MhD[c:d, h])[:, None] for h in range(HEADS)], 1))
+    return torch.cat(parts)
 
 
 @pytest.mark.parametrize("lengths", [(5, 1, 3), (4, 4, 4), (2, 2, 5)])
-@pytest.mark.parametrize("form", ["padded", "by_length"])
-def test_cross_attention_of_packed_captions_equals_one_at_a_time(lengths, form):
+@pytest.mark.parametrize("form", ["padded", "by_length", "unpadded"])
+def test_cross_attention_of_packed_captions_equals_one_at_a_time(lengths, form, monkeypatch):
+    monkeypatch.setattr(cross_attention, "varlen_attn", varlen_attn)
     attention = seeded(CrossAttention(WIDTH, HEADS))
     texts, x = captions(*lengths), torch.randn(3, 6, WIDTH, dtype=torch.float64)
     packed = PackedText.pack(texts)
@@ -62,7 +77,7 @@ def test_padding_is_never_attended_to():
 
     attention, x = seeded(CrossAttention(WIDTH, HEADS)), torch.randn(3, 6, WIDTH, dtype=torch.float64)
     text = PackedText.pack(captions(5, 1, 3))
-    dirty = Dirty(text.tokens_ME, text.lengths, text.slot_M, text.keep_BL)
+    dirty = Dirty(text.tokens_ME, text.lengths, text.slot_M, text.starts, text.keep_BL)
     assert not torch.equal(dirty.pad(text.tokens_ME), text.pad(text.tokens_ME))
     gradients = []
     for captioned in (text, dirty):

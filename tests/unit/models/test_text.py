@@ -22,6 +22,7 @@ def same(packed: PackedText, captions: list[torch.Tensor]) -> bool:
         packed.lengths == fresh.lengths
         and torch.equal(packed.tokens_ME, fresh.tokens_ME)
         and torch.equal(packed.slot_M, fresh.slot_M)
+        and torch.equal(packed.starts, fresh.starts)
         and keep_is_same
     )
 
@@ -48,6 +49,23 @@ def test_keep_marks_the_real_tokens():
     assert text.keep_BL.int().sum(1).tolist() == list(LENGTHS)
     assert torch.equal(text.keep_BL, text.keep_BL.sort(dim=1, descending=True).values)
     assert PackedText.pack(make((4, 4))).keep_BL is None
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (4, 4), (8,), (9, 2)])
+def test_the_rectangle_is_rounded_up_and_then_always_masked(lengths):
+    text, plain = PackedText.pack(make(lengths), multiple=8), PackedText.pack(make(lengths))
+    longest, L = max(lengths), 16 if max(lengths) > 8 else 8
+    assert text.keep_BL.shape == (len(lengths), L)
+    assert text.keep_BL.sum(1).tolist() == list(lengths)
+    padded = text.pad(text.tokens_ME)
+    assert torch.equal(padded[:, :longest], plain.pad(plain.tokens_ME))
+    assert not padded[:, longest:].any()
+
+
+def test_starts_are_where_captions_begin_and_end():
+    text = PackedText.pack(make((3, 1, 5)))
+    assert text.starts.tolist() == [0, 3, 4, 9]
+    assert text.starts.dtype == torch.int32
 
 
 def test_pads_values_of_another_width():
