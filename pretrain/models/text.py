@@ -16,7 +16,6 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor
 
-
 # For `PackedText.pack`: the usual cap of 300 tokens makes five lengths of the rectangle.
 TEXT_MULTIPLE = 64
 

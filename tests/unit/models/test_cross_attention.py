@@ -6,8 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pretrain.models import PackedText
-from pretrain.models import cross_attention
+from pretrain.models import PackedText, cross_attention
 from pretrain.models.cross_attention import CrossAttention
 
 WIDTH, HEADS = 24, 2
@@ -40,7 +39,9 @@ def varlen_attn(q_ThD, k_MhD, v_MhD, starts_q, starts_k, longest_q, longest_k):
     assert starts_q.diff().max() <= longest_q and starts_k.diff().max() <= longest_k
     parts = []
     for (a, b), (c, d) in zip(pairwise(starts_q.tolist()), pairwise(starts_k.tolist()), strict=True):
-        parts.append(torch.cat([attend_head(q_ThD[a:b, h], k_MhD[c:d, h], v_MhD[c:d, h])[:, None] for h in range(HEADS)], 1))
+        parts.append(
+            torch.cat([attend_head(q_ThD[a:b, h], k_MhD[c:d, h], v_MhD[c:d, h])[:, None] for h in range(HEADS)], 1)
+        )
     return torch.cat(parts)
 
 
