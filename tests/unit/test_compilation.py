@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,7 +142,7 @@ def test_few_graphs_in_sampling_whatever_the_prompts(how):
     batches = [[5, 70, 70, 12], [200, 3, 9, 130], [64, 1]]
     config = replace(BACKBONES["focusdit"], **SMALL, depth=4)
     plain, shell = (FocusDiTTransformer2DModel.of(build(config)).eval() for _ in range(2))
-    compile_for_sampling(SimpleNamespace(transformer=shell), how, backend="eager")
+    compile_for_sampling(shell, shell.dit, how, backend="eager")
     before = compiled_graphs()
     for lengths in batches:
         torch.testing.assert_close(drawn(shell, lengths), drawn(plain, lengths), rtol=1e-4, atol=1e-5)
