@@ -58,6 +58,18 @@ def test_the_first_commands_from_the_wheel(environment: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "runs/demo_256/ds_config.json").read_text())["train_batch_size"] == 4
     said = run(environment / "bin/focusdit-train", "demo_256", "--check", "data.path=data", *SMALL)
     assert said.startswith("demo_256: 0 problems\n")
-    commands = {"analyze", "demo", "encode", "export", "import-release", "models", "prune", "sample", "shapes", "train"}
+    commands = {
+        "analyze",
+        "convert",
+        "demo",
+        "encode",
+        "export",
+        "import-release",
+        "models",
+        "prune",
+        "sample",
+        "shapes",
+        "train",
+    }
     there = {p.name.removeprefix("focusdit-") for p in (environment / "bin").glob("focusdit-*")}
     assert there == commands | {"verify"}
