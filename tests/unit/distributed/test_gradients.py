@@ -62,6 +62,16 @@ def gradient(engine: Engine, *micro_batches: Tensor, bias: bool = True) -> list[
     return seen
 
 
+def predict(model: DiT, dtype: torch.dtype) -> Tensor:
+    """A prediction that depends on all weights."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    text = PackedText.pack([torch.randn(4, model.config.text_width).to(dtype)])
+    latent = torch.randn(1, model.config.latent_channels, 8, 8).to(dtype)
+    return model(latent, model.condition(torch.tensor([500.0]), text)).sample_BCHW
+
+
 def test_eight_micro_batches_are_one_large_batch_in_fp32(world: World) -> None:
     rows = [torch.full((1, 3), term) for term in TERMS]
     small = gradient(engine_of(world, Scale(), 8, **BF16), *rows)
@@ -92,17 +102,30 @@ def test_the_shared_expert_is_such_a_parameter(world: World) -> None:
     }  # fmt: skip
     assert DiT(preset("dit_tiny")).reused_parameters == []
     engine_of(world, model, reused=reused, **BF16)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    text = PackedText.pack([torch.randn(4, model.config.text_width).bfloat16()])
     seen = {}
     handles = [p.register_post_accumulate_grad_hook(lambda p: seen.update({id(p): p.grad_dtype})) for p in reused]
-    latent = torch.randn(1, model.config.latent_channels, 8, 8).bfloat16()
-    model(latent, model.condition(torch.tensor([500.0]), text)).sample_BCHW.sum().backward()
+    predict(model, torch.bfloat16).sum().backward()
     for handle in handles:
         handle.remove()
     assert list(seen.values()) == [torch.float32] * 3
+
+
+def test_buckets_follow_the_backward_pass(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When three quarters of a real backbone's gradients have come, more than half are being reduced."""
+    model = DiT(preset("focusdit_tiny"))
+    come, reduced = [0], [0]
+    add = GradientReducer.add
+
+    def noted(self: GradientReducer, parameter: Tensor, last: bool) -> None:
+        add(self, parameter, last)
+        come.append(come[-1] + parameter.numel())
+        reduced.append(sum(len(b.range) for b in self._buckets[: len(self._reductions)]))
+
+    monkeypatch.setattr(GradientReducer, "add", noted)
+    engine = engine_of(world, model, zero_optimization={"stage": 2, "overlap_comm": True, "reduce_bucket_size": 20_000})
+    engine.backward(predict(model, torch.float32).sum())
+    at = next(i for i, elements in enumerate(come) if elements > 0.75 * come[-1])
+    assert reduced[at] > 0.5 * come[-1]
 
 
 def test_a_parameter_that_is_not_used_has_no_gradient(world: World) -> None:
