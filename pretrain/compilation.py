@@ -25,7 +25,7 @@ from pretrain.models.conditioning import BlockConditioning, KeysValues, Unpadded
 from pretrain.models.dit import StepConditioning
 from pretrain.models.text import TEXT_MULTIPLE
 
-LIMIT = 64  # graphs of one function: `ffn: tapered` has 15 in training, FlexDiT 15
+LIMIT = 64  # graphs of one function: `ffn: tapered` has 15 in training, FlexDiT 14
 
 # No more graphs than this are compiled, whatever the captions: in training by what mixes the tokens, and in sampling.
 GRAPHS = {"dit": 4, "focusdit": 6, "flexdit": 16, "mediators": 8, "sampling": 4}

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ModelMixin  # noqa: F401 (below)
+from diffusers import DiffusionPipeline, ModelMixin  # noqa: F401 (earlier exports: diffusers looks for ModelMixin here)
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -34,7 +34,6 @@ from pretrain.models.mixers.mediators import Mediators
 from pretrain.recipes import Recipe, recipe_of
 from pretrain.transformer import FocusDiTTransformer2DModel, unpadded
 
-# Earlier exports name the transformer in this file; to load it, diffusers looks for ModelMixin here, too.
 logger = logging.get_logger(__name__)
 
 

@@ -9,7 +9,6 @@ python -m pretrain.bench checkpoint  what checkpoints, spike guard and watchdog 
 python -m pretrain.bench neighbours  FocusDiT, FlexDiT and mediators trained on the shapes, at equal images and FLOPs
 python -m pretrain.bench encode      data prep's pipeline against its bare encoders
 python -m pretrain.bench roofline    a training step's FLOPs, bytes and time at a GPU's rates, computed
-python -m pretrain.bench gpu         all that a machine with GPUs shall say at the first contact, in a few minutes
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 
 from pretrain.console import run_one_of
 
-# Each is imported where it is asked for alone: `gpu` and `roofline` run where other benchmarks' libraries are missing.
+# Each is imported where it is asked for alone: `roofline` runs where other benchmarks' libraries are missing.
 BENCHMARKS: dict[str, Callable[[], Any]] = {
     "step": lambda: import_module("pretrain.bench.step"),
     "sample": lambda: import_module("pretrain.bench.sample"),
