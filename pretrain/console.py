@@ -18,8 +18,8 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
     # More loader processes than cores are the user's choice.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
-    for name in ("DeepSpeed", "streaming"):
-        logging.getLogger(name).addFilter(_is_error)  # a level would be set anew when the library is imported
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # a level would be set anew when the library is imported
+    logging.getLogger("streaming").setLevel(logging.ERROR)  # a filter would not see what its modules' loggers write
 
 
 def _is_error(record: logging.LogRecord) -> bool:
