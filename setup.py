@@ -37,7 +37,7 @@ setup(
     entry_points={"console_scripts": [f"focusdit-{command} = {module}:main" for command, module in COMMANDS.items()]},
     # Exact versions that are known to work together stand in constraints.txt.
     install_requires=[
-        "torch>=2.10,<2.13",  # Tensor.grad_dtype; docs/dependencies.md: the private interfaces that are relied on
+        "torch>=2.10,<2.13",  # Tensor.grad_dtype, varlen_attn; docs/dependencies.md: the private interfaces that are relied on
         "torchvision>=0.21",  # `import streaming` needs it
         "deepspeed>=0.19.7,<0.20",  # likewise
         "mosaicml-streaming>=0.13,<0.14",  # likewise

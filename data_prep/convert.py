@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 from data_prep.common.command import command_parser
 from data_prep.common.paths import path, path_or_url
+from data_prep.common.words import counted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except (DamagedFile, ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
-    print(f"{samples} samples in {files} files of {args.output}")
+    print(f"{counted(samples, 'sample')} in {counted(files, 'file')} of {args.output}")
     return 0
 
 

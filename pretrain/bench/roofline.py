@@ -15,10 +15,10 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from data_prep.common.files import atomic_write
+from data_prep.common.paths import path
 from data_prep.encoders import DOWNSAMPLE
 from pretrain.bench.kernels import ATTENTION, MATRIX, PARTS, Kernel, eager, fused, record_step
 from pretrain.gpus import GPUS, Gpu, named_gpu
@@ -77,7 +77,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="focusdit_1b_shared2d")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 20], help="a micro-batch for each resolution")
-    parser.add_argument("--out", type=Path, help="JSON file for all numbers, by block")
+    parser.add_argument("--out", type=path, help="JSON file for all numbers, by block")
 
 
 def run(args: argparse.Namespace) -> str:

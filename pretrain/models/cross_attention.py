@@ -5,19 +5,14 @@ Letters: B images, N image tokens, M text tokens of all captions, L a caption's 
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from pretrain.models.conditioning import KeysValues, Segment, Unpadded
 from pretrain.models.text import PackedText
-
-UNEQUAL_LENGTHS = find_spec("torch.nn.attention.varlen") is not None  # from torch 2.10 on
-if UNEQUAL_LENGTHS:
-    from torch.nn.attention.varlen import varlen_attn
 
 # A bound of captions' lengths that does not change with the batch, so that compiled code needs not be compiled again.
 LONGEST = 512
@@ -94,8 +89,7 @@ def takes_unequal_lengths(like: Tensor, head_width: int) -> bool:
     Its backward pass adds up in any order, so with deterministic algorithms captions are padded.
     """
     return (
-        UNEQUAL_LENGTHS
-        and like.is_cuda
+        like.is_cuda
         and like.dtype in (torch.float16, torch.bfloat16)
         and head_width % 8 == 0
         and head_width <= 128

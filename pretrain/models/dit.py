@@ -36,6 +36,7 @@ from pretrain.models.budget_choices import check_budget, common_budget, default_
 from pretrain.models.compute_budget import ComputeBudget
 from pretrain.models.conditioning import BlockConditioning, Conditioning, KeysValues, TextCache, TimeCache, Unpadded
 from pretrain.models.config import DiTConfig
+from pretrain.models.cross_attention import CrossAttention
 from pretrain.models.embeddings import (
     PatchEmbed,
     Rotary,
@@ -191,10 +192,9 @@ class DiT(nn.Module):
         if self.text_multiple is not None:
             text = PackedText.pack(text.captions(), self.text_multiple)
         projected = text.with_tokens(self.text_projection(text.tokens_ME))
-        attentions = [attention for i in range(len(self.blocks)) if (attention := self.block(i).cross_attention)]
-        if self.text_multiple is None:
-            return TextCache(tuple(a.by_length(projected) for a in attentions), len(text))
-        return TextCache(tuple(a.padded(projected) for a in attentions), len(text))
+        encode = CrossAttention.by_length if self.text_multiple is None else CrossAttention.padded
+        attentions = [self.block(i).cross_attention for i in range(len(self.blocks))]
+        return TextCache(tuple(encode(a, projected) for a in attentions if a is not None), len(text))
 
     def embed_times(self, timestep_S: Tensor) -> tuple[TimeCache, ...]:
         """Embeds timesteps [S]: all that the backbone makes of each, for any number of images at that time."""

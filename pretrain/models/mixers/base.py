@@ -143,7 +143,7 @@ class DerivedParameter:
         return source.chunk(self.parts)[self.part]
 
 
-class Method:
+class Method(ABC):
     """A way for image tokens to exchange information, bound to a backbone's shape and its own settings.
 
     Args:
@@ -194,17 +194,17 @@ class Method:
 class Attention(Method):
     """A method of the blocks that hold all tokens."""
 
+    @abstractmethod
     def mixer(self) -> TokenMixer:
         """A new mixer for one block."""
-        raise NotImplementedError
 
 
 class Density(Method):
     """A method that decides on how many tokens each block computes."""
 
+    @abstractmethod
     def mixers(self, dense: Callable[[], TokenMixer]) -> list[TokenMixer]:
         """New mixers for all blocks, from bottom to top; `dense` makes those of the blocks that hold all tokens."""
-        raise NotImplementedError
 
 
 def hash64(words: str) -> int:
