@@ -43,7 +43,7 @@ setup(
         "mosaicml-streaming>=0.13,<0.14",  # likewise
         "webdataset>=1.0",
         "transformers>=4.56,<5",  # the upper bound is mosaicml-streaming's
-        "diffusers>=0.33",
+        "diffusers>=0.33,<0.41",  # docs/dependencies.md
         "sentencepiece>=0.2",  # the tokenizer of T5
         "tensorboard>=2.16",
         "accelerate>=1.0",  # diffusers' CPU offload

@@ -8,7 +8,6 @@ Letters: B images, C latent channels, H, W latent pixels, L text tokens, E the t
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -136,12 +135,9 @@ def clean_caption(caption: str) -> str:
             "recipe release: its cleaning of captions needs beautifulsoup4 and ftfy: "
             "pip install 'focusdit-pretrain[release]', or both by their names"
         )
-    from diffusers import PixArtAlphaPipeline
+    from pretrain.diffusers_private import clean_as_pixart  # late: its pipeline takes seconds
 
-    cleaner = object.__new__(PixArtAlphaPipeline)  # the method needs none of a pipeline's components
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Beautiful Soup's, of captions that look like file names
-        return cleaner._text_preprocessing(caption, clean_caption=True)[0]
+    return clean_as_pixart(caption)
 
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (Recipe(), ReleaseRecipe())}

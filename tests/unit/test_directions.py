@@ -42,6 +42,7 @@ LIBRARIES = {
         "pretrain/bench/picture.py",
         "pretrain/bench/step.py",
         "pretrain/bench/timing.py",
+        "pretrain/diffusers_private.py",
         "pretrain/pipeline.py",
         "pretrain/recipes.py",
         "pretrain/schedulers.py",
@@ -57,6 +58,7 @@ LIBRARIES = {
 # Where the underscored names of libraries are met (docs/dependencies.md).
 PRIVATE = {
     "pretrain/data/streaming_private.py",
+    "pretrain/diffusers_private.py",
     "pretrain/distributed/deepspeed_private.py",
     "pretrain/distributed/torch_private.py",
 }
@@ -73,6 +75,7 @@ FLOORS: list[set[str]] = [
     {
         "pretrain/config_files.py",
         "pretrain/console.py",
+        "pretrain/diffusers_private.py",
         "pretrain/gpus.py",
         "pretrain/models",
         "pretrain/sections.py",

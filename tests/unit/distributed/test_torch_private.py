@@ -39,13 +39,9 @@ def test_the_table_of_the_docs() -> None:
 
 
 def test_no_other_file_reaches_private_names() -> None:
-    """Of any library; `os._exit` is public in spite of its name, and docs/dependencies.md has the one exception."""
+    """Of any library; `os._exit` is public in spite of its name."""
     files = (path.relative_to(ROOT).as_posix() for path in (ROOT / "pretrain").rglob("*.py"))
-    found = {
-        file: underscored(file) - {"os._exit", "cleaner._text_preprocessing"}
-        for file in files
-        if not file.endswith("_private.py")
-    }
+    found = {file: underscored(file) - {"os._exit"} for file in files if not file.endswith("_private.py")}
     assert {file: names for file, names in found.items() if names} == {}
 
 
