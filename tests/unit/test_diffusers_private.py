@@ -1,4 +1,4 @@
-"""The private name of diffusers that is relied on is there, and is reached in one file; what it does is tested in `test_recipes.py`."""
+"""The private name of diffusers that is relied on is there, and is reached in one file; test_recipes.py has what it does."""
 
 from __future__ import annotations
 
