@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from data_prep.common.command import command_parser
+from data_prep.common.command import command_parser, run_action
 from data_prep.common.paths import path, path_or_url
 from data_prep.common.words import counted
 
@@ -31,14 +31,12 @@ def main(argv: list[str] | None = None) -> int:
     from data_prep.checks.damage import DamagedFile, Files  # late: the libraries take seconds
     from data_prep.conversion import convert
 
-    try:
+    def run() -> str:
         with TemporaryDirectory(prefix="convert-") as temporary:
             samples, files = convert(Files(args.data, Path(temporary)), args.output, args.to)
-    except (DamagedFile, ValueError, OSError) as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 1
-    print(f"{counted(samples, 'sample')} in {counted(files, 'file')} of {args.output}")
-    return 0
+        return f"{counted(samples, 'sample')} in {counted(files, 'file')} of {args.output}"
+
+    return run_action("convert", run, (DamagedFile, ValueError, OSError))
 
 
 if __name__ == "__main__":

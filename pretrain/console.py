@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import warnings
 from collections.abc import Mapping
 from typing import Protocol
 
-from data_prep.common.command import command_parser
+from data_prep.common.command import command_parser, run_action
 
 
 def silence_libraries() -> None:
@@ -48,9 +47,4 @@ def run_one_of(program: str, description: str, modules: Mapping[str, Subcommand]
         module.arguments(commands.add_parser(name, help=about, description=about))
     args = parser.parse_args(argv)
     silence_libraries()
-    try:
-        print(modules[args.command].run(args))
-    except (ValueError, OSError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_action(program, lambda: modules[args.command].run(args))

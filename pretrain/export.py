@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 
-from data_prep.common.command import command_parser
+from data_prep.common.command import command_parser, run_action
 from data_prep.common.paths import path
 from pretrain.console import silence_libraries
 from pretrain.sampling.options import add_export_arguments
@@ -32,16 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     from pretrain.sampling.export_writer import DTYPES, write_export
     from pretrain.sampling.trained_run import load_run
 
-    try:
+    def export() -> str:
         with new_folder(args.out) as writing:
             trained = load_run(args.run, args.weights)
             trained.pipeline.transformer.dit.to(DTYPES[args.dtype])
             write_export(trained, writing, str(args.out), args.encoders == "copy")
-    except (ValueError, OSError) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 1
-    print(f"step {trained.step} of {args.run} is in {args.out}; see {args.out / 'README.md'}")
-    return 0
+        return f"step {trained.step} of {args.run} is in {args.out}; see {args.out / 'README.md'}"
+
+    return run_action("export", export)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 
-from data_prep.common.command import command_parser
+from data_prep.common.command import command_parser, run_action
 from data_prep.common.paths import path
 
 
@@ -37,14 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     # Late, as the libraries take seconds.
     from pretrain.sampling.release_export import write_release_export
 
-    try:
+    def import_() -> str:
         model = write_release_export(args.transformer, args.out, args.encoders, args.ignore)
-    except (ValueError, OSError) as error:
-        print(f"import_release: {error}", file=sys.stderr)
-        return 1
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters / 1e6:.1f}M parameters in {args.out}: {model.config}")
-    return 0
+        parameters = sum(p.numel() for p in model.parameters())
+        return f"{parameters / 1e6:.1f}M parameters in {args.out}: {model.config}"
+
+    return run_action("import_release", import_)
 
 
 if __name__ == "__main__":

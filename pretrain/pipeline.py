@@ -163,11 +163,10 @@ class FocusDiTPipeline(DiffusionPipeline):
             ValueError: for arguments that contradict each other or the model, with the mend.
         """
         self._check(prompt, prompt_embeds, callback_on_step_end_tensor_inputs, output_type)
-        chosen = recipe_of(recipe or self.config.recipe)
+        chosen, default_steps, default_scale = self.defaults(recipe)
         chosen.check(self.transformer, self.vae, self.scheduler)
         low, high = guidance_interval
-        scale = (chosen.guidance or self.config.guidance) if guidance_scale is None else guidance_scale
-        guidance = Guidance(scale, (low, high))
+        guidance = Guidance(default_scale if guidance_scale is None else guidance_scale, (low, high))
         skip = None if skip_threshold is None else Skip(skip_threshold, skip_unit)
         rule = choose_rule(self.transformer.dit.config, mediators, mediator_rho)
         device, dtype = self._execution_device, self.transformer.dtype
@@ -175,16 +174,10 @@ class FocusDiTPipeline(DiffusionPipeline):
         null = text
         if guidance.scale != 1:
             negative = chosen.negative_prompt if negative_prompt is None else negative_prompt
-            null = self._text(
-                negative, negative_prompt_embeds, negative_prompt_attention_mask, num_images_per_prompt, chosen
-            )
-            given, wanted = len(null) // num_images_per_prompt, len(text) // num_images_per_prompt
-            if given not in (1, wanted):
-                raise ValueError(f"{given} negative prompts for {wanted} prompts: give one, or one per prompt")
-            if given == 1:
-                null = PackedText.pack(null.captions()[:1])
+            embeds = negative_prompt_embeds, negative_prompt_attention_mask
+            null = self._null_text(negative, *embeds, num_images_per_prompt, len(text), chosen)
         noise = self._noise(len(text), self.latent_size(height, width), generator, latents, chosen).to(device)
-        steps = (chosen.steps or self.config.steps) if num_inference_steps is None else num_inference_steps
+        steps = default_steps if num_inference_steps is None else num_inference_steps
         if steps < 1:
             raise ValueError(f"num_inference_steps: {steps} must be at least 1")
         chosen.set_timesteps(self.scheduler, steps, device)
@@ -231,6 +224,11 @@ class FocusDiTPipeline(DiffusionPipeline):
     def interrupt(self, value: bool) -> None:
         self._interrupt = value
 
+    def defaults(self, recipe: str | None = None) -> tuple[Recipe, int, float]:
+        """A recipe by its name, the model's own by default, and the steps and the guidance scale that are taken with it."""
+        chosen = recipe_of(recipe or self.config.recipe)
+        return chosen, chosen.steps or self.config.steps, chosen.guidance or self.config.guidance
+
     def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Pixels to latent pixels. Raises ValueError for sizes that the VAE and the patch do not divide."""
         sides = [self.config.resolution if side is None else side for side in (height, width)]
@@ -246,7 +244,7 @@ class FocusDiTPipeline(DiffusionPipeline):
 
     def encode_prompt(self, prompts: Sequence[str], recipe: Recipe | None = None) -> list[Tensor]:
         """Prompts to embeddings [L, E] in bf16 on the host, each encoded by itself: the same in every batch."""
-        recipe = recipe or recipe_of(self.config.recipe)
+        recipe = recipe or self.defaults()[0]
         texts = []
         if self.text_encoder is None:
             raise ValueError(
@@ -277,6 +275,16 @@ class FocusDiTPipeline(DiffusionPipeline):
         else:
             captions = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt, recipe)
         return PackedText.pack([caption for caption in captions for _ in range(times)])
+
+    def _null_text(
+        self, prompt: Any, embeds: Tensor | None, keep: Tensor | None, times: int, pictures: int, recipe: Recipe
+    ) -> PackedText:
+        """The captions that guidance leads away from: one for all pictures, or one for each."""
+        null = self._text(prompt, embeds, keep, times, recipe)
+        given, wanted = len(null) // times, pictures // times
+        if given not in (1, wanted):
+            raise ValueError(f"{given} negative prompts for {wanted} prompts: give one, or one per prompt")
+        return PackedText.pack(null.captions()[:1]) if given == 1 else null
 
     def _noise(
         self, pictures: int, size: tuple[int, int], generator: Any, latents: Tensor | None, recipe: Recipe

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from data_prep.common.command import command_parser
+from data_prep.common.command import command_parser, run_action
 from data_prep.common.paths import path
 from pretrain.console import silence_libraries
 from pretrain.sampling.options import add_export_arguments
@@ -33,13 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     silence_libraries()
     from pretrain.sampling.pruning import run  # late: the libraries take seconds
 
-    try:
-        line = run(args)
-    except (ValueError, OSError) as error:
-        print(f"prune: {error}", file=sys.stderr)
-        return 1
-    print(f"{line}\nsee {args.out / 'prune.png'} and {args.out / 'before_after.png'}")
-    return 0
+    return run_action("prune", lambda: f"{run(args)}\nsee {args.out / 'prune.png'} and {args.out / 'before_after.png'}")
 
 
 if __name__ == "__main__":

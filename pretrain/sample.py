@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from data_prep.common.command import command_parser
+from data_prep.common.command import command_parser, run_action
 from data_prep.common.paths import path
 from pretrain.console import silence_libraries
 
@@ -26,12 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     silence_libraries()
     from pretrain.sampling.drawing import run  # late: the libraries take seconds
 
-    try:
-        print(run(args))
-    except (ValueError, OSError) as error:
-        print(f"sample: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_action("sample", lambda: run(args))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

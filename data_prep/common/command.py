@@ -1,9 +1,10 @@
-"""Command lines: a parser whose help has the program's name as it was started, and every default."""
+"""Command lines: a parser whose help has the program's name as it was started, and every default; and how a command ends."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,15 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def command_parser(description: str, **more: Any) -> argparse.ArgumentParser:
     """A parser for a command's `main`."""
     return argparse.ArgumentParser(prog=program(), description=description, formatter_class=_Help, **more)
+
+
+def run_action(
+    name: str, action: Callable[[], str], mistakes: tuple[type[Exception], ...] = (ValueError, OSError)
+) -> int:
+    """Runs a command's action and prints the text that it returns; one of `mistakes` becomes one line. Returns the exit code."""
+    try:
+        print(action())
+    except mistakes as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    return 0

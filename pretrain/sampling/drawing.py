@@ -92,7 +92,7 @@ def model_recipe(folder: Path) -> str:
 
 def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[str, Any]:
     """The settings that a picture depends on, beside its prompt and seed."""
-    recipe = recipe_of(args.recipe or pipeline.config.recipe)
+    recipe, steps, guidance = pipeline.defaults(args.recipe)
     height, width = (side * DOWNSAMPLE for side in pipeline.latent_size(args.height, args.width))
     return {
         "data_fingerprint": (pipeline.config.data_fingerprint or "")[:16],  # of the encoders, too
@@ -103,8 +103,8 @@ def settings_of(args: argparse.Namespace, pipeline: FocusDiTPipeline) -> dict[st
         "width": width,
         "scheduler": type(pipeline.scheduler).__name__,
         "shift": pipeline.scheduler.config.get("shift"),
-        "steps": (recipe.steps or pipeline.config.steps) if args.steps is None else args.steps,
-        "guidance": (recipe.guidance or pipeline.config.guidance) if args.guidance is None else args.guidance,
+        "steps": steps if args.steps is None else args.steps,
+        "guidance": guidance if args.guidance is None else args.guidance,
         "guidance_interval": list(args.guidance_interval),
         "negative_prompt": args.negative_prompt,
         "skip_threshold": args.skip_threshold,
