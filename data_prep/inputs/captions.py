@@ -2,15 +2,14 @@
 
     None                             the default: `key.txt`, or without one the field "caption" (img2dataset writes both)
     ".txt"                           `key.txt` alone; ".caption" is `key.caption`, and so on
-    "recaption"                      the field "recaption" of `key.json`, or the column of a Parquet file, alone
+    "recaption"                      the field "recaption" of `key.json` alone
     ["recaption", ".txt"]            one of several, drawn for each sample with equal weights ...
     {"recaption": 0.8, ".txt": 0.2}  ... or with these; on a command line: recaption=0.8,.txt=0.2
 
 A caption is drawn among those that the sample has: a text that is not only white space, or a number. The draw depends on
 the sample's key alone, not on the order or number of workers: the name with the least -ln(u)/weight wins, where u in (0, 1)
 is a hash of key and name (Efraimidis and Spirakis, 2006). Where a sample lacks one of the captions, the draws among the others
-stay as they are, and its share goes to them by their weights. Of a list of texts, one is
-drawn the same way.
+stay as they are, and its share goes to them by their weights. Of a list of texts, one is drawn the same way.
 """
 
 import hashlib

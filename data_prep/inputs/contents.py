@@ -1,6 +1,6 @@
-"""Contents of a tar, Parquet file or folder: which members and fields its samples have, and whether it is whole.
+"""Contents of a tar: which members and fields its samples have, which of them may be captions, and whether it is whole.
 
-They are counted while the samples are read, for the report and for the first lines of a run, which propose `--captions`.
+They are counted while the samples are read.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ LIKELY_CAPTIONS = ("caption", "recaption", "text", "prompt", "description", "alt
 
 @dataclass
 class Contents:
-    """What the samples of a tar, Parquet file or folder have.
+    """What the samples of a tar have.
 
     Attributes:
-        samples: groups of members, or rows, that were looked at.
+        samples: groups of members that were looked at.
         members: samples by the extensions of their members, with the dot.
-        fields: samples by the fields of their json or row.
+        fields: samples by the fields of their json.
         texts: samples by the fields, and members by name, that may be captions.
         incomplete: what is missing, where the file is cut or damaged.
     """

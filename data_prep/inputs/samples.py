@@ -1,4 +1,4 @@
-"""Samples and rejects: what becomes of the members of a key, or of a row of a Parquet file.
+"""Samples and rejects: what becomes of the members of a key.
 
 `Members` collects what belongs to one key and decides: sample or reject, with a reason of the fixed set `REJECT_REASONS`. So
 `read = written + dropped` can be checked to the last sample, whatever the samples come from.
@@ -18,7 +18,7 @@ RejectReason = Literal[
     "no_image",  # no member jpg, jpeg, png or webp
     "no_caption",  # none of the wanted ones: no text member, and no text or number in a field
     "empty_caption",  # only white space
-    "caption_not_utf8",  # a text member, or a text of a row, is not UTF-8
+    "caption_not_utf8",  # a text member is not UTF-8
     "bad_json",  # `key.json` is no JSON object in UTF-8, or nested too deeply, or with a number of too many digits
     "duplicate_key",  # the key was seen before, with a picture, and others in between
     "members_apart",  # members of a key that lie apart from its others, in a tar whose members are neighbours elsewhere
@@ -27,7 +27,6 @@ RejectReason = Literal[
     "oversized_member",  # an image or a text over its limit; it is not read into memory
     "unsorted_tar",  # the members of the keys lie apart; always the last item, as the tar is not read further
     "truncated_tar",  # the current group where the tar is cut or damaged; always the last item
-    "damaged_rows",  # a row of a Parquet file's row group that cannot be read
 ]
 REJECT_REASONS: tuple[str, ...] = get_args(RejectReason)
 
@@ -41,7 +40,7 @@ class Sample:
     """Sample: texts are decoded, the picture is not.
 
     `caption` has more than white space, and is unchanged; `caption_field` is where it stood: `.txt` or a field. `metadata` is
-    the object of `key.json`, or the other columns of a row, `{}` without any. Bytes of a name that are not UTF-8 stand in
+    the object of `key.json`, `{}` without one. Bytes of a name that are not UTF-8 stand in
     `key` as `\\xNN`.
     """
 
@@ -101,10 +100,10 @@ class Members:
         """Keeps the data of a member that is wanted."""
         self._parts["image" if extension in IMAGE_EXTENSIONS else extension] = data
 
-    def outcome(self, contents: Contents, more: Mapping[str, Any] | None = None) -> Sample | Reject:
-        """Returns sample or reject, once all members are added. `more` are fields beside those of the json."""
+    def outcome(self, contents: Contents) -> Sample | Reject:
+        """Returns sample or reject, once all members are added."""
         try:
-            metadata, broken = {**(more or {}), **_json_object(self._parts.get("json", b"{}"))}, ""
+            metadata, broken = _json_object(self._parts.get("json", b"{}")), ""
         except (ValueError, RecursionError) as error:
             metadata, broken = {}, str(error)
         contents.add(self.extensions, metadata)

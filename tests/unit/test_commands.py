@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -15,6 +16,9 @@ from data_prep import encode, schema
 from data_prep.common.paths import expand
 from pretrain.config import PreviewSection
 from pretrain.config_files import known
+from pretrain.recipes import RECIPES
+from pretrain.sampling.export_writer import DTYPES
+from pretrain.sampling.options import add_export_arguments
 from pretrain.schedulers import SAMPLERS
 
 MODULES = re.findall(r'^    "[\w-]+": "([\w.]+)",$', (ROOT / "setup.py").read_text(), re.MULTILINE)
@@ -81,6 +85,12 @@ def test_options_that_wait_for_no_library_are_the_librarys() -> None:
 
     for sampler in SAMPLERS:
         assert parse(["--run=x", "--prompt=y", "--out=z", f"--sampler={sampler}"]).sampler == sampler
+    for recipe in RECIPES:
+        assert parse(["--run=x", "--prompt=y", "--out=z", f"--recipe={recipe}"]).recipe == recipe
+    parser = argparse.ArgumentParser()
+    add_export_arguments(parser)
+    for dtype in DTYPES:
+        assert parser.parse_args([f"--dtype={dtype}"]).dtype == dtype
 
 
 @pytest.mark.parametrize(("words", "name"), [
