@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_times_before() -> None:
 
 def test_a_number_in_shared_memory(two: Path) -> None:
     """Taken by a data set that is made within it; afterwards numbers count from 0 again, also after an error."""
-    number = 7_654_321
+    number = 7_654_321 + os.getpid()  # another suite may run on this machine
     with shared_memory_number(number):
         data = PositionedDataset([Stream(local=f"{two}/a/256")], ShardFile, batch_size=4, shuffle=False)
     assert data._shm_prefix_int == number
