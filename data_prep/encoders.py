@@ -233,12 +233,16 @@ def _has_frames(model: Any) -> bool:
 def lay_out(model: Any) -> Any:
     """Lays a model's weights out in memory as those of a model that was never saved; returns the model.
 
-    They are 64-byte aligned, and an `AutoencoderKL`'s channels come last. Tensors read from safetensors lie at any multiple of
-    4 bytes, where some processors compute other last bits.
+    They are 64-byte aligned, an `AutoencoderKL`'s channels come last, and an `AutoencoderKLMochi` is made ready for pictures
+    (`mochi.py`). Tensors read from safetensors lie at any multiple of 4 bytes, where some processors compute other last bits.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if type(tensor.data) is Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
+    if _has_frames(model):
+        from data_prep.mochi import for_pictures
+
+        return for_pictures(model)
     return model.to(memory_format=torch.channels_last) if type(model).__name__ == "AutoencoderKL" else model
 
 
@@ -285,7 +289,8 @@ class Vae:
     @torch.no_grad()
     def start_encoding(self, pictures_B3HW: Tensor) -> Latents:
         """Starts `encode`; copies from a GPU may still be under way: call `wait_for` before reading them."""
-        pictures, frames = pictures_B3HW.to(self.device, self.model.dtype), _has_frames(self.model)
+        frames = _has_frames(self.model)
+        pictures = pictures_B3HW.to(self.device, torch.float32 if frames else self.model.dtype)
         posterior = self.model.encode(pictures[:, :, None] if frames else pictures).latent_dist
         mean, std = (v.squeeze(2) if frames else v for v in (posterior.mean, posterior.std))
         mean, std = (mean.float() - self.shift) * self.scale, std.float() * self.scale
