@@ -31,6 +31,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "neighbours": lambda: import_module("pretrain.bench.neighbours"),
     "encode": lambda: import_module("pretrain.bench.encode"),
     "roofline": lambda: import_module("pretrain.bench.roofline"),
+    "gpu": lambda: import_module("pretrain.bench.gpu.command"),
 }
 
 

@@ -12,28 +12,23 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
+from data_prep.encoders import DOWNSAMPLE
 from pretrain import training
+from pretrain.bench.made import made_batch, made_trainer
 from pretrain.bench.timing import model_arguments, side_by_side
 from pretrain.checkpoint.reader import FOLDER
-from pretrain.checkpoint.writer import CheckpointWriter
-from pretrain.config import load
+from pretrain.config import Config, load
 from pretrain.data.batch import Batch
 from pretrain.diffusion import Loss
-from pretrain.distributed import optimizer as optim
-from pretrain.distributed.ema import Ema
-from pretrain.distributed.engine import Engine
 from pretrain.distributed.rendezvous import init_distributed, shutdown
 from pretrain.distributed.world import World
-from pretrain.models import ComputeBudget, DiT, PackedText, preset
-from pretrain.monitoring.monitor import Monitor
+from pretrain.models import ComputeBudget, preset
 from pretrain.resilience.heartbeat import IN_STEP
 from pretrain.resilience.signals import StopRequest
-from pretrain.resilience.spike_guard import SpikeGuard
-from pretrain.resilience.watchdog import Watchdog
 from pretrain.state import RunState
 
 CAPTION = 40  # tokens
@@ -49,7 +44,8 @@ def run(args: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         world, stop = init_distributed(), StopRequest()
         try:
-            t, batch = _trainer(args, Path(folder), world, stop)
+            t = made_trainer(*_settings(args, folder, world), world, stop)
+            batch = made_batch(t.config, [CAPTION] * args.batch)
             lines = _checkpoints(t, batch, args.rounds) + _share(t, batch, args.rounds)
             t.watchdog.close()
         finally:
@@ -58,32 +54,22 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _trainer(args: argparse.Namespace, folder: Path, world: World, stop: StopRequest) -> tuple[training.Trainer, Batch]:
-    """A trainer with all its parts but the data, and a batch."""
-    config = load("demo_256", [f"run_dir={folder}", "preview.every=0", "steps=1000000", "logging.every=20"])[0]
-    backbone = replace(preset(args.preset), depth=args.depth) if args.depth else preset(args.preset)
-    torch.manual_seed(0)
-    model = DiT(backbone).to(world.device)
-    deepspeed: dict[str, Any] = {
-        "train_batch_size": args.batch * world.size,
-        "train_micro_batch_size_per_gpu": args.batch,
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": world.device.type == "cuda"},
-        "zero_optimization": {"stage": 2, "overlap_comm": True},
+def _settings(args: argparse.Namespace, folder: str, world: World) -> tuple[Config, dict[str, Any]]:
+    backbone = preset(args.preset)
+    words = {
+        "run_dir": folder,
+        "preview.every": 0,
+        "steps": 1000000,
+        "logging.every": 20,
+        "optimizer.ema_decay": 0.9999,
+        "model.preset": args.preset,
+        "model.depth": args.depth or backbone.depth,
+        "data.resolution": args.tokens_per_side * backbone.patch * DOWNSAMPLE,
+        "deepspeed.train_batch_size": args.batch * world.size,
+        "deepspeed.train_micro_batch_size_per_gpu": args.batch,
+        "deepspeed.bf16.enabled": str(world.device.type == "cuda").lower(),
     }
-    zero = Engine(model, optim.build_optimizer(model, config.optimizer), deepspeed, world)
-    ema, guard = Ema(zero, 0.9999), SpikeGuard(config.guard, world, stop)
-    monitor = Monitor(config, backbone, zero)
-    monitor.resume(0, [])
-    side = args.tokens_per_side * backbone.patch
-    latent = torch.randn(args.batch, backbone.latent_channels, side, side).half()
-    text = PackedText.pack([torch.randn(CAPTION, backbone.text_width).half() for _ in range(args.batch)])
-    batch = Batch(tuple(map(str, range(args.batch))), tuple(range(args.batch)), text, latent, None)
-    nothing = cast(Any, None)
-    saver = CheckpointWriter(config, zero, ema, {})
-    objective, watchdog = config.objective.build(), Watchdog(world, config.guard.seconds).start()
-    parts: Any = (config, {}, nothing, model, zero, ema, objective, guard, watchdog, monitor, nothing, saver, nothing)
-    return training.Trainer(*parts), batch
+    return load("demo_256", [f"{key}={value}" for key, value in words.items()])
 
 
 def _checkpoints(t: training.Trainer, batch: Batch, rounds: int) -> list[str]:

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> str:
     for side in args.resolutions:
         for chosen in args.presets:
             config = replace(preset(chosen), depth=args.depth) if args.depth else preset(chosen)
-            pipe = _pipeline(config, device, dtype)
+            pipe = pipeline_of(config, device, dtype)
             compile_for_sampling(pipe.transformer, pipe.transformer.dit, args.compile)
             text = torch.randn(1, 80, config.text_width, device=device, dtype=dtype)
 
@@ -70,17 +70,28 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _pipeline(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> FocusDiTPipeline:
-    vae: nn.Module
-    if config.latent_channels == 12:
-        vae = AutoencoderKLMochi()
-    else:  # the tiny presets' latents: a VAE of Stable Diffusion's size
-        widths, down, up = (128, 256, 512, 512), ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-        vae = AutoencoderKL(
-            down_block_types=down, up_block_types=up, block_out_channels=widths, layers_per_block=2, latent_channels=4
-        )
+def pipeline_of(
+    config: DiTConfig, device: torch.device, dtype: torch.dtype, vae: nn.Module | None = None
+) -> FocusDiTPipeline:
+    """A pipeline of random weights: a backbone of this shape, and by default the full-size VAE that its latents are from."""
+    vae = vae or vae_of(config.latent_channels)
     dit = DiT(config).to(device, dtype).eval()
     vae = vae.to(device, dtype).eval()
     pipe = FocusDiTPipeline(None, None, vae, FocusDiTTransformer2DModel.of(dit), build_scheduler("flow", 3.0))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def vae_of(channels: int, small: bool = False) -> nn.Module:
+    """A VAE of random weights: Mochi's for 12 channels, else one of Stable Diffusion's size, or a small one."""
+    if channels == 12 and not small:
+        return AutoencoderKLMochi()
+    widths = (32,) * 4 if small else (128, 256, 512, 512)
+    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    return AutoencoderKL(
+        down_block_types=down,
+        up_block_types=up,
+        block_out_channels=widths,
+        layers_per_block=1 if small else 2,
+        latent_channels=channels,
+    )

@@ -34,6 +34,7 @@ LIBRARIES = {
         "data_prep/assets/make_tiny_encoders.py",
         "data_prep/encoders.py",
         "pretrain/bench/encode.py",
+        "pretrain/bench/gpu/encoders.py",
     },
     "diffusers": {
         "data_prep/assets/make_tiny_encoders.py",
