@@ -9,6 +9,7 @@ python -m pretrain.bench checkpoint  what checkpoints, spike guard and watchdog 
 python -m pretrain.bench neighbours  FocusDiT, FlexDiT and mediators trained on the shapes, at equal images and FLOPs
 python -m pretrain.bench encode      data prep's pipeline against its bare encoders
 python -m pretrain.bench roofline    a training step's FLOPs, bytes and time at a GPU's rates, computed
+python -m pretrain.bench gpu         first contact with a machine that has GPUs: what is true there, in nine minutes
 """
 
 from __future__ import annotations

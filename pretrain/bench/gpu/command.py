@@ -59,7 +59,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> str:
-    """The table."""
+    """The table. Raises ValueError where a part failed, after printing it."""
     if args.minutes <= 0:
         raise ValueError(f"--minutes: {args.minutes} must be above 0")
     end = time.monotonic() + 60 * args.minutes - CLOSING - since_start()
@@ -90,6 +90,9 @@ def run(args: argparse.Namespace) -> str:
             runner.close()
     text = table(found)
     (args.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    if failed := [name for name, part in found["parts"].items() if part["status"] == "failed"]:
+        print(text)
+        raise ValueError(f"failed: {', '.join(failed)}; {args.out}/table.txt and {args.out}/log.txt say why")
     return text
 
 

@@ -162,6 +162,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu.json", "log.txt", "table.txt"]
 
 
+def test_a_part_that_failed_fails_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = {"status": "failed", "reason": "dit", "seconds": 1.0, "figures": []}
+    monkeypatch.setattr(
+        Runner, "run", lambda self, name, *given: wrong if name == "graphs" else {**wrong, "status": "done"}
+    )
+    words = ["gpu", "--device", "cpu", "--out", str(tmp_path), "--parts", "environment", "graphs"]
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert "graphs  failed: dit" in said.out and f"failed: graphs; {tmp_path}/table.txt" in said.err
+
+
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gpu", "--out", str(tmp_path), "--minutes", "0"]) == 1
     assert "--minutes: 0.0 must be above 0" in capsys.readouterr().err
