@@ -28,6 +28,7 @@ from pretrain.models import DiT
 from pretrain.monitoring.monitor import Monitor
 from pretrain.monitoring.preview import Preview
 from pretrain.monitoring.provenance import save_provenance
+from pretrain.monitoring.start_summary import start_summary
 from pretrain.resilience import preflight
 from pretrain.resilience.failure import report_failure
 from pretrain.resilience.heartbeat import IN_STEP
@@ -117,6 +118,7 @@ def train(t: Trainer) -> str | None:
     state = recovery.start()
     save_provenance(config, t.deepspeed, t.loader, t.engine.world)  # not of a start that was refused
     recovery.record_start(state.step)
+    recovery.log(start_summary(config, t.deepspeed, t.loader.plan, t.engine.world, state.step))
     t.watchdog.step = state.step
     batches = recovery.batches(state)
     while state.step < config.steps:

@@ -10,12 +10,13 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from streaming.base.compression import decompress
-from streaming.base.format.mds.encodings import mds_decode
-from streaming.base.format.mds.reader import MDSReader
+
+# streaming is imported where shards are read: it takes seconds, and cards and reports need none of it.
+if TYPE_CHECKING:
+    from streaming.base.format.mds.reader import MDSReader
 
 CRC = "crc32"
 CRC_ENCODING = "uint32"
@@ -28,6 +29,8 @@ def with_checksum(row: dict[str, Any], encode: Callable[[dict[str, Any]], bytes]
 
 def decode_sample(reader: MDSReader, data: memoryview) -> dict[str, Any]:
     """Returns a sample's columns; arrays are views of `data`. Raises ValueError where the bytes have changed since."""
+    from streaming.base.format.mds.encodings import mds_decode
+
     offset = 4 * sum(size is None for size in reader.column_sizes)
     if len(data) < offset:
         raise ValueError(f"its {len(data)} bytes do not even hold the sizes of its columns")
@@ -54,6 +57,8 @@ def decompressed(stored: bytes, shard: dict[str, Any]) -> bytes:
     """
     if shard["zip_data"] is None:
         return stored
+    from streaming.base.compression import decompress
+
     try:
         return decompress(shard["compression"], stored)
     except Exception as error:  # each method of compression raises its own kind
@@ -66,6 +71,8 @@ def decode_rows(raw: bytes, shard: dict[str, Any], expected: dict[str, str]) -> 
     `shard` is its entry in an index, `expected` are names and encodings of the columns by the card. Other columns are not
     decoded: MDS unpickles where an index asks for it.
     """
+    from streaming.base.format.mds.reader import MDSReader
+
     stated = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
     if stated != expected:
         raise ValueError(f"has other columns than the card's: {sorted(stated.items() ^ expected.items())}")

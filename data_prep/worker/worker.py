@@ -181,6 +181,7 @@ class Worker:
     def _encode(self, writer: BackgroundThread) -> None:
         window: list[Picture] = []
         counted_bytes = 0  # of the tar that is being read
+        judged = False  # whether the encoders serve such pictures
         while True:
             start = time.monotonic()
             try:
@@ -197,6 +198,9 @@ class Worker:
                     window.append(picture)
             if isinstance(item, _EndOfTar) or len(window) == WINDOW:
                 if window and item is not None:
+                    if not judged and (line := self.encoder.unsuited(window)):
+                        self.monitor.say(line)
+                    judged = True
                     writer.put(
                         _EncodedWindow(item.tally, *self.encoder.encode(window, item.tally.job.name, item.tally))
                     )

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from data_prep.schema import Latent
-from pretrain.data.shard_reader import UnreadableSample
 from pretrain.diffusion import captions_dropped
 from pretrain.distributed import torch_private
 from pretrain.models import PackedText
+
+if TYPE_CHECKING:  # it imports streaming, which takes seconds
+    from pretrain.data.shard_reader import UnreadableSample
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,7 @@ from pretrain.config import Config
 from pretrain.data.batch import Batch, Collate
 from pretrain.data.epoch_plan import plan_epoch
 from pretrain.data.location import DataLocation, open_card, prepare
-from pretrain.data.shard_reader import SetStream
 from pretrain.data.shared_memory import remove_stale_names, unique_names
-from pretrain.data.training_set import TrainingSet
 from pretrain.distributed.world import World, once_per_node
 from pretrain.models import DiTConfig
 from pretrain.models.text import TEXT_MULTIPLE
@@ -54,6 +52,10 @@ class Loader:
     """
 
     def __init__(self, config: Config, backbone: DiTConfig, global_batch: int, micro: int, world: World):
+        # Late, as streaming takes seconds to import, and a check on the login node needs none of it.
+        from pretrain.data.shard_reader import SetStream
+        from pretrain.data.training_set import TrainingSet
+
         self.config, self.global_batch = config, global_batch
         location = DataLocation.of(config.data)
         self.root = location.root
@@ -71,7 +73,24 @@ class Loader:
         self.steps_per_epoch = sum(self.plan.draws.values()) // global_batch
         multiple = TEXT_MULTIPLE if config.model.compile or world.device.type == "cuda" else None
         self.collate = Collate(micro, schema.load_null_text(self.root), config.data.caption_dropout, multiple)
+        self._passes = self._data_loader()
         self.resume(DataPosition())
+
+    def _data_loader(self) -> DataLoader:
+        """Passes over the data. Its processes live over all of them: small data sets have many short epochs."""
+        d = self.config.data
+        return DataLoader(
+            self.data,
+            batch_size=self.data.batch_size,
+            collate_fn=self.collate,
+            num_workers=d.workers,
+            prefetch_factor=d.prefetch if d.workers else None,
+            persistent_workers=d.workers > 0,
+            timeout=d.timeout if d.workers else 0,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=True,
+            worker_init_fn=ignore_signals,
+        )
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -101,28 +120,16 @@ class Loader:
         done = self.position.step_in_epoch
         if done >= self.steps_per_epoch:
             return
-        d = self.config.data
         self.data.start_at(self.position.epoch, done * self.global_batch, self._seed)
-        loader = DataLoader(
-            self.data,
-            batch_size=self.data.batch_size,
-            collate_fn=self.collate,
-            num_workers=d.workers,
-            prefetch_factor=d.prefetch if d.workers else None,
-            timeout=d.timeout if d.workers else 0,
-            pin_memory=torch.cuda.is_available(),
-            drop_last=True,
-            worker_init_fn=ignore_signals,
-        )
-        for batches in loader:
+        for batches in self._passes:
             # The position moves before the batch is used: what a step's checkpoint keeps is the step after.
             self.position = DataPosition(self.position.epoch, self.position.step_in_epoch + 1)
             yield batches
             if self.position.step_in_epoch == self.steps_per_epoch:
                 return  # where processes would have uneven numbers of samples, streaming repeats some: never a step more
         raise RuntimeError(
-            f"{d.path}: epoch {self.position.epoch} ended after {self.position.step_in_epoch} of {self.steps_per_epoch} "
-            "steps: a thread of streaming failed, see above"
+            f"{self.config.data.path}: epoch {self.position.epoch} ended after {self.position.step_in_epoch} of "
+            f"{self.steps_per_epoch} steps: a thread of streaming failed, see above"
         )
 
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain.data.streaming_private import shared_memory_number
 from pretrain.distributed.world import World, broadcast
 
 # Above what other programs count up to; with 9 digits the longest name fits into macOS's 31 characters.
@@ -29,6 +28,10 @@ AGE = 60.0  # seconds; a process may just have made a younger name, and not have
 @contextlib.contextmanager
 def unique_names(world: World) -> Iterator[None]:
     """Lets a StreamingDataset, within it, take a number that all processes of this start agree on, and no other start has."""
+    from pretrain.data.streaming_private import (
+        shared_memory_number,  # late: a check on the login node needs no streaming
+    )
+
     with shared_memory_number(broadcast(FIRST + secrets.randbelow(LAST - FIRST), world)):
         yield
 

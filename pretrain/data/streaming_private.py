@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,19 @@ class SamplePlace:
     index: int
 
 
+class _Shared:
+    """A whole number of a dataset, in memory that loader processes of earlier passes see, too."""
+
+    def __init__(self, index: int):
+        self.index = index
+
+    def __get__(self, dataset: Any, owner: Any = None) -> int:
+        return dataset.shared_numbers[self.index]
+
+    def __set__(self, dataset: Any, value: int) -> None:
+        dataset.shared_numbers[self.index] = value
+
+
 class PositionedDataset(StreamingDataset):
     """A StreamingDataset whose passes start where they are told, and whose repeated samples can be told apart.
 
@@ -86,14 +100,15 @@ class PositionedDataset(StreamingDataset):
     `num_samples` more in its number for each time before.
 
     Attributes:
-        epoch, first_sample: where the next pass starts; to be set before it.
+        epoch, first_sample: where the next pass starts; to be set before it, as is `shuffle_seed`.
     """
 
+    epoch, first_sample, shuffle_seed = _Shared(0), _Shared(1), _Shared(2)
     shards: list[ShardFile]  # type: ignore[assignment]
 
     def __init__(self, streams: Sequence[Stream], make_shard: Callable[[Reader], ShardFile], **settings: Any):
+        self.shared_numbers = RawArray("q", 3)
         super().__init__(streams=streams, **settings)
-        self.epoch = self.first_sample = 0
         self.shards = [make_shard(shard) for shard in self.shards]
         self.spanner = _RepeatedSpanner(self.spanner, self.num_samples)  # type: ignore[assignment]
 

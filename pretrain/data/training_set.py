@@ -49,18 +49,18 @@ class TrainingSet(PositionedDataset):
             allow_unsafe_types=False,
         )
         self.text_dtype = card.text_dtype
-        self.run_seed, self.resolution = config.seed, config.data.resolution
+        self.resolution = config.data.resolution
         self.set_names = [stream.name for stream in streams]
 
     def start_at(self, epoch: int, first_sample: int, seed: int) -> None:
         """Sets where the next pass starts, and the seed of its order and of its samples' random numbers."""
         self.epoch, self.first_sample = epoch, first_sample
-        self.run_seed = self.shuffle_seed = seed
+        self.shuffle_seed = seed
 
     def __getitem__(self, at: Any) -> Any:
         repeat, number = divmod(int(at), self.num_samples)
         row, damaged = self._readable(number)
-        seed = sample_seed(self.run_seed, self.epoch, f"{row['key']}/{repeat}" if repeat else row["key"])
+        seed = sample_seed(self.shuffle_seed, self.epoch, f"{row['key']}/{repeat}" if repeat else row["key"])
         text, latent = schema.text_of(row, self.text_dtype), schema.latent_of(row, self.resolution)
         return Sample(row["key"], seed, text, latent, damaged)
 
@@ -94,7 +94,7 @@ class TrainingSet(PositionedDataset):
         """
         place = self.place_of(number)
         shards_of_set = self.shards_of(place.stream)
-        start = sample_seed(self.run_seed, self.epoch, f"in place of shard {place.shard}")
+        start = sample_seed(self.shuffle_seed, self.epoch, f"in place of shard {place.shard}")
         for attempt in range(1, ATTEMPTS + 1):
             shard = shards_of_set[(start + attempt) % len(shards_of_set)]
             yield self.number_of(shard, place.index + attempt)

@@ -27,7 +27,6 @@ from pretrain.data.epoch_plan import plan_epoch
 from pretrain.data.loader import check_fits
 from pretrain.data.location import DataLocation, open_card, prepare
 from pretrain.data.shared_memory import remove_stale_names
-from pretrain.distributed.rendezvous import init_distributed, shutdown
 from pretrain.distributed.world import World, all_gather, all_reduce, barrier
 from pretrain.resilience.capacity import (
     activation_bytes,
@@ -68,8 +67,6 @@ def check(name: str, overrides: list[str], processes: int | None) -> int:
         report = _check(name, overrides, processes)
     except Exception as error:
         return report_failure(error, None)
-    finally:
-        shutdown()
     if os.environ.get("RANK", "0") == "0":
         print(f"{name}: {counted(len(report.problems), 'problem')}\n{report}", flush=True)
     return 1 if report.problems else 0
@@ -83,7 +80,12 @@ def _check(name: str, overrides: list[str], processes: int | None) -> Report:
         first, *rest = str(error).splitlines()
         return Report(problems=[f"config: {line.strip()}" for line in rest or [first]])
     if "RANK" in os.environ:
-        return preflight(config, deepspeed, init_distributed())
+        from pretrain.distributed.rendezvous import init_distributed, shutdown  # late: imports DeepSpeed
+
+        try:
+            return preflight(config, deepspeed, init_distributed())
+        finally:
+            shutdown()
     return check_without_launcher(config, deepspeed, processes)
 
 
@@ -112,7 +114,9 @@ def preflight(config: Config, deepspeed: dict[str, Any], world: World, every_sha
     _batch(mine, deepspeed, world.size)
     if int(os.environ["LOCAL_RANK"]) == 0:
         card = _data(mine, config, deepspeed, DataLocation.of(config.data), every_shard)
-        _disks(mine, config)
+        _run_dir(mine, config)
+        removed = remove_stale_names()
+        mine.passed.append(f"/dev/shm: {removed} stale bytes of killed runs removed")
         if card is not None:
             samples = int(os.environ["LOCAL_WORLD_SIZE"]) * (deepspeed["train_batch_size"] // world.size)
             mine.problems += shared_memory_problems(Path("/dev/shm"), config, card, samples)
@@ -133,7 +137,7 @@ def check_without_launcher(config: Config, deepspeed: dict[str, Any], processes:
     place = DataLocation.of(config.data)
     with tempfile.TemporaryDirectory() as folder:  # the cache is for the nodes' own disks
         _data(report, config, deepspeed, replace(place, root=Path(folder)) if place.cached else place, every_shard=True)
-    _disks(report, config)
+    _run_dir(report, config)
     report.problems += port_problems(int(os.environ.get("MASTER_PORT", 0)))
     report.unchecked += ["GPUs", "/dev/shm", "the data cache", "clocks", "the network"]
     report.unchecked += ["the batch (give --processes N)"] if processes is None else []
@@ -176,12 +180,10 @@ def _data(
     return card
 
 
-def _disks(report: Report, config: Config) -> None:
-    """Checks the disk of the run directory, and clears shared memory of killed runs."""
+def _run_dir(report: Report, config: Config) -> None:
+    """Checks the disk of the run directory."""
     report.problems += run_dir_problems(config)
     report.passed.append(f"run_dir: {config.run_dir}, checkpoints take up to {gib(checkpoint_bytes(config))}")
-    removed = remove_stale_names()
-    report.passed.append(f"/dev/shm: {removed} stale bytes of killed runs removed")
 
 
 def port_problems(port: int) -> list[str]:

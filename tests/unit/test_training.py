@@ -78,7 +78,7 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str | None, lis
             deepspeed={},
             model=None,
             ema=None,
-            loader=SimpleNamespace(position=DataPosition(2, 5)),
+            loader=SimpleNamespace(position=DataPosition(2, 5), plan=None),
             engine=SimpleNamespace(world=None),
             guard=SimpleNamespace(verdict=None, stop_reason=lambda: "SIGUSR1 (process 1)"),
             watchdog=SimpleNamespace(step=0, finish_step=lambda step: None, begin=lambda activity: None),
@@ -93,6 +93,7 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str | None, lis
 
         monkeypatch.setattr(module, "train_step", one_step)
         monkeypatch.setattr(module, "save_provenance", lambda *_: calls.append("provenance"))
+        monkeypatch.setattr(module, "start_summary", lambda *_: "summary")
         return train(parts), calls
 
     return run
@@ -101,15 +102,15 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str | None, lis
 def test_a_run_is_complete_after_its_steps_with_a_last_checkpoint(loop) -> None:
     result, calls = loop(*[WELL] * 5, steps=5, checkpoint__every=2)
     assert result is None
-    assert calls[:3] == ["provenance", "start at 0", "batches from 0"]
-    assert calls[3:-2] == ["save 2", "save 4", "save 5 and wait"]
+    assert calls[:4] == ["provenance", "start at 0", "summary", "batches from 0"]
+    assert calls[4:-2] == ["save 2", "save 4", "save 5 and wait"]
     assert calls[-2] == "close"
     assert calls[-1].startswith("demo_256 is complete: 5 steps, 0 images; ")
 
 
 def test_a_resumed_run_goes_on_after_its_step_and_a_finished_one_does_nothing(loop) -> None:
     _, calls = loop(WELL, start=RunState(4), steps=5)
-    assert calls[1:4] == ["start at 4", "batches from 4", "save 5 and wait"]
+    assert calls[1:5] == ["start at 4", "summary", "batches from 4", "save 5 and wait"]
     _, calls = loop(start=RunState(5), steps=5)
     assert not [call for call in calls if call.startswith("save")]
 
@@ -128,7 +129,7 @@ def test_asked_to_stop_in_its_last_step_it_is_complete(loop) -> None:
 def test_skipped_steps_in_a_row_lead_to_a_rollback_others_do_not(loop) -> None:
     _, calls = loop(ILL, WELL, ILL, ILL, *[WELL] * 3, steps=4, guard__patience=2, checkpoint__every=100)
     expected = ["skipped 1", "skipped 3", "skipped 4", "roll back at 4", "batches from 1", "save 4 and wait"]
-    assert calls[3:-2] == expected
+    assert calls[4:-2] == expected
 
 
 def test_damaged_data_is_counted(loop) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from support import SMALL, scalars
 from data_prep import encode, schema
 from data_prep.shapes import draw, scenes
 from pretrain.bench.__main__ import main as bench
+from pretrain.data import loader as module
 from pretrain.state import DataPosition
 
 # ---- data sets with random samples ----
@@ -109,6 +111,26 @@ def test_a_rollback_changes_order_and_noise(tmp_path: Path) -> None:
     assert len({frozenset(key for key, _ in e) for e in epochs}) == 1
     seeds = [{seed for _, seed in e} for e in epochs[:3]]
     assert not (seeds[0] & seeds[1] | seeds[0] & seeds[2] | seeds[1] & seeds[2])
+
+
+def test_the_loaders_processes_live_over_epochs_and_rollbacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes in all; what they read is what is read without them, in a pass that is left in its middle, too."""
+    root = write_set(tmp_path / "set", {"a": 40})
+    monkeypatch.setattr(module, "ignore_signals", lambda worker: (tmp_path / f"pid_{os.getpid()}").touch())
+
+    def read(workers: int) -> list[Any]:
+        loader, seen = loader_of(root, f"data.workers={workers}", "data.timeout=120"), []
+        for position, rollbacks, steps in (
+            (DataPosition(), 0, 12),
+            (DataPosition(1, 2), 1, 1),
+            (DataPosition(1, 3), 2, 7),
+        ):
+            loader.resume(position, rollbacks)
+            seen += [(slots(step), loader.position) for _, step in zip(range(steps), loader, strict=False)]
+        return seen
+
+    assert read(2) == read(0)
+    assert len(list(tmp_path.glob("pid_*"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -91,11 +91,24 @@ def test_a_check_without_nodes(capsys, monkeypatch, data_set: Path, tmp_path: Pa
     assert "demo_256: 0 problems\n" in out
     assert "  ok       batch: 4 images = 2 processes × 1 micro-batch of 2\n" in out
     assert f"  ok       data: {data_set}, 20 samples an epoch in " in out
-    assert "  not checked here: GPUs, " in out and "--processes" not in out
+    assert "  not checked here: GPUs, /dev/shm, " in out and "--processes" not in out
+    assert "ok       /dev/shm" not in out
     assert not (tmp_path / "run").exists()
     code, out = check(capsys, monkeypatch, *words)
     assert code == 0
     assert "the batch (give --processes N)" in out
+
+
+def test_a_check_without_nodes_waits_for_few_libraries(data_set: Path, tmp_path: Path) -> None:
+    script = "import sys; from pretrain.train import main; main(sys.argv[1:]); print(*sys.modules)"
+    words = ["demo_256", f"data.path={data_set}", *SMALL, f"run_dir={tmp_path}/run", "--check"]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_PORT")}
+    command = [sys.executable, "-c", script, *words]
+    said = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert said.stdout.startswith("demo_256: 0 problems\n") and said.stderr == ""
+    imported = set(said.stdout.splitlines()[-1].split())
+    assert "torch" in imported
+    assert imported & {"deepspeed", "streaming", "diffusers", "transformers", "torchvision", "tensorboard"} == set()
 
 
 def test_a_check_tells_all_problems_at_once(capsys, monkeypatch, data_set: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib
+import pytest
 from encoding import encode, jpeg, report, rows, write_pictures
 
 from data_prep import schema
@@ -46,3 +48,16 @@ def test_long_captions_are_dropped_if_asked(tmp_path: Path) -> None:
     assert encode(root, "--input", str(tmp_path), "--token-cap", "16", "--long-captions", "drop") == 0
     assert set(rows(root)) == {"images/0/a"}
     assert report(root)["dropped"] == {"caption_too_long": 1}
+
+
+def test_the_small_vae_warns_of_photographs_and_takes_shapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photograph = (Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg").read_bytes()
+    for name, picture in (("photographs", photograph), ("shapes", jpeg(256, 256))):
+        tar = write_pictures(tmp_path / name / "0.tar", {key: (picture, {"caption": key}) for key in "ab"})
+        assert encode(tmp_path / f"{name}_set", "--input", str(tar), "--resolutions", "256") == 0
+        said = capsys.readouterr().out
+        warnings = [line for line in said.splitlines() if "the VAE tiny was trained on drawn shapes" in line]
+        assert len(warnings) == (name == "photographs")
+        assert all("for photographs take --encoders flan-t5-xxl+mochi" in line for line in warnings)

@@ -1,0 +1,36 @@
+"""What a start shows, number by number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pretrain.config import load
+from pretrain.data.epoch_plan import EpochPlan
+from pretrain.distributed.world import World
+from pretrain.monitoring import start_summary as module
+from pretrain.monitoring.start_summary import start_summary
+
+
+def test_a_start_on_a_cpu() -> None:
+    config, deepspeed = load("demo_256", ["steps=100", "run_dir=runs/x"])
+    assert start_summary(config, deepspeed, EpochPlan({"a": 64, "b": 16}), World.alone(), 60).splitlines() == [
+        "model: focusdit_tiny, 2.5M parameters, in fp32 on CPU, 1 process on 1 node",
+        "data:  data/demo at 256 px, 80 samples an epoch of 2 steps",
+        "batch: 32 images = 1 × 2 micro-batches of 16",
+        "to go: 40 of 100 steps, 1,280 images, 16.0 epochs",
+        "watch: tensorboard --logdir runs/x",
+    ]
+
+
+def test_a_start_on_many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "all_gather", lambda host, world: ["a"] * 8 + ["b"] * 8)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    config, deepspeed = load("stage1_256", ["deepspeed.train_micro_batch_size_per_gpu=128"])
+    world = World(0, 16, torch.device("cuda", 0))
+    lines = start_summary(config, deepspeed, EpochPlan({"a": 20_480_000}), world, 0).splitlines()
+    assert (
+        lines[0] == "model: focusdit_1b_shared2d, 1,027.9M parameters, in bf16 on NVIDIA H100, 16 processes on 2 nodes"
+    )
+    assert lines[2] == "batch: 2048 images = 16 × 1 micro-batch of 128"
+    assert lines[3] == "to go: 50,000 of 50,000 steps, 102,400,000 images, 5.0 epochs"
