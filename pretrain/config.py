@@ -46,6 +46,8 @@ class _ModelBase(Section):
     """Activation checkpointing: recompute each block in the backward pass; saves memory, costs about a third more time."""
     compile: bool = False
     """Compile each block with torch.compile; pays on GPUs (docs/choices.md, "What is compiled")."""
+    fp8: Literal["tensorwise", "rowwise"] | None = None
+    """Products of the blocks' large linear maps in fp8, with a scale for each tensor or each row (docs/choices.md, "fp8")."""
 
     def backbone(self) -> DiTConfig:
         """The backbone's shape. Raises ValueError for an unknown preset."""

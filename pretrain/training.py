@@ -23,6 +23,7 @@ from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.rendezvous import init_distributed, shutdown
 from pretrain.distributed.world import World
+from pretrain.fp8 import use_fp8
 from pretrain.loss import forward
 from pretrain.models import DiT
 from pretrain.monitoring.monitor import Monitor
@@ -95,6 +96,8 @@ def build(config: Config, deepspeed: dict[str, Any], world: World, stop: StopReq
     torch.manual_seed(config.seed)
     model = DiT(backbone).to(world.device)
     model.recompute = config.model.recompute
+    if config.model.fp8:
+        use_fp8(model, config.model.fp8)
     if config.model.compile:
         compile_for_training(model)
     optimizer = optim.build_optimizer(model, config.optimizer)

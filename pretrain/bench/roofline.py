@@ -3,7 +3,7 @@
 Forward and backward pass of one micro-batch, without the optimizer, the network and the data. A kernel takes as long as its
 FLOPs or its bytes do, whichever is longer, at a share of the data sheet's rates (the constants below: what large kernels reach,
 not their peaks). Three ways: `eager`, one kernel for each operation; `compiled`, as kernels.py estimates; `fp8`, compiled, with
-the blocks' linear maps as fp8 products, whose operands are cast in each product. MFU counts the model's FLOPs, three forward
+the products of fp8.py, whose operands are cast in each product. MFU counts the model's FLOPs, three forward
 passes, against the data sheet's bf16 rate, in all three.
 """
 
@@ -21,6 +21,7 @@ from data_prep.common.files import atomic_write
 from data_prep.common.paths import path
 from data_prep.encoders import DOWNSAMPLE
 from pretrain.bench.kernels import ATTENTION, MATRIX, PARTS, Kernel, eager, fused, record_step
+from pretrain.fp8 import computes_in_fp8
 from pretrain.gpus import GPUS, Gpu, named_gpu
 from pretrain.models import DiTConfig, preset
 from pretrain.models.budget_choices import default_budget
@@ -30,7 +31,6 @@ from pretrain.models.cost import grid_of, training_flops
 MATRIX_SHARE, FP8_SHARE, ATTENTION_SHARE, MEMORY_SHARE = 0.8, 0.7, 0.45, 0.9
 KERNEL_SECONDS = 3e-6
 WAYS = ("eager", "compiled", "fp8")
-FP8_PARTS = ("self-attention", "cross-attention", "FFN")
 LEVEL = 0.5  # noise level, where the compute budget depends on it
 
 
@@ -115,7 +115,7 @@ def compute(config: DiTConfig, gpu: Gpu, resolution: int, batch: int) -> Rooflin
 def _costs(kernels: Iterable[Kernel], gpu: Gpu, fp8: bool) -> Costs:
     costs: Costs = defaultdict(Cost)
     for kernel in kernels:
-        eight = fp8 and kernel.kind == MATRIX and kernel.site.part in FP8_PARTS
+        eight = fp8 and kernel.kind == MATRIX and computes_in_fp8(kernel.site.module)
         # Each operand is read, written in half the bytes, and read again so.
         bytes_moved = (2 if eight else 1) * kernel.bytes_read + kernel.bytes_written
         cost = costs[kernel.site.block, kernel.site.part]

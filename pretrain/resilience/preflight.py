@@ -28,6 +28,7 @@ from pretrain.data.loader import check_fits
 from pretrain.data.location import DataLocation, open_card, prepare
 from pretrain.data.shared_memory import remove_stale_names
 from pretrain.distributed.world import World, all_gather, all_reduce, barrier
+from pretrain.fp8 import fp8_problems
 from pretrain.resilience.capacity import (
     activation_bytes,
     cache_problems,
@@ -121,6 +122,8 @@ def preflight(config: Config, deepspeed: dict[str, Any], world: World, every_sha
             samples = int(os.environ["LOCAL_WORLD_SIZE"]) * (deepspeed["train_batch_size"] // world.size)
             mine.problems += shared_memory_problems(Path("/dev/shm"), config, card, samples)
             mine.problems += cache_problems(config, card)
+    if config.model.fp8:
+        mine.problems += fp8_problems(config.model.fp8, deepspeed, config.model.compile, world.device)
     if world.device.type == "cuda":
         there = torch.cuda.get_device_properties(world.device).total_memory
         mine.problems += memory_problems(config, deepspeed, world.size, there)
@@ -138,6 +141,8 @@ def check_without_launcher(config: Config, deepspeed: dict[str, Any], processes:
     with tempfile.TemporaryDirectory() as folder:  # the cache is for the nodes' own disks
         _data(report, config, deepspeed, replace(place, root=Path(folder)) if place.cached else place, every_shard=True)
     _run_dir(report, config)
+    if config.model.fp8:
+        report.problems += fp8_problems(config.model.fp8, deepspeed, config.model.compile, None)
     report.problems += port_problems(int(os.environ.get("MASTER_PORT", 0)))
     report.unchecked += ["GPUs", "/dev/shm", "the data cache", "clocks", "the network"]
     report.unchecked += ["the batch (give --processes N)"] if processes is None else []

@@ -15,7 +15,7 @@ from pretrain.models.mixers.mediators import MediatorsSection
 
 
 def test_every_field_of_the_backbone_with_its_words() -> None:
-    own = {"preset", "recompute", "compile"}
+    own = {"preset", "recompute", "compile", "fp8"}
     assert set(ModelSection.model_fields) - own == {f.name for f in fields(DiTConfig)}
     assert ModelSection.model_fields["depth"].description == "Blocks."
     section = load("demo_256", ["model.flexdit.sparsity=[0.3,0.8]"])[0].model.flexdit  # type: ignore[attr-defined]

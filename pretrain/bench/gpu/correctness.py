@@ -20,7 +20,7 @@ from pretrain.diffusion import draw
 from pretrain.models import DiT, PackedText
 
 DEPTH, IMAGES = 2, 4
-MOST = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
+MOST = {torch.float8_e4m3fn: 0.2, torch.bfloat16: 5e-2, torch.float32: 1e-4}
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -38,6 +38,7 @@ def run(session: Session) -> None:
         for kind in ("self", "cross, with a mask"):
             session.measure(f"attention, {kind}, {name}", _attention, backend, kind)
     session.measure("pass, compiled, against fp64", _pass, "compiled", needs=5)
+    session.measure("pass, fp8, against fp64", _pass, "fp8", needs=5)
 
 
 def error(found: Tensor, reference: Tensor) -> float:
@@ -62,7 +63,8 @@ def _pass(session: Session, way: str) -> Numbers:
     flat, flat_reference = (torch.cat([g[name].flatten().double() for name in found]) for g in (found, reference))
     worst = max(found, key=lambda name: (found[name].double() - reference[name]).norm().item())
     numbers = {"loss": loss.item(), "loss in fp64": expected.item(), "worst parameter": worst}
-    return fits_in(error(flat, flat_reference), MOST[session.dtype], numbers)
+    most = MOST[torch.float8_e4m3fn if way == "fp8" else session.dtype]
+    return fits_in(error(flat, flat_reference), most, numbers)
 
 
 def _in_double(session: Session, exact: DiT, resolution: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pretrain.bench.gpu.session import NotHere, Numbers, Session
 from pretrain.compilation import compile_for_training
+from pretrain.fp8 import fp8_problems, use_fp8
 from pretrain.models import ComputeBudget, DiT, DiTConfig
 from pretrain.models.budget_choices import default_budget
 from pretrain.models.cost import count_activations, count_parameters, grid_of, training_flops
@@ -68,10 +69,12 @@ def prepare(session: Session, config: DiTConfig, way: str) -> DiT:
     model = session.model(config)
     if way == "eager":
         return model
-    if way == "fp8":
-        raise NotHere("the training has no fp8 yet")
     if not session.cuda:
         raise NotHere("on a CPU Inductor compiles C++ for minutes")
+    if way == "fp8":
+        if problems := fp8_problems("tensorwise", {"bf16": {"enabled": True}}, True, session.device):
+            raise NotHere("; ".join(problems))
+        use_fp8(model, "tensorwise")
     torch.compiler.reset()
     compile_for_training(model)
     return model
