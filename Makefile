@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 IMG2DATASET := $(VENV)/img2dataset
+TORCHAO := $(VENV)/torchao
 # Kept bytecode halves the start of every process, of which there are many; some environments switch it off.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -12,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python -m pretrain.demo
 
 # Three processes on two cores, as the tests wait more than they compute. Folders in order: those of the longest tests come first.
-test: $(READY) $(IMG2DATASET)/.ready
+test: $(READY) $(IMG2DATASET)/.ready $(TORCHAO)/.ready
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(READY)
@@ -29,6 +30,11 @@ $(READY): setup.py constraints.txt
 $(IMG2DATASET)/.ready: Makefile | $(READY)
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(IMG2DATASET)
 	$(BIN)/uv pip install --quiet --python $(IMG2DATASET)/bin/python img2dataset==1.47.0
+	touch $@
+
+# torchao stands apart: where it is installed, diffusers imports it with itself, which takes each command seconds.
+$(TORCHAO)/.ready: Makefile | $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(TORCHAO) torchao==0.18.0
 	touch $@
 
 clean:

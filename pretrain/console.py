@@ -18,6 +18,7 @@ def silence_libraries() -> None:
     # More loader processes than cores are the user's choice.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     logging.getLogger("DeepSpeed").addFilter(_is_error)  # a level would be set anew when the library is imported
+    logging.getLogger("diffusers.quantizers").setLevel(logging.ERROR)  # says that it does not know this torchao
     logging.getLogger("streaming").setLevel(logging.ERROR)  # a filter would not see what its modules' loggers write
 
 

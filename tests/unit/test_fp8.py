@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from engines import admit, engine_of, one_process
+from support import ROOT
 from torch import Tensor
 
 from pretrain import fp8 as module
@@ -21,7 +24,7 @@ from pretrain.models.dit import StepConditioning
 from pretrain.models.mixers.flexdit import FlexDiTSection
 from pretrain.models.text import TEXT_MULTIPLE
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "torchao")
 
 SMALL = {"width": 64, "heads": 2, "depth": 4, "patch": 2, "text_width": 16, "mask_hidden": (16, 8)}
 BACKBONES = {
@@ -31,7 +34,18 @@ BACKBONES = {
         preset("dit_tiny"), density="flexdit", flexdit=FlexDiTSection(split=(1, 1, 1, 1)), **SMALL | {"depth": 6}
     ),
 }
+TORCHAO = ROOT / ".venv" / "torchao"
 ON = {"bf16": {"enabled": True}}
+
+
+@pytest.fixture(scope="module")
+def torchao() -> Iterator[None]:
+    """The library from its own folder, for these tests alone."""
+    if not (TORCHAO / "torchao").is_dir():
+        pytest.fail(f"{TORCHAO} is missing: `make test` sets it up", pytrace=False)
+    sys.path.append(str(TORCHAO))
+    yield
+    sys.path.remove(str(TORCHAO))
 
 
 def build(config: DiTConfig) -> DiT:
