@@ -17,8 +17,9 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,24 +121,57 @@ def random_scene(rng: random.Random, kind: str | None = None) -> Scene:
         raise ValueError(f"unknown kind of scene {kind!r}; the kinds are {', '.join(KINDS)}")
     background, first, second = rng.sample(list(COLOURS), 3)
     radii = RADII[kind]
-    shape, size = rng.choice(SHAPES), rng.choice(list(radii))
+    words = {"background": background, "colour": first, "shape": rng.choice(SHAPES), "size": rng.choice(list(radii))}
     if kind == "one":
-        place = rng.choice(list(PLACES))
-        x, y = (0.5 + (0.5 - _MARGIN - radii[size]) * towards for towards in PLACES[place])
-        return Scene((Shape(shape, first, x, y, radii[size]),), background, f"a {size} {first} {shape} {place}")
+        words["place"] = rng.choice(list(PLACES))
+    elif kind == "count":
+        words["number"] = COUNTS[rng.choice(list(COUNTS))]
+    else:
+        words["relation"] = rng.choice(list(RELATIONS))
+        words |= {"other_colour": second, "other_shape": rng.choice(SHAPES), "other_size": rng.choice(list(radii))}
+    return _scene(kind, words)
+
+
+def _scene(kind: str, words: Mapping[str, str]) -> Scene:
+    """The scene of a kind that has these words in its caption."""
+    shape, colour, size, background = (words[name] for name in ("shape", "colour", "size", "background"))
+    radii = RADII[kind]
+    if kind == "one":
+        x, y = (0.5 + (0.5 - _MARGIN - radii[size]) * towards for towards in PLACES[words["place"]])
+        return Scene(
+            (Shape(shape, colour, x, y, radii[size]),), background, f"a {size} {colour} {shape} {words['place']}"
+        )
     if kind == "count":
-        number = rng.choice(list(COUNTS))
+        number = {word: n for n, word in COUNTS.items()}[words["number"]]
         centres = [(0.26, 0.26), (0.74, 0.26), (0.5, 0.74)] if number == 3 else [(0.26, 0.5), (0.74, 0.5)]
-        objects = tuple(Shape(shape, first, x, y, radii[size]) for x, y in centres)
-        return Scene(objects, background, f"{COUNTS[number]} {size} {first} {shape}s")
-    relation = rng.choice(list(RELATIONS))
-    dx, dy = (0.25 * side for side in RELATIONS[relation])
-    other_shape, other_size = rng.choice(SHAPES), rng.choice(list(radii))
-    objects = (
-        Shape(shape, first, 0.5 + dx, 0.5 + dy, radii[size]),
-        Shape(other_shape, second, 0.5 - dx, 0.5 - dy, radii[other_size]),
+        objects = tuple(Shape(shape, colour, x, y, radii[size]) for x, y in centres)
+        return Scene(objects, background, f"{COUNTS[number]} {size} {colour} {shape}s")
+    dx, dy = (0.25 * side for side in RELATIONS[words["relation"]])
+    other = Shape(words["other_shape"], words["other_colour"], 0.5 - dx, 0.5 - dy, radii[words["other_size"]])
+    objects = (Shape(shape, colour, 0.5 + dx, 0.5 + dy, radii[size]), other)
+    phrase = f"a {size} {colour} {shape} {words['relation']} a {words['other_size']} {other.colour} {other.shape}"
+    return Scene(objects, background, phrase)
+
+
+_WORD = {"size": "small|large", "colour": "|".join(COLOURS), "shape": "|".join(SHAPES)}
+_OBJECT = r"a (?P<{0}size>{size}) (?P<{0}colour>{colour}) (?P<{0}shape>{shape})"
+_CAPTIONS = {
+    "one": _OBJECT.format("", **_WORD) + f" (?P<place>{'|'.join(PLACES)})",
+    "count": r"(?P<number>{}) (?P<size>{size}) (?P<colour>{colour}) (?P<shape>{shape})s".format(
+        "|".join(COUNTS.values()), **_WORD
+    ),
+    "pair": f"{_OBJECT.format('', **_WORD)} (?P<relation>{'|'.join(RELATIONS)}) {_OBJECT.format('other_', **_WORD)}",
+}
+
+
+def scene_of(caption: str) -> Scene:
+    """The scene of a caption. Raises ValueError for words that no scene has."""
+    for kind, pattern in _CAPTIONS.items():
+        if found := re.fullmatch(f"{pattern} on a (?P<background>{_WORD['colour']}) background", caption):
+            return _scene(kind, found.groupdict())
+    raise ValueError(
+        f"no caption of a scene of shapes: {caption!r}; such as {random_scene(random.Random(0)).caption!r}"
     )
-    return Scene(objects, background, f"a {size} {first} {shape} {relation} a {other_size} {second} {other_shape}")
 
 
 def draw(scene: Scene, side: int = 512) -> Image.Image:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,36 @@ SHOWN = 256  # pictures on the contact sheet and the page
 def run(args: argparse.Namespace) -> str:
     """Draws this process's pictures; the process that finds all pictures drawn writes the summary. Returns a closing line."""
     check_numbers(args)
-    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
+    drawn = draw_share(args, [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])])
+    if drawn.saved is not None:
+        print(f"skipping left out {100 * drawn.saved:.1f}% of the FFNs' FLOPs")
+    left = [job for job in drawn.jobs if not is_drawn(job, args.out, args.save_masks)]
+    if left:
+        line = f"{counted(len(drawn.mine), 'picture')} in {args.out}"
+        return f"{line}; {len(left)} of {len(drawn.jobs)} are still to be drawn by other processes"
+    return write_summary(drawn.jobs, drawn.origin, args)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a process has drawn.
+
+    Attributes:
+        jobs: all pictures, those of other processes too.
+        mine: those that this process drew now.
+        origin: the run or model that they come from.
+        saved: the share of the FFNs' FLOPs that skipping left out; None without skipping.
+    """
+
+    jobs: list[Job]
+    mine: list[Job]
+    origin: dict[str, Any]
+    saved: float | None
+
+
+def draw_share(args: argparse.Namespace, prompts: Sequence[str]) -> Drawn:
+    """Draws the pictures of this process that are missing, one for each prompt, from the seeds `args.seed` on."""
+    rank, processes = share_of_process()
     pipeline, origin = load_pipeline(args, device_of(args.device))
     if args.save_masks and pipeline.transformer.dit.config.mask == "none":
         raise ValueError("--save-masks: this model has no query masks")
@@ -47,14 +76,12 @@ def run(args: argparse.Namespace) -> str:
     args.out.mkdir(parents=True, exist_ok=True)
     todo = [job for job in undrawn(jobs, args.out, args.save_masks, args.overwrite) if job.index % processes == rank]
     compile_for_sampling(pipeline.transformer, pipeline.transformer.dit, args.compile)
-    saved = draw(pipeline, todo, args)
-    if saved is not None:
-        print(f"skipping left out {100 * saved:.1f}% of the FFNs' FLOPs")
-    left = [job for job in jobs if not is_drawn(job, args.out, args.save_masks)]
-    if left:
-        drawn = f"{counted(len(todo), 'picture')} in {args.out}"
-        return f"{drawn}; {len(left)} of {len(jobs)} are still to be drawn by other processes"
-    return write_summary(jobs, origin, args)
+    return Drawn(jobs, todo, origin, draw(pipeline, todo, args))
+
+
+def share_of_process() -> tuple[int, int]:
+    """This process's number and that of all processes, as a launcher says them; job number i is process i mod all's."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_numbers(args: argparse.Namespace) -> None:

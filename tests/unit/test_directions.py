@@ -95,6 +95,7 @@ FLOORS: list[set[str]] = [
     {"pretrain/sampling"},
     {
         "pretrain/analyze",
+        "pretrain/evaluate",
         "pretrain/export.py",
         "pretrain/import_release.py",
         "pretrain/monitoring",

@@ -1,0 +1,1 @@
+"""Evaluation: whether a run is good. One metric a file, in `metrics/`."""

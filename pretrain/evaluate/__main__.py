@@ -1,0 +1,51 @@
+"""Whether a run is good: pictures are drawn and judged by metrics, each repeatable by itself.
+
+    python -m pretrain.evaluate --run runs/stage2_512 --prompts prompts.txt --metrics shapes --out evaluations/stage2
+    torchrun --nproc-per-node=8 -m pretrain.evaluate --model exports/stage2_512 --prompts geneval.jsonl --per-prompt 4 \\
+        --metrics geneval clipscore --out evaluations/geneval
+    python -m pretrain.evaluate --pictures samples --prompts prompts.txt --metrics fid --fid-reference coco.npz --out fid
+
+Stopped, the same command goes on: no picture is drawn or judged twice. docs/evaluation.md has the metrics and their files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from data_prep.common.command import command_parser, run_action
+from data_prep.common.paths import path
+from pretrain.console import silence_libraries
+from pretrain.evaluate.metrics import METRICS
+from pretrain.sampling.options import add_drawing_arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    args = parse(argv)
+    silence_libraries()
+    from pretrain.evaluate.evaluation import run  # late: the libraries take seconds
+
+    return run_action("evaluate", lambda: run(args))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command's arguments."""
+    parser = command_parser("Draws pictures with a trained run or an exported model, and judges them by metrics.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=path, help="run directory")
+    source.add_argument("--model", type=path, help="folder made by pretrain.export")
+    source.add_argument("--pictures", type=path, help="folder of pictures that are there already")
+    parser.add_argument("--prompts", type=path, help="file of prompts: one a line, or .jsonl with an object a line")
+    parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each prompt")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, required=True)
+    parser.add_argument("--out", type=path, required=True, help="folder for pictures, records and results")
+    add_drawing_arguments(parser)
+    for name in METRICS:
+        module = METRICS[name]()
+        module.arguments(parser.add_argument_group((module.__doc__ or name).partition("\n\n")[0]))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
