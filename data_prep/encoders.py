@@ -142,7 +142,7 @@ def read_text_model(folder: Path, dtype: torch.dtype, variant: str | None = None
         )
     except Exception as error:  # transformers raises many kinds for damaged files
         raise ValueError(f"{folder} holds no T5 encoder that can be loaded: {error}".splitlines()[0]) from error
-    return lay_out(_require_complete(model, folder, info))
+    return lay_out(require_complete(model, folder, info))
 
 
 def read_vae(folder: Path, dtype: torch.dtype, variant: str | None = None) -> Any:
@@ -165,10 +165,10 @@ def read_vae(folder: Path, dtype: torch.dtype, variant: str | None = None) -> An
         model, info = classes[kind].from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:  # diffusers raises many kinds for damaged files
         raise ValueError(f"{folder} holds no {kind} that can be loaded: {error}".splitlines()[0]) from error
-    return lay_out(_require_complete(model, folder, info))
+    return lay_out(require_complete(model, folder, info))
 
 
-def _require_complete(model: Any, folder: Path, info: dict[str, Any]) -> Any:
+def require_complete(model: Any, folder: Path, info: dict[str, Any]) -> Any:
     """Returns the model. Raises ValueError where its files lack tensors, which the library fills at random."""
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{folder} lacks {len(missing)} of its tensors: {', '.join(missing[:10])}; copy it again")
