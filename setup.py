@@ -67,9 +67,10 @@ setup(
         "http": ["aiohttp>=3.9"],
         "parquet": ["pyarrow>=15"],  # data_prep/convert.py --to parquet
         "fp8": ["torchao>=0.17"],  # model.fp8
+        "geneval": ["scipy>=1.11"],  # Mask2Former of transformers
         "release": ["beautifulsoup4>=4.12", "ftfy>=6.1"],  # the caption cleaning of the recipe `release`
         "dev": [
-            *("beautifulsoup4>=4.12", "ftfy>=6.1", "pyarrow>=15"),
+            *("beautifulsoup4>=4.12", "ftfy>=6.1", "pyarrow>=15", "scipy>=1.11"),
             *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13"),
             *("s3fs>=2024.2", "aiohttp>=3.9", "moto[s3]>=5", "flask>=3", "flask-cors>=4"),  # an S3 server on loopback
         ],

@@ -77,7 +77,7 @@ def local_folder(name: str, known: dict[str, str], **hub: Any) -> Path:
         raise FileNotFoundError(f"no weights at {source}: neither {names} nor a local folder")
     repository, _, subfolder = source.partition(":")
     inside = f"{subfolder}/" if subfolder else ""
-    patterns = [f"{inside}*.json", f"{inside}*.safetensors", f"{inside}*.model"]
+    patterns = [f"{inside}*.json", f"{inside}*.safetensors", f"{inside}*.model", f"{inside}*.jinja"]
     try:
         root = snapshot_download(repository, allow_patterns=patterns, **hub)
     except Exception as error:  # the hub's client raises many kinds; all mean the same to the user

@@ -16,6 +16,7 @@ import sys
 from data_prep.common.command import command_parser, run_action
 from data_prep.common.paths import path
 from pretrain.console import silence_libraries
+from pretrain.evaluate import judge
 from pretrain.evaluate.metrics import METRICS
 from pretrain.sampling.options import add_drawing_arguments
 
@@ -44,6 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in METRICS:
         module = METRICS[name]()
         module.arguments(parser.add_argument_group((module.__doc__ or name).partition("\n\n")[0]))
+    judge.arguments(parser)
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,8 @@
 """The pictures of an evaluation: drawn from a run or a model, or those of a folder.
 
 A prompts file ending in .jsonl holds an object a line: its `prompt`, and whatever a metric needs besides (docs/evaluation.md).
-Any other holds a prompt a line. Of each prompt `--per-prompt` pictures are drawn, one after the other, each from the next seed.
+One ending in .csv is DPG-Bench's. Any other holds a prompt a line. Of each prompt `--per-prompt` pictures are drawn, one after
+the other, each from the next seed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.evaluate.metric import Picture
+from pretrain.evaluate.questions import read_dpg_csv
 from pretrain.sampling.jobs import read_description
 from pretrain.sampling.prompts import read_prompts
 
@@ -45,6 +47,8 @@ class PictureSet:
 
 def prompts_of(path: Path) -> list[dict[str, Any]]:
     """The prompts of a file, each with its `prompt` and its other fields. Raises ValueError with the line that is wrong."""
+    if path.suffix == ".csv":
+        return read_dpg_csv(path)
     if path.suffix != ".jsonl":
         return [{"prompt": prompt} for prompt in read_prompts(path)]
     entries = []

@@ -24,8 +24,8 @@ class Records:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._own = self.folder / f"{rank:05d}.jsonl"
 
-    def read(self, pictures: Iterable[Picture]) -> dict[str, Record]:
-        """The records that there are of these pictures, by the picture's path."""
+    def all(self) -> dict[tuple[str, str | None], Record]:
+        """Every record that there is, by the picture's hash and prompt."""
         there: dict[tuple[str, str | None], Record] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -34,6 +34,11 @@ class Records:
                 except ValueError:  # cut off by a kill
                     continue
                 there[entry["sha256"], entry["prompt"]] = entry["record"]
+        return there
+
+    def read(self, pictures: Iterable[Picture]) -> dict[str, Record]:
+        """The records that there are of these pictures, by the picture's path."""
+        there = self.all()
         return {str(p.path): there[p.sha256, p.prompt] for p in pictures if (p.sha256, p.prompt) in there}
 
     def write(self, pictures: Sequence[Picture], records: Sequence[Record]) -> None:

@@ -29,13 +29,17 @@ LIBRARIES = {
     "tensorboard": {"pretrain/demo.py"},
     "torch.utils.tensorboard": {"data_prep/worker/monitor.py", "pretrain/monitoring/monitor.py"},
     "fsspec": {"data_prep/common/storage.py"},
-    "tenacity": {"data_prep/common/storage.py"},
+    "tenacity": {"data_prep/common/storage.py", "pretrain/evaluate/judge_endpoint.py"},
     "tqdm": {"data_prep/common/progress.py"},
     "transformers": {
         "data_prep/assets/make_tiny_encoders.py",
         "data_prep/encoders.py",
         "pretrain/bench/encode.py",
         "pretrain/bench/gpu/encoders.py",
+        "pretrain/evaluate/clip.py",
+        "pretrain/evaluate/geneval_models.py",
+        "pretrain/evaluate/judge_folder.py",
+        "pretrain/evaluate/weights.py",
     },
     "diffusers": {
         "data_prep/assets/make_tiny_encoders.py",

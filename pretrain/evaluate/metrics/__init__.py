@@ -7,5 +7,8 @@ from importlib import import_module
 from typing import Any
 
 METRICS: dict[str, Callable[[], Any]] = {
+    "dpg": lambda: import_module("pretrain.evaluate.metrics.dpg"),
+    "geneval": lambda: import_module("pretrain.evaluate.metrics.geneval"),
+    "sctf": lambda: import_module("pretrain.evaluate.metrics.sctf"),
     "shapes": lambda: import_module("pretrain.evaluate.metrics.shapes"),
 }
