@@ -4,6 +4,7 @@
     torchrun --nproc-per-node=8 -m pretrain.evaluate --model exports/stage2_512 --prompts geneval.jsonl --per-prompt 4 \\
         --metrics geneval clipscore --out evaluations/geneval
     python -m pretrain.evaluate --pictures samples --prompts prompts.txt --metrics fid --fid-reference coco.npz --out fid
+    python -m pretrain.evaluate pairwise SAMPLES_A SAMPLES_B          a page on which people judge
 
 Stopped, the same command goes on: no picture is drawn or judged twice. docs/evaluation.md has the metrics and their files.
 """
@@ -15,7 +16,8 @@ import sys
 
 from data_prep.common.command import command_parser, run_action
 from data_prep.common.paths import path
-from pretrain.console import silence_libraries
+from pretrain.console import run_one_of, silence_libraries
+from pretrain.evaluate import pairwise
 from pretrain.evaluate import judge
 from pretrain.evaluate.metrics import METRICS
 from pretrain.sampling.options import add_drawing_arguments
@@ -23,7 +25,10 @@ from pretrain.sampling.options import add_drawing_arguments
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    args = parse(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["pairwise"]:
+        return run_one_of("evaluate", "Judging by people.", {"pairwise": pairwise}, words)
+    args = parse(words)
     silence_libraries()
     from pretrain.evaluate.evaluation import run  # late: the libraries take seconds
 

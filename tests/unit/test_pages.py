@@ -32,13 +32,22 @@ def commands() -> set[tuple[str, str]]:
     return found
 
 
+def subcommand(module: str, words: list[str]) -> list[str]:
+    """The command's first word, where it names a subcommand."""
+    names = {
+        "pretrain.bench": words[:1],
+        "pretrain.analyze": words[:1],
+        "pretrain.evaluate": [word for word in words[:1] if word == "pairwise"],
+    }
+    return names.get(module, [])
+
+
 def help_of(module: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The help of a command, or of its subcommand."""
-    package = module in ("pretrain.bench", "pretrain.analyze", "pretrain.models")
+    package = (ROOT / module.replace(".", "/")).is_dir()
     command = importlib.import_module(f"{module}.__main__" if package else module).main
-    subcommand = words[:1] if module in ("pretrain.bench", "pretrain.analyze") else []
     with pytest.raises(SystemExit):
-        command([*subcommand, "--help"])
+        command([*subcommand(module, words), "--help"])
     return capsys.readouterr().out
 
 
@@ -56,7 +65,7 @@ def test_every_option_that_a_page_names_exists(module: str, capsys: pytest.Captu
         words = shlex.split(text.partition(" # ")[0])
         options = {word.partition("=")[0] for word in words if re.match(r"--\w", word)}
         if options:
-            key = words[0] if module in ("pretrain.bench", "pretrain.analyze") else ""
+            key = " ".join(subcommand(module, words))
             helps[key] = helps.get(key) or help_of(module, words, capsys)
             known = set(re.findall(r"--[\w-]+", helps[key]))
             assert options <= known, f"{module} {text}"
