@@ -11,6 +11,7 @@ COMMANDS = {
     "convert": "data_prep.convert",
     "shapes": "data_prep.shapes",
     "train": "pretrain.train",
+    "launch": "pretrain.launch",
     "sample": "pretrain.sample",
     "export": "pretrain.export",
     "prune": "pretrain.prune",

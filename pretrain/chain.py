@@ -12,17 +12,13 @@ import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from data_prep.common.command import command_parser
-from pretrain.checkpoint.restore import map_parameters
+from pretrain.checkpoint.restore import map_parameters, parameter_shapes
 from pretrain.config import Config, ConfigError, load
 from pretrain.data.loader import check_fits
 from pretrain.data.location import DataLocation, open_card
 from pretrain.distributed.world import World
-from pretrain.models import DiT
 
 
 @dataclass(frozen=True)
@@ -97,16 +93,10 @@ def _handover_problems(first: Config, second: Config) -> list[str]:
         found.append(f"init_from: {second.init_from} is not the stage before it, whose run_dir is {first.run_dir}")
     if first.run_dir.resolve() == second.run_dir.resolve():
         found.append(f"run_dir: {second.run_dir} is the stage before it, too; give each its own")
-    if odd := map_parameters(_parameters(second), _parameters(first)).problems:
+    if odd := map_parameters(*(parameter_shapes(config.model.backbone()) for config in (second, first))).problems:
         more = f", and {len(odd) - 1} more" if len(odd) > 1 else ""
         found.append(f"model: cannot start from the stage's before it: {odd[0]}{more}")
     return found
-
-
-def _parameters(config: Config) -> dict[str, Any]:
-    """Names and shapes of a stage's parameters; no memory is allocated for them."""
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in DiT(config.model.backbone()).named_parameters()}
 
 
 if __name__ == "__main__":

@@ -32,6 +32,11 @@ def log_from_first(rank: int, line: str) -> None:
         print(line, flush=True)
 
 
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Accepts the --local_rank=N that the launcher `deepspeed` adds to a command; LOCAL_RANK says the same."""
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
 class Subcommand(Protocol):
     """Module of one subcommand: its docstring's first paragraph is the help, `run` returns the text to print."""
 

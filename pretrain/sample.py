@@ -17,7 +17,7 @@ import sys
 
 from data_prep.common.command import command_parser, run_action
 from data_prep.common.paths import path
-from pretrain.console import silence_libraries
+from pretrain.console import add_local_rank, silence_libraries
 from pretrain.sampling.options import add_drawing_arguments
 
 
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command's arguments."""
     parser = command_parser("Draws pictures with a trained run or an exported model.")
+    add_local_rank(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=path, help="run directory")
     source.add_argument("--model", type=path, help="folder made by pretrain.export")

@@ -1,6 +1,6 @@
 """Training: python -m pretrain.train CONFIG [section.key=value ...]
 
-Runs under any launcher that sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT (torchrun,
+Runs under the launchers of `distributed/launcher.py` (pretrain.launch, torchrun, deepspeed, accelerate, mpirun, srun and
 slurm/*.sh), or alone as one process. Started again, it goes on at the exact next sample of its newest whole checkpoint.
 
 Exit codes: 0 the stage is complete; 75 to be started again (asked to stop, or a process was lost); 1 an error; 2 wrong usage.
@@ -14,7 +14,8 @@ import sys
 
 from data_prep.common.command import command_parser
 from pretrain.config_files import CONFIGS, DS_CONFIGS, known
-from pretrain.console import silence_libraries
+from pretrain.console import add_local_rank, silence_libraries
+from pretrain.distributed.launcher import adopt_launcher
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,8 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="section.key=value, or deepspeed.key=value")
     parser.add_argument("--check", action="store_true", help="check all that the training needs, and do not train")
     parser.add_argument("--processes", type=int, help="with --check on a login node: the planned number of processes")
+    add_local_rank(parser)
     args = parser.parse_intermixed_args(argv)
     silence_libraries()
+    try:
+        adopt_launcher()
+    except ValueError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         # Each step's captions ask for memory of other sizes, and blocks of fixed sizes would be left over. torch reads it once.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

@@ -21,6 +21,7 @@ from pretrain.diffusion import Objective, step_budget
 from pretrain.distributed import optimizer as optim
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine
+from pretrain.distributed.launcher import LauncherWatch
 from pretrain.distributed.rendezvous import init_distributed, shutdown
 from pretrain.distributed.world import World
 from pretrain.fp8 import use_fp8
@@ -33,7 +34,9 @@ from pretrain.monitoring.start_summary import start_summary
 from pretrain.resilience import preflight
 from pretrain.resilience.failure import report_failure
 from pretrain.resilience.heartbeat import IN_STEP
+from pretrain.resilience.node_checks import raise_open_files
 from pretrain.resilience.recovery import Recovery
+from pretrain.resilience.run_lock import RunLock
 from pretrain.resilience.signals import REQUEUE, StopRequest
 from pretrain.resilience.spike_guard import SpikeGuard
 from pretrain.resilience.watchdog import STARTUP_FACTOR, Watchdog
@@ -61,21 +64,28 @@ class Trainer:
 
 def run(name: str, overrides: list[str]) -> int:
     """Trains a stage, from its newest checkpoint on; returns the command's exit code."""
-    stop, watchdog = None, None
+    stop, watchdog, lock = None, None, None
     try:
+        raise_open_files()
         config, deepspeed = load(name, overrides)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        stop = StopRequest(config.checkpoint.time_limit)
+        stop = StopRequest(config.checkpoint.time_limit, LauncherWatch())
         # A collective's own limit is for what the watchdog cannot see: the watchdog comes first, and says more.
         world = init_distributed(timedelta(seconds=2 * STARTUP_FACTOR * config.guard.seconds))
         watchdog = Watchdog(world, config.guard.seconds).start()
         preflight.require(config, deepspeed, world)
-        stopped = train(build(config, deepspeed, world, stop, watchdog))
+        lock = RunLock(config.run_dir, world, partial(log_from_first, world.rank))
+        lock.acquire()
+        stopped = train(build(config, deepspeed, world, stop, watchdog, lock))
     except Exception as error:
+        if lock:
+            lock.release()  # here, too: the next line may end the process
         return report_failure(error, watchdog)
     finally:
+        if lock:
+            lock.release()
         if stop:
             stop.close()
         if watchdog:
@@ -84,11 +94,13 @@ def run(name: str, overrides: list[str]) -> int:
     return REQUEUE if stopped else 0
 
 
-def build(config: Config, deepspeed: dict[str, Any], world: World, stop: StopRequest, watchdog: Watchdog) -> Trainer:
-    """Wires the parts in the order of the data."""
+def build(
+    config: Config, deepspeed: dict[str, Any], world: World, stop: StopRequest, watchdog: Watchdog, lock: RunLock
+) -> Trainer:
+    """Wires the parts in the order of the data; `lock` holds the run directory."""
+    run_info = {"config": config.model_dump(mode="json"), "deepspeed": deepspeed}
     accumulation = geometry(deepspeed, world.size)
     deepspeed = {**deepspeed, "gradient_accumulation_steps": accumulation}
-    config.run_dir.mkdir(parents=True, exist_ok=True)
     backbone = config.model.backbone()
     batch, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
     loader = Loader(config, backbone, batch, micro, world)
@@ -105,10 +117,9 @@ def build(config: Config, deepspeed: dict[str, Any], world: World, stop: StopReq
     ema = Ema(zero, config.optimizer.ema_decay)
     guard = SpikeGuard(config.guard, world, stop)
     monitor = Monitor(config, backbone, zero)
-    run_info = {"data": loader.fingerprint, "config": config.model_dump(mode="json")}
-    saver = CheckpointWriter(config, zero, ema, run_info)
+    saver = CheckpointWriter(config, zero, ema, {"data": loader.fingerprint, **run_info})
     log = partial(log_from_first, world.rank)
-    recovery = Recovery(config, loader, zero, ema, guard, watchdog, monitor, saver, log)
+    recovery = Recovery(config, loader, zero, ema, guard, watchdog, monitor, saver, lock, log)
     objective = config.objective.build()
     return Trainer(
         config, deepspeed, loader, model, zero, ema, objective, guard, watchdog, monitor, preview, saver, recovery
@@ -120,6 +131,7 @@ def train(t: Trainer) -> str | None:
     config, recovery = t.config, t.recovery
     state = recovery.start()
     save_provenance(config, t.deepspeed, t.loader, t.engine.world)  # not of a start that was refused
+    recovery.lock.keep()
     recovery.record_start(state.step)
     recovery.log(start_summary(config, t.deepspeed, t.loader.plan, t.engine.world, state.step))
     t.watchdog.step = state.step

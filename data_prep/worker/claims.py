@@ -21,6 +21,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -242,6 +243,7 @@ def this_process() -> dict[str, object]:
     """Returns what identifies this process among those of all nodes, and helps people to find it."""
     namespace, boot = os.stat("/proc/self/ns/pid").st_ino, Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     about = {"host": socket.gethostname(), "slurm_job": os.environ.get("SLURM_JOB_ID")}
+    about["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
     return {**about, "boot": boot, "pid_namespace": namespace, "pid": os.getpid(), "start": process_state("self")[1]}
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import filecmp
 import glob
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
@@ -23,7 +22,7 @@ from typing import Any
 from streaming import MDSWriter
 
 from data_prep.common import mds
-from data_prep.common.files import temporary_name
+from data_prep.common.files import sync_path, temporary_name
 from data_prep.common.storage import Remote
 from data_prep.schema import (
     CARD,
@@ -102,8 +101,7 @@ class PartWriter:
             writer.finish()
         shards = list(self._temporary.rglob("*.mds*"))
         for shard in shards:
-            with shard.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_path(shard)
         return sum(s.stat().st_size for s in shards)
 
     def commit(self, report: dict[str, Any], rejects: list[dict[str, str]]) -> None:

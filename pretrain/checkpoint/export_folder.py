@@ -18,6 +18,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from data_prep.common.files import permit_as_umask
 from pretrain.models import DiT, DiTConfig
 from pretrain.models.config import upgrade_fields
 
@@ -241,6 +242,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     writing.mkdir(parents=True)
     try:
         yield writing
+        for weights in writing.rglob("*.safetensors"):
+            permit_as_umask(weights)
         writing.rename(out)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)

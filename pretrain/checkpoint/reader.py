@@ -224,9 +224,11 @@ def config_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """The differences between two runs' config and data, a line each: `section.key: old → new`.
 
     Args:
-        before, after: hold `config` and `data`, as `state.json` does.
+        before, after: hold `config` and `data`, as `state.json` does, and `deepspeed` where it is known.
     """
     old, new = (_flat({**state["config"], "data_set": state["data"]}) for state in (before, after))
+    if "deepspeed" in before and "deepspeed" in after:  # checkpoints of earlier versions do not hold it
+        old, new = (flat | _flat({"deepspeed": s["deepspeed"]}) for flat, s in ((old, before), (new, after)))
     expected = ("name", "run_dir", "init_from", "data_set.indexes", "data_set.draws")
     return [
         f"{key}: {old.get(key, 'not there')} → {new.get(key, 'not there')}"

@@ -9,16 +9,20 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from pretrain.checkpoint.reader import Checkpoint
-from pretrain.distributed.ema import Ema
-from pretrain.distributed.engine import Engine
+from pretrain.models import DiT, DiTConfig
 from pretrain.models.inheritance import derived_parameters, optional_parameters
 from pretrain.models.mixers.base import DerivedParameter
 from pretrain.state import RunState
+
+if TYPE_CHECKING:  # they import DeepSpeed, which takes seconds
+    from pretrain.distributed.ema import Ema
+    from pretrain.distributed.engine import Engine
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -85,6 +89,12 @@ def map_parameters(here: Shapes, there: Shapes) -> ParameterMapping:
         if name not in here and not _is_optional(name) and not _is_replaced(name, here)
     ]
     return ParameterMapping(sources, fresh, left, problems)
+
+
+def parameter_shapes(backbone: DiTConfig) -> Shapes:
+    """The shape of each parameter of a backbone; no memory is allocated for them."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in DiT(backbone).named_parameters()}
 
 
 def restore_weights(checkpoint: Checkpoint, engine: Engine, ema: Ema, moments: bool) -> list[str]:

@@ -7,7 +7,6 @@ collective. A failure (a full disk, say) leaves the older checkpoints as they ar
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import threading
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_prep.common.files import atomic_write
+from data_prep.common.files import atomic_write, permit_as_umask, sync_path
 from pretrain.checkpoint.reader import FOLDER, FORMAT, LATEST, STATE, file_name, sha256, with_hash
 from pretrain.config import Config
 from pretrain.distributed.ema import Ema
@@ -168,18 +167,18 @@ def step_name(step: int) -> str:
 
 def _write_file(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    permit_as_umask(path)
+    sync_path(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def publish(writing: Path, path: Path) -> None:
     """Gives a complete folder its name, then points `latest` to it."""
-    _sync_folder(writing)
+    sync_path(writing)
     if path.exists():  # the same step, reached again after `latest` was lost
         shutil.rmtree(path)
     writing.rename(path)
-    _sync_folder(path.parent)
+    sync_path(path.parent)
     atomic_write(path.parent / LATEST, path.name + "\n")
 
 
@@ -190,9 +189,3 @@ def remove_old(folder: Path, keep_last: int, keep_every: int) -> None:
         step = int(path.name.removeprefix("step_"))
         if not keep_every or step % keep_every:
             shutil.rmtree(path)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from data_prep import schema
 from pretrain.config import Config
 from pretrain.data.batch import Batch, Collate
-from pretrain.data.epoch_plan import plan_epoch
+from pretrain.data.epoch_plan import EpochPlan, plan_epoch
 from pretrain.data.location import DataLocation, open_card, prepare
 from pretrain.data.shared_memory import remove_stale_names, unique_names
 from pretrain.distributed.world import World, once_per_node
@@ -95,17 +95,7 @@ class Loader:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the order of the data: a checkpoint's position is valid for exactly this."""
-        d = self.config.data
-        return {
-            "data_set": self.card.fingerprint,
-            "indexes": {name: _sha256(self.root / name / schema.INDEX) for name in self.plan.draws},
-            "draws": self.plan.draws,
-            "resolution": d.resolution,
-            "seed": self.config.seed,
-            "shuffle_block": d.shuffle_block,
-            "canonical_nodes": d.canonical_nodes,
-            "global_batch": self.global_batch,
-        }
+        return fingerprint(self.config, self.card, self.root, self.plan, self.global_batch)
 
     def resume(self, position: DataPosition, rollbacks: int = 0) -> None:
         """Continues at a position of a run with the same fingerprint; after rollbacks with other noise and data order."""
@@ -134,10 +124,24 @@ class Loader:
 
 
 def ignore_signals(worker: int) -> None:
-    """Keeps a worker going when SLURM signals the whole process group, until the training ends it, or a second TERM comes."""
-    for number in (signal.SIGUSR1, signal.SIGINT):
+    """Keeps a worker going when SLURM or a terminal signals all processes, until the training ends it, or a second TERM comes."""
+    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def fingerprint(config: Config, card: schema.Card, root: Path, plan: EpochPlan, global_batch: int) -> dict[str, Any]:
+    """The settings that decide the order of the data; `root` holds the indexes of the plan's sets."""
+    return {
+        "data_set": card.fingerprint,
+        "indexes": {name: _sha256(root / name / schema.INDEX) for name in plan.draws},
+        "draws": plan.draws,
+        "resolution": config.data.resolution,
+        "seed": config.seed,
+        "shuffle_block": config.data.shuffle_block,
+        "canonical_nodes": config.data.canonical_nodes,
+        "global_batch": global_batch,
+    }
 
 
 def check_fits(card: schema.Card, config: Config, backbone: DiTConfig, global_batch: int) -> None:

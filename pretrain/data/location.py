@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep import schema
-from data_prep.common.files import temporary_name
+from data_prep.common.files import lock, temporary_name
 from data_prep.common.storage import Remote, is_remote
 from pretrain.config import DataSection
 from pretrain.distributed.world import World, once_per_node
@@ -56,7 +55,7 @@ class DataLocation:
         self.root.mkdir(parents=True, exist_ok=True)
         file = (self.root / LOCK).open("w")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except BlockingIOError as error:
             raise ValueError(
                 f"data.cache: {self.root} is in use by another training on this node; give this one another folder"

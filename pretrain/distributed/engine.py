@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -73,8 +74,10 @@ class Engine:
         # DeepSpeed makes the masters from weights already rounded to bf16; the exact ones are put back below.
         exact = {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in model.named_parameters()}
         config = {**config, **FIXED}
+        # DeepSpeed takes the GPU numbered LOCAL_RANK, also where each process sees its own one only.
+        args = SimpleNamespace(device_rank=world.device.index) if world.device.type == "cuda" else None
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config, dist_init_required=False
+            args=args, model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
         self._zero = Zero(self._engine)
         self._zero.set_timeout(world.timeout)

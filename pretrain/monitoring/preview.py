@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_prep.common.files import temporary_name
+from data_prep.common.files import permit_as_umask, temporary_name
 from data_prep.encoders import DOWNSAMPLE, Vae
 from data_prep.pictures.grids import labelled_grid, to_image
 from data_prep.schema import Card, load_null_text
@@ -50,6 +50,7 @@ class Preview:
             texts = encoder.encode(self.prompts, self.card.token_cap)[0]
             new = path.with_name(temporary_name(path.name))
             save_file({f"{i:04d}": t for i, t in enumerate(texts)}, new)
+            permit_as_umask(new)
             new.replace(path)
         barrier(self.world)
         return [t for _, t in sorted(load_file(path).items())]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from data_prep.schema import CARD, NULL_TEXT
 from pretrain.config import Config
 from pretrain.data.loader import Loader
 from pretrain.distributed.world import World, barrier
+
+HERE = Path(__file__).resolve().parent
 
 
 def save_provenance(config: Config, deepspeed: dict[str, Any], loader: Loader, world: World) -> None:
@@ -47,9 +50,9 @@ def environment(world: World) -> dict[str, Any]:
 
 
 def _git(*words: str) -> str | None:
-    """Output of git in this code's checkout; None outside of one."""
-    here = os.path.dirname(os.path.abspath(__file__))
+    """Output of git in this code's checkout; None outside of one. A diff may hold bytes of any encoding."""
     try:
-        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return done.stdout.decode(errors="backslashreplace").strip()

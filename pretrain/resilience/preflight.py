@@ -24,7 +24,7 @@ from data_prep import schema
 from data_prep.common.words import counted
 from pretrain.config import Config, ConfigError, geometry, load
 from pretrain.data.epoch_plan import plan_epoch
-from pretrain.data.loader import check_fits
+from pretrain.data.loader import check_fits, fingerprint
 from pretrain.data.location import DataLocation, open_card, prepare
 from pretrain.data.shared_memory import remove_stale_names
 from pretrain.distributed.world import World, all_gather, all_reduce, barrier
@@ -40,6 +40,9 @@ from pretrain.resilience.capacity import (
     state_bytes,
 )
 from pretrain.resilience.failure import report_failure
+from pretrain.resilience.node_checks import node_problems, raise_open_files
+from pretrain.resilience.run_lock import lock_problems
+from pretrain.resilience.start_checks import start_problems
 
 MAX_CLOCK_SKEW = 10.0  # seconds; ages of files are compared over nodes
 
@@ -65,6 +68,7 @@ class Report:
 def check(name: str, overrides: list[str], processes: int | None) -> int:
     """The command `--check`: prints the report. Returns 0 without a problem, else 1."""
     try:
+        raise_open_files()
         report = _check(name, overrides, processes)
     except Exception as error:
         return report_failure(error, None)
@@ -112,9 +116,12 @@ def preflight(config: Config, deepspeed: dict[str, Any], world: World, every_sha
         every_shard: check each shard of the data set, not only its description.
     """
     mine = Report()
+    if every_shard and world.rank == 0:  # a training takes the lock itself
+        mine.problems += lock_problems(config.run_dir)
     _batch(mine, deepspeed, world.size)
     if int(os.environ["LOCAL_RANK"]) == 0:
-        card = _data(mine, config, deepspeed, DataLocation.of(config.data), every_shard)
+        card, order = _data(mine, config, deepspeed, DataLocation.of(config.data), every_shard)
+        mine.problems += start_problems(config, order)
         _run_dir(mine, config)
         removed = remove_stale_names()
         mine.passed.append(f"/dev/shm: {removed} stale bytes of killed runs removed")
@@ -122,6 +129,7 @@ def preflight(config: Config, deepspeed: dict[str, Any], world: World, every_sha
             samples = int(os.environ["LOCAL_WORLD_SIZE"]) * (deepspeed["train_batch_size"] // world.size)
             mine.problems += shared_memory_problems(Path("/dev/shm"), config, card, samples)
             mine.problems += cache_problems(config, card)
+        mine.problems += node_problems(config, deepspeed, world.size, cuda=world.device.type == "cuda")
     if config.model.fp8:
         mine.problems += fp8_problems(config.model.fp8, deepspeed, config.model.compile, world.device)
     if world.device.type == "cuda":
@@ -139,12 +147,21 @@ def check_without_launcher(config: Config, deepspeed: dict[str, Any], processes:
         _batch(report, deepspeed, processes)
     place = DataLocation.of(config.data)
     with tempfile.TemporaryDirectory() as folder:  # the cache is for the nodes' own disks
-        _data(report, config, deepspeed, replace(place, root=Path(folder)) if place.cached else place, every_shard=True)
+        place = replace(place, root=Path(folder)) if place.cached else place
+        _, order = _data(report, config, deepspeed, place, every_shard=True)
+    report.problems += [*start_problems(config, order), *lock_problems(config.run_dir)]
     _run_dir(report, config)
     if config.model.fp8:
         report.problems += fp8_problems(config.model.fp8, deepspeed, config.model.compile, None)
     report.problems += port_problems(int(os.environ.get("MASTER_PORT", 0)))
-    report.unchecked += ["GPUs", "/dev/shm", "the data cache", "clocks", "the network"]
+    report.unchecked += [
+        "GPUs",
+        "/dev/shm",
+        "the data cache",
+        "the nodes' compilers and limits",
+        "clocks",
+        "the network",
+    ]
     report.unchecked += ["the batch (give --processes N)"] if processes is None else []
     return report
 
@@ -166,23 +183,29 @@ def _batch(report: Report, deepspeed: dict[str, Any], processes: int) -> None:
 
 def _data(
     report: Report, config: Config, deepspeed: dict[str, Any], place: DataLocation, every_shard: bool
-) -> schema.Card | None:
-    """Checks the data set, without a collective; returns its card, None where it cannot be trained on."""
+) -> tuple[schema.Card | None, dict[str, Any] | None]:
+    """Checks the data set, without a collective.
+
+    Returns:
+        Its card, None where it cannot be trained on; and the loader's fingerprint, None where the indexes are not fetched yet.
+    """
     batch = deepspeed["train_batch_size"]
     try:
         card = open_card(place, World.alone())
         check_fits(card, config, config.model.backbone(), batch)
         drawn = plan_epoch(card, config.data, batch)
         missing = prepare(place, drawn.draws, config.data.damaged_shards, World.alone()) if every_shard else []
+        there = every_shard or not place.cached
+        order = fingerprint(config, card, place.root, drawn, batch) if there else None
     except (ValueError, OSError) as error:
         report.problems.append(f"data: {error}")
-        return None
+        return None, None
     count = sum(drawn.draws.values())
     report.passed.append(
         f"data: {place.origin}, {counted(count, 'sample')} an epoch in {counted(len(drawn.draws), 'set')}"
     )
     report.passed += [*drawn.notes, *missing]
-    return card
+    return card, order
 
 
 def _run_dir(report: Report, config: Config) -> None:

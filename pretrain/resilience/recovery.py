@@ -28,6 +28,7 @@ from pretrain.distributed.engine import Engine
 from pretrain.distributed.world import all_gather, barrier
 from pretrain.monitoring.monitor import Monitor
 from pretrain.resilience.requeue import record_start
+from pretrain.resilience.run_lock import RunLock
 from pretrain.resilience.spike_guard import SKIPPED, SpikeGuard
 from pretrain.resilience.watchdog import Watchdog
 from pretrain.state import RunState
@@ -50,6 +51,7 @@ class Recovery:
     watchdog: Watchdog
     monitor: Monitor
     saver: CheckpointWriter
+    lock: RunLock
     log: Callable[[str], None]
     damaged: set[str] = field(default_factory=set)
 
@@ -63,6 +65,7 @@ class Recovery:
             state = self._restore(own)
             p = state.position
             self.log(f"going on from {own.path}: step {state.step}, epoch {p.epoch}, its step {p.step_in_epoch}")
+            self._log_changes(own)
             return state
         self.monitor.resume(0, [])
         if self.config.init_from is None:
@@ -76,23 +79,30 @@ class Recovery:
         other = checkpoint.newest_intact(checkpoint.find_run(run), self.engine.world, self.log)
         if other is None:
             raise ValueError(f"init_from: {run} has no complete checkpoint yet; train it first")
-        there = {**other.state, "config": upgrade(other.state["config"])}
-        if other.run_state.step < there["config"]["steps"]:
-            done = f"{other.run_state.step} of its {there['config']['steps']} steps"
+        steps = other.state["config"]["steps"]
+        if other.run_state.step < steps:
+            done = f"{other.run_state.step} of its {steps} steps"
             self.log(f"WARNING: {run} is not finished: it has {done}")
         origins = restore_weights(other, self.engine, self.ema, moments=config.carry_moments)
         moments = "the optimizer's moments too" if config.carry_moments else "fresh optimizer moments"
         self.log(f"starting {config.name} from {other.path}: its weights and average, {moments}, data from the start")
-        for line in [*checkpoint.config_changes(there, self.saver.run_info), *origins]:
+        self._log_changes(other)
+        for line in origins:
             self.log(f"  {line}")
         return RunState(updates=other.run_state.updates if config.carry_moments else 0)
+
+    def _log_changes(self, before: Checkpoint) -> None:
+        """Logs each setting that is another one than in a checkpoint's run: old → new."""
+        there = {**before.state, "config": upgrade(before.state["config"])}
+        for line in checkpoint.config_changes(there, self.saver.run_info):
+            self.log(f"  {line}")
 
     def record_start(self, step: int) -> None:
         """Records this start of a SLURM job. Raises RuntimeError on all processes where the job makes no progress."""
         problem = None
         if self.engine.world.rank == 0:
             try:
-                record_start(self.config.run_dir, step)
+                record_start(self.config.run_dir, step, complete=step >= self.config.steps)
             except RuntimeError as error:
                 problem = str(error)
         if problem := all_gather(problem, self.engine.world)[0]:
@@ -116,9 +126,11 @@ class Recovery:
             wait: return when it is finished on all processes.
 
         Raises:
-            RuntimeError: with `wait`, the checkpoint could not be written; else that is a warning in the log.
+            RuntimeError: with `wait`, the checkpoint could not be written; else that is a warning in the log. Or another training
+            has taken over the run directory.
         """
         self.watchdog.begin("writing a checkpoint")
+        self.lock.require()
         with self.monitor.paused():
             start = time.perf_counter()
             self.saver.wait()

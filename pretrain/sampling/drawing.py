@@ -21,6 +21,7 @@ from data_prep.pictures.grids import labelled_grid
 from pretrain.checkpoint.export_folder import read_json
 from pretrain.compilation import compile_for_sampling
 from pretrain.diffusion import FfnWork
+from pretrain.distributed.launcher import adopt_launcher
 from pretrain.models.cost import saved_flops
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
 from pretrain.recipes import recipe_of
@@ -81,6 +82,8 @@ def draw_share(args: argparse.Namespace, prompts: Sequence[str]) -> Drawn:
 
 def share_of_process() -> tuple[int, int]:
     """This process's number and that of all processes, as a launcher says them; job number i is process i mod all's."""
+    if "RANK" not in os.environ:  # else all is said: no rendezvous is needed here
+        adopt_launcher()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,24 @@ def test_an_export_gives_the_runs_pixels_in_a_new_process(run, prompts, tmp_path
         draw_in_a_new_process(out, tmp_path / "there", PROMPTS), drawn(tmp_path / "from_run"), strict=True
     ):
         assert np.array_equal(np.asarray(there), expected)
+
+
+def test_a_colleague_may_read_all_files(run, data_set, prompts, tmp_path):
+    """As the umask says: runs, data sets, exports, pruned models and pictures."""
+    before = os.umask(0o027)  # the run and the data set are of the shell's
+    try:
+        assert export.main(["--run", str(run), "--out", str(tmp_path / "export")]) == 0
+        words = ["--prompts", str(prompts), "--remove", "1", "--steps", "1"]
+        assert prune.main(["--run", str(run), "--out", str(tmp_path / "pruned"), *words]) == 0
+        assert sample.main(["--model", str(tmp_path / "pruned"), *words[:2], "--out", str(tmp_path / "pictures")]) == 0
+    finally:
+        os.umask(before)
+    made = {path: 0o027 for name in ("export", "pruned", "pictures") for path in (tmp_path / name).rglob("*")}
+    made |= {path: before for folder in (run, data_set) for path in folder.rglob("*")}
+    assert {path.suffix for path in made} >= {".safetensors", ".json", ".mds", ".png", ".jsonl"}
+    modes = {path: oct(path.stat().st_mode & 0o777) for path in made}
+    wrong = {p: m for p, m in modes.items() if m != oct((0o777 if p.is_dir() else 0o666) & ~made[p])}
+    assert wrong == {}
 
 
 def test_the_export_says_where_it_comes_from(run, tmp_path):

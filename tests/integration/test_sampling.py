@@ -107,10 +107,15 @@ def test_in_any_batch(folder, prompts, sixteen, tmp_path, batch):
     assert same_pictures(pictures(tmp_path), pictures(sixteen))
 
 
-def test_by_two_processes(folder, prompts, sixteen, tmp_path):
+@pytest.mark.parametrize(
+    "names", [("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")]
+)
+def test_by_two_processes(names, folder, prompts, sixteen, tmp_path):
+    """Of torchrun, or of srun."""
     words = command(folder, tmp_path, "--prompts", str(prompts), *SETTINGS, "--batch-size", "3")
     logs = [tmp_path / f"log_{rank}" for rank in range(2)]
-    processes = [fork(log, main, words, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2") for r, log in enumerate(logs)]
+    launched = [dict(zip(names, (str(rank), str(rank), "2"), strict=True)) for rank in range(2)]
+    processes = [fork(log, main, words, **env) for log, env in zip(logs, launched, strict=True)]
     codes, said = ended(processes), [log.read_text() for log in logs]
     assert codes == [0, 0], said
     assert all("8 of 8 pictures" in lines for lines in said), "each drew its half"

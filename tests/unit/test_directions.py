@@ -108,7 +108,7 @@ FLOORS: list[set[str]] = [
     },
     {"pretrain/loss.py", "pretrain/resilience"},
     {"pretrain/training.py"},
-    {"pretrain/train.py"},
+    {"pretrain/launch.py", "pretrain/train.py"},
     {"pretrain/bench"},
 ]
 # The command `python -m pretrain.models` takes the parser of all commands and the VAE's downsampling, which stand in data_prep.

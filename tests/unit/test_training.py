@@ -32,6 +32,7 @@ class Recovery:
 
     def __init__(self, calls: list[str], start: RunState) -> None:
         self.calls, self.state = calls, start
+        self.lock = SimpleNamespace(keep=lambda: None)
 
     def start(self) -> RunState:
         return self.state

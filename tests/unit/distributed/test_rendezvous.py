@@ -9,17 +9,18 @@ from datetime import timedelta
 import pytest
 import torch
 from engines import engine_of, one_process, train_steps
-from support import launcher
+from support import free_port, launcher
 
 from pretrain.distributed import rendezvous
-from pretrain.distributed.rendezvous import LAUNCHER, choose_device, init_distributed, shutdown
+from pretrain.distributed.launcher import TORCH
+from pretrain.distributed.rendezvous import init_distributed, shutdown
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*LAUNCHER, "MASTER_PORT", "CUDA_VISIBLE_DEVICES"):
+    for name in (*TORCH, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -40,10 +41,10 @@ def test_a_process_alone_can_start_twice() -> None:
     shutdown()  # without a group there is nothing to leave
 
 
-@pytest.mark.parametrize("name", [*LAUNCHER, "MASTER_PORT"])
+@pytest.mark.parametrize("name", TORCH)
 def test_a_launcher_that_sets_some_of_the_variables(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for other, value in launcher(0, 1, "29500").items():
-        if other in (*LAUNCHER, "MASTER_PORT") and other != name:
+        if other in TORCH and other != name:
             monkeypatch.setenv(other, value)
     with pytest.raises(ValueError, match=f"the launcher did not set {name}; torchrun and slurm"):
         init_distributed()
@@ -61,6 +62,17 @@ def test_a_port_that_another_program_has(monkeypatch: pytest.MonkeyPatch) -> Non
             init_distributed()
 
 
+def test_torchruns_restarts_on_several_nodes_are_told_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its nodes may have counted other restarts, by which the starts are told apart."""
+    torchruns = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "1"}
+    for name, value in (launcher(0, 2, str(free_port())) | torchruns).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it and give --rdzv-backend=c10d"
+    ):
+        init_distributed()
+
+
 def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rendezvous ends after RENDEZVOUS, not after the collectives' timeout."""
     with socket.socket() as s:
@@ -71,36 +83,3 @@ def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match="not all processes started"):
         init_distributed(timeout=timedelta(hours=1))
-
-
-@pytest.mark.parametrize(
-    ("gpus", "visible", "local_rank", "device"),
-    [
-        (0, None, 3, "cpu"),
-        (0, "", 0, "cpu"),  # GPUs are hidden on purpose
-        (0, "-1", 0, "cpu"),
-        (4, None, 3, "cuda:3"),
-        (2, "4,5", 1, "cuda:1"),
-    ],
-)
-def test_devices(gpus, visible, local_rank, device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert choose_device(local_rank) == torch.device(device)
-
-
-@pytest.mark.parametrize(
-    ("gpus", "visible", "local_rank", "said"),
-    [
-        (0, "0", 0, "CUDA_VISIBLE_DEVICES=0 names GPUs, but torch finds none"),
-        (0, "GPU-5ebe9f43", 0, "CUDA_VISIBLE_DEVICES=GPU-5ebe9f43 names GPUs, but torch finds none"),
-        (2, None, 2, "local rank 2 has no GPU: this node shows 2; start one process per GPU"),
-    ],
-)
-def test_gpus_that_are_not_there(gpus, visible, local_rank, said, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    with pytest.raises(ValueError, match=said):
-        choose_device(local_rank)

@@ -17,6 +17,7 @@ from support import ROOT
 from data_prep.schema import CARD, NULL_TEXT
 from pretrain.config import Config, load
 from pretrain.distributed.world import World
+from pretrain.monitoring import provenance
 from pretrain.monitoring.provenance import environment, save_provenance
 
 CPU = torch.device("cpu")
@@ -65,3 +66,14 @@ def test_the_environment_names_code_versions_and_job(monkeypatch: pytest.MonkeyP
 def test_outside_of_a_checkout_there_is_no_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert environment(World(0, 1, CPU))["git_revision"] is None
+
+
+def test_a_diff_of_any_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed file in Latin-1 or with raw bytes must not keep a training from starting."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "notes").write_text("one\n")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "notes").write_bytes(b"caf\xe9\n")
+    monkeypatch.setattr(provenance, "HERE", tmp_path)
+    assert "+caf\\xe9" in json.loads(json.dumps(environment(World(0, 1, CPU))))["git_dirty_diff"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, SMALL
 
+from pretrain.distributed.launcher import TORCH
 from pretrain.resilience import preflight
 from pretrain.resilience.preflight import ProcessReport, clock_problems, gpu_problems, merged
 from pretrain.train import main
@@ -102,7 +103,7 @@ def test_a_check_without_nodes(capsys, monkeypatch, data_set: Path, tmp_path: Pa
 def test_a_check_without_nodes_waits_for_few_libraries(data_set: Path, tmp_path: Path) -> None:
     script = "import sys; from pretrain.train import main; main(sys.argv[1:]); print(*sys.modules)"
     words = ["demo_256", f"data.path={data_set}", *SMALL, f"run_dir={tmp_path}/run", "--check"]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_PORT")}
+    env = {k: v for k, v in os.environ.items() if k not in TORCH}
     command = [sys.executable, "-c", script, *words]
     said = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert said.stdout.startswith("demo_256: 0 problems\n") and said.stderr == ""
@@ -155,3 +156,25 @@ def test_a_start_is_refused_with_every_problem_once(train, tmp_path: Path) -> No
     told = [line for line in finished.output.splitlines() if line.startswith("  problem")]
     assert [line.split()[1] for line in told] == ["batch:", "data:", "run_dir:"]
     assert "train: process 1: not started: process 0 lists what is wrong (3 problems)\n" in finished.output
+
+
+def test_what_the_node_lacks_is_told_at_the_start(data_set: Path, tmp_path: Path) -> None:
+    """No compiler for model.compile, few files that may be open, a long TMPDIR: not the first step's traceback or time-out."""
+    folder = tmp_path / ("x" * (105 - len(str(tmp_path)) - 1))
+    folder.mkdir()
+    words = ["demo_256", f"data.path={data_set}", *SMALL, f"run_dir={tmp_path}/run", "data.workers=2"]
+    words += ["deepspeed.train_batch_size=16", "deepspeed.train_micro_batch_size_per_gpu=1", "model.compile=true"]
+    env = {k: v for k, v in os.environ.items() if k not in (*TORCH, "CC", "CXX")} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["prlimit", "--nofile=400:400", sys.executable, "-m", "pretrain.train", *words],
+        cwd=ROOT,
+        env=env | {"PATH": str(tmp_path), "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        executable=shutil.which("prlimit"),
+    )
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if line.startswith("  problem")]
+    assert [line.split()[1] for line in told] == ["model.compile:", "TMPDIR:", "open"], done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

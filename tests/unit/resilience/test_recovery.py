@@ -84,7 +84,7 @@ def found(run_state: RunState, **state: Any) -> Any:
         path=Path(f"step_{run_state.step}"),
         run_state=run_state,
         pending_sums=lambda world: [4.0],
-        state={"data": {}, **state},
+        state={"data": {}, "config": {}, **state},
     )
 
 
@@ -116,7 +116,8 @@ def make(tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> C
         engine: Any = SimpleNamespace(world=World(0, 1, torch.device("cpu")))
         guard: Any = SimpleNamespace(verdict=StepVerdict(9.0, 9.0, "the loss is nan"))
         watchdog: Any = SimpleNamespace(begin=lambda activity: None)
-        parts: Any = (config, Loader(clock), engine, None, guard, watchdog, Monitor(), Writer(), lines.append)
+        lock: Any = SimpleNamespace(require=lambda: lines.append("the lock is held"))
+        parts: Any = (config, Loader(clock), engine, None, guard, watchdog, Monitor(), Writer(), lock, lines.append)
         return Recovery(*parts)
 
     return build
@@ -168,7 +169,7 @@ def test_another_run_without_a_checkpoint_is_an_error(make) -> None:
 
 
 def test_a_job_without_progress_is_an_error(make, monkeypatch) -> None:
-    def refuse(run_dir: Path, step: int) -> None:
+    def refuse(run_dir: Path, step: int, complete: bool) -> None:
         raise RuntimeError(f"no progress at {step}")
 
     monkeypatch.setattr(recovery, "record_start", refuse)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import SMALL
@@ -25,7 +26,7 @@ def job(monkeypatch: pytest.MonkeyPatch):
     return be
 
 
-def begin(job, run: Path, number: str, steps: list[int], **how: int) -> None:
+def begin(job, run: Path, number: str, steps: list[int], **how: Any) -> None:
     for restart, step in enumerate(steps):
         job(number, restart)
         record_start(run, step, **how)
@@ -46,6 +47,7 @@ def test_a_job_that_gets_on_may_start_for_ever(job, tmp_path: Path) -> None:
 
 def test_the_number_of_starts_is_the_callers(job, tmp_path: Path) -> None:
     begin(job, tmp_path, "7", [5, 5, 5], stalls=3)
+    job("7", 3)
     with pytest.raises(RuntimeError, match="started 4 times"):
         record_start(tmp_path, 5, stalls=3)
 
@@ -53,8 +55,23 @@ def test_the_number_of_starts_is_the_callers(job, tmp_path: Path) -> None:
 def test_a_job_submitted_anew_counts_anew(job, tmp_path: Path) -> None:
     begin(job, tmp_path, "7", [5, 5])
     begin(job, tmp_path, "8", [5, 5])
+    job("8", 2)
     with pytest.raises(RuntimeError, match="job 8 has started 3 times"):
         record_start(tmp_path, 5)
+
+
+def test_a_persons_own_starts_do_not_count(job, tmp_path: Path) -> None:
+    """Within a job of salloc a training is started as often as one likes; between requeues, too."""
+    for restart in (0, 0, 0, 0, 1, 1, 1):
+        job("7", restart)
+        record_start(tmp_path, 5)
+    job("7", 2)
+    with pytest.raises(RuntimeError, match="job 7 has started 3 times at step 5"):
+        record_start(tmp_path, 5)
+
+
+def test_a_finished_run_cannot_get_on(job, tmp_path: Path) -> None:
+    begin(job, tmp_path, "7", [5, 5, 5, 5], complete=True)
 
 
 def test_outside_of_slurm_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_a_later_second_signal_ends_the_process(stop, clock, exits, capsys) -> N
 
 
 def test_the_time_limit_is_in_hours(clock) -> None:
-    request = StopRequest(1.5, clock)
+    request = StopRequest(1.5, clock=clock)
     try:
         clock.now += 1.5 * 3600
         assert request.code == 0
@@ -74,6 +75,31 @@ def test_the_time_limit_is_in_hours(clock) -> None:
         assert request.code == signal.SIGUSR1
     finally:
         request.close()
+
+
+def test_a_launcher_that_is_gone_asks_to_stop(clock) -> None:
+    """Nobody else would end the processes that it leaves behind."""
+    launcher = SimpleNamespace(gone=False)
+    request = StopRequest(launcher=launcher, clock=clock)  # type: ignore[arg-type]
+    try:
+        assert request.code == 0
+        launcher.gone = True
+        assert reason(request.code) == "the end of its launcher"
+    finally:
+        request.close()
+
+
+def test_nohup_keeps_a_training_going(clock) -> None:
+    """Without it, a terminal that is closed asks for a checkpoint; with it, SIGHUP stays ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        request = StopRequest(clock=clock)
+        signal.raise_signal(signal.SIGHUP)
+        assert request.code == 0
+        request.close()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_closing_restores_the_handlers(clock) -> None:
