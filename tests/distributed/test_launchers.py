@@ -65,7 +65,7 @@ def worker(launcher: subprocess.Popen[bytes], rank: int) -> int:
     )
 
 
-def wait_for_end(folder: Path, seconds: float = 100) -> None:
+def wait_for_end(folder: Path, seconds: float = 200) -> None:
     """Until no process trains in this folder any more."""
     deadline = time.monotonic() + seconds
     while left := trainings(folder):
@@ -91,7 +91,7 @@ def test_our_launcher_goes_on_after_a_loss_and_ends_with_75_when_asked(start, tm
     wait_for_line(log, "launch: ended with code 137; starting again (1 of 1 restarts left)")
     wait_for_line(log, "going on from")
     launcher.send_signal(signal.SIGUSR1)
-    assert launcher.wait(100) == REQUEUE, log.read_text()
+    assert launcher.wait(200) == REQUEUE, log.read_text()
     assert stopped_at(tmp_path, "SIGUSR1") > 2
     assert "Traceback" not in log.read_text()
     wait_for_end(tmp_path, 0)
@@ -114,7 +114,7 @@ def test_torchruns_own_restarts_go_on_and_its_end_leaves_a_checkpoint(start, tmp
     step = stopped_at(tmp_path, "SIGUSR1")
     wait_for_line(log, f"step {step + 1}/")
     torchrun.send_signal(signal.SIGTERM)
-    assert torchrun.wait(100) == 1
+    assert torchrun.wait(200) == 1
     assert stopped_at(tmp_path, "SIGTERM") > step
     wait_for_end(tmp_path, 0)
 
@@ -126,7 +126,7 @@ def test_processes_stop_with_a_checkpoint_when_torchrun_is_killed(start, tmp_pat
     )
     wait_for_line(tmp_path / "log", "step 1/")
     torchrun.send_signal(signal.SIGUSR1)
-    assert torchrun.wait(100) == -signal.SIGUSR1
+    assert torchrun.wait(200) == -signal.SIGUSR1
     wait_for_end(tmp_path)
     assert stopped_at(tmp_path, "the end of its launcher") >= 1
 
