@@ -16,9 +16,8 @@ import sys
 
 from data_prep.common.command import command_parser, run_action
 from data_prep.common.paths import path
-from pretrain.console import run_one_of, silence_libraries
-from pretrain.evaluate import pairwise
-from pretrain.evaluate import judge
+from pretrain.console import add_local_rank, run_one_of, silence_libraries
+from pretrain.evaluate import judge, pairwise
 from pretrain.evaluate.metrics import METRICS
 from pretrain.sampling.options import add_drawing_arguments
 
@@ -47,6 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--metrics", nargs="+", choices=METRICS, required=True)
     parser.add_argument("--out", type=path, required=True, help="folder for pictures, records and results")
     add_drawing_arguments(parser)
+    add_local_rank(parser)
     for name in METRICS:
         module = METRICS[name]()
         module.arguments(parser.add_argument_group((module.__doc__ or name).partition("\n\n")[0]))
