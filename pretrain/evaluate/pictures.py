@@ -89,10 +89,13 @@ def draw(args: argparse.Namespace) -> PictureSet:
     )
 
 
-def of_folder(folder: Path, prompts: Path | None, per_prompt: int) -> PictureSet:
+def of_folder(folder: Path, prompts: Path | None, per_prompt: int, option: str = "--pictures") -> PictureSet:
     """The pictures of a folder, in the order of their names.
 
     Their prompts are those of a file, each for `per_prompt` pictures; without a file those that `pretrain.sample` left in them.
+
+    Args:
+        option: the option that names the folder.
 
     Raises:
         ValueError: the folder holds no pictures, or another number of them than the prompts ask for.
@@ -100,11 +103,11 @@ def of_folder(folder: Path, prompts: Path | None, per_prompt: int) -> PictureSet
     from pretrain.sampling.drawing import share_of_process
 
     if not folder.is_dir():
-        raise FileNotFoundError(f"--pictures {folder}: no such folder")
+        raise FileNotFoundError(f"{option} {folder}: no such folder")
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS and not p.stem.endswith("_masks"))
     paths = [p for p in paths if p.name != "grid.png"]
     if not paths:
-        raise ValueError(f"--pictures {folder}: holds no pictures ({', '.join(ENDINGS)})")
+        raise ValueError(f"{option} {folder}: holds no pictures ({', '.join(ENDINGS)})")
     entries: list[Mapping[str, Any]] = [{}] * len(paths)
     if prompts is not None:
         entries = [entry for entry in prompts_of(prompts) for _ in range(per_prompt)]
