@@ -70,6 +70,7 @@ setup(
         "fp8": ["torchao>=0.17"],  # model.fp8
         "geneval": ["scipy>=1.11"],  # Mask2Former of transformers
         "release": ["beautifulsoup4>=4.12", "ftfy>=6.1"],  # the caption cleaning of the recipe `release`
+        "evaluate": ["torch-fidelity>=0.4"],  # the metric fid
         "dev": [
             *("beautifulsoup4>=4.12", "ftfy>=6.1", "pyarrow>=15", "scipy>=1.11"),
             *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13"),

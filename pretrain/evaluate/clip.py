@@ -1,6 +1,6 @@
 """CLIP of transformers: unit embeddings of pictures and captions, for the metrics that are made of them.
 
-Letters: B pictures or captions, E width of an embedding.
+Letters: B pictures or captions, L tokens, E width of an embedding.
 """
 
 from __future__ import annotations
@@ -88,9 +88,13 @@ class Clip:
         if self._tokenizer is None:
             self._tokenizer = self._read("CLIPTokenizerFast")
         ids, cut = tokenize(self._tokenizer, captions, self.token_cap)
-        padded = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self._device)
+        rows = [torch.tensor(row) for row in ids]
+        ids_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id)
+        present_BL = torch.arange(ids_BL.shape[1]) < torch.tensor([[len(row)] for row in ids])
         with torch.inference_mode():
-            found_BE = self._model.get_text_features(**padded)
+            found_BE = self._model.get_text_features(
+                input_ids=ids_BL.to(self._device), attention_mask=present_BL.to(self._device)
+            )
         return found_BE / found_BE.norm(dim=-1, keepdim=True), [n in cut for n in range(len(captions))]
 
     def _read(self, kind: str) -> Any:

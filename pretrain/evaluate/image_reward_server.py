@@ -30,11 +30,14 @@ def main() -> int:
         if not os.path.isfile(file):
             answer({"error": f"no file {file}"})
             return 1
+    # This file's folder comes first: its clip.py would be found in place of the package that ImageReward imports.
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != here]
     try:
         import ImageReward
         import torch
     except ImportError as error:
-        answer({"error": f"this environment lacks a package ({error}); pip install image-reward"})
+        answer({"error": f"this environment lacks a package ({error}); docs/evaluation.md has its making"})
         return 1
     device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
     model = ImageReward.load(args.weights, device=device, med_config=args.med_config)

@@ -26,6 +26,8 @@ LIBRARIES = {
         "pretrain/distributed/rendezvous.py",
     },
     "torchao": {"pretrain/fp8.py"},
+    "torch_fidelity": {"pretrain/evaluate/metrics/fid.py"},
+    "ImageReward": {"pretrain/evaluate/image_reward_server.py"},
     "tensorboard": {"pretrain/demo.py"},
     "torch.utils.tensorboard": {"data_prep/worker/monitor.py", "pretrain/monitoring/monitor.py"},
     "fsspec": {"data_prep/common/storage.py"},

@@ -6,7 +6,6 @@ The network, its weights' layout and its resize are torch-fidelity's. Letters: N
 from __future__ import annotations
 
 import argparse
-import pickle
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -99,7 +98,7 @@ def read_inception(weights: Path) -> Any:
         # The library unpickles whatever the file holds; what passes here is tensors only.
         torch.load(weights, weights_only=True, map_location="cpu")
         return FeatureExtractorInceptionV3("inception", [str(FEATURES)], feature_extractor_weights_path=str(weights))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError) as error:
+    except Exception as error:  # torch raises many kinds for other and damaged files
         raise ValueError(
             f"--fid-weights {weights}: not torch-fidelity's InceptionV3 ({str(error).splitlines()[0]}); fetch the file again"
         ) from error
