@@ -36,6 +36,7 @@ def main() -> int:
     try:
         import ImageReward
         import torch
+        from PIL import Image
     except ImportError as error:
         answer({"error": f"this environment lacks a package ({error}); docs/evaluation.md has its making"})
         return 1
@@ -50,8 +51,8 @@ def main() -> int:
     for line in sys.stdin:
         asked = json.loads(line)
         try:
-            with torch.no_grad():
-                answer({"score": model.score(asked["prompt"], asked["picture"])})
+            with torch.no_grad(), Image.open(asked["picture"]) as picture:
+                answer({"score": model.score(asked["prompt"], picture.convert("RGB"))})
         except (OSError, ValueError, RuntimeError) as error:
             answer({"error": f"{type(error).__name__}: {error}"})
     return 0

@@ -6,13 +6,17 @@ import json
 import os
 import sys
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 import pytest
 from support import ROOT
 
 from pretrain.evaluate.__main__ import main
+from pretrain.evaluate.metrics import imagereward
 
+TIMEOUT = 60.0
+STALL = "open('stalls', 'w').close(); __import__('time').sleep(600)"
 SCORER = """
 import json, sys, time
 log = open("asked.txt", "a")
@@ -32,12 +36,37 @@ print("load")
 class Model:
     def score(self, prompt, picture):
         print("scoring")
-        with open(picture, "rb") as file:
-            return len(prompt) + len(file.read(0)) / 10
+        return len(prompt)
 def load(name, device, med_config):
     print("load checkpoint from", name)
     return Model()
 """
+
+PILLOW = """
+class open:
+    def __init__(self, path):
+        if path.endswith("3.png"):
+            raise OSError("cut off")
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        pass
+    def convert(self, mode):
+        return self
+"""
+
+
+class Impatient(Queue[str]):
+    """Waits for a line as long as it takes, but no longer once the scorer has said in a file that it stalls."""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> str:
+        assert timeout == TIMEOUT
+        while True:
+            try:
+                return super().get(timeout=0.05)
+            except Empty:
+                if Path("stalls").exists():
+                    raise
 
 
 @pytest.fixture
@@ -45,13 +74,14 @@ def scene(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("".join("x" * n + "\n" for n in (10, 20, 30, 40, 50)))
     Path("score.py").write_text(SCORER)
+    monkeypatch.setattr(imagereward, "Queue", Impatient)
     return tmp_path
 
 
-def evaluate(command: str | None, timeout: float = 60) -> int:
+def evaluate(command: str | None) -> int:
     words = ["--pictures", "ours", "--prompts", "prompts.txt", "--metrics", "imagereward", "--out", "out"]
     words += ["--imagereward-command", command] if command else []
-    return main([*words, "--device", "cpu", "--imagereward-timeout", str(timeout)])
+    return main([*words, "--device", "cpu", "--imagereward-timeout", str(TIMEOUT)])
 
 
 def result() -> dict[str, Any]:
@@ -75,7 +105,7 @@ def test_scores_are_the_scorers() -> None:
             "sys.exit('out of memory')",
             "ended with code 1 before it answered for 2.png: out of memory (out/imagereward.log)",
         ),
-        ("time.sleep(600)", "no answer for 2.png within 2 s; see out/imagereward.log, or raise --imagereward-timeout"),
+        (STALL, "no answer for 2.png within 60 s; see out/imagereward.log, or raise --imagereward-timeout"),
         ("print('lovely', flush=True)", "answered 'lovely' for 2.png, expected a JSON object"),
         ("print('[3]', flush=True)", "answered '[3]' for 2.png, expected a JSON object"),
         (
@@ -93,10 +123,11 @@ def test_a_scorer_that_fails_is_one_line_and_its_records_are_kept(
 ) -> None:
     command = f"{sys.executable} score.py"
     Path("fault.txt").write_text(fault)
-    assert evaluate(f"{command} 'exec(open(\"fault.txt\").read())'", 2 if "sleep" in fault else 60) == 1
+    assert evaluate(f"{command} 'exec(open(\"fault.txt\").read())'") == 1
     (said,) = capsys.readouterr().err.splitlines()[-1:]
     assert said.startswith("evaluate: imagereward: ") and line in said
     assert not Path("out/imagereward.json").exists()
+    Path("stalls").unlink(missing_ok=True)
     assert evaluate(command) == 0
     assert Path("asked.txt").read_text().split() == [f"{i}.png" for i in (0, 1, 2, 2, 3, 4)]
     assert result()["values"]["imagereward"]["value"] == pytest.approx(3)
@@ -113,23 +144,27 @@ def test_a_scorer_that_fails_is_one_line_and_its_records_are_kept(
         ),
         (f"{sys.executable} -c 'print(5)'", "answered '5' for its start, expected a JSON object"),
         (f"{sys.executable} -c 'print(\"{{}}\")'", 'it begins with {}, expected {"scorer": {"library": …}}'),
-        (f"{sys.executable} -c 'import time; time.sleep(600)'", "no answer for its start within 2 s"),
+        (f'{sys.executable} -c "{STALL}"', "no answer for its start within 60 s"),
         ("'", "No closing quotation"),
     ],
 )
 @pytest.mark.usefixtures("scene")
 def test_a_scorer_that_does_not_start_is_not_run(command: str | None, reason: str) -> None:
-    assert evaluate(command, 2 if command and "sleep" in command else 60) == 0
+    assert evaluate(command) == 0
     assert result()["status"] == "not run" and reason in result()["reason"]
 
 
-def test_the_shipped_script_speaks_the_contract(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_script_speaks_the_contract(
+    scene: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without this project, with a package that prints, and that imports another `clip` than the one beside the script."""
     package, about = scene / "elsewhere", scene / "elsewhere/image_reward-1.5.dist-info"
     about.mkdir(parents=True)
     (package / "ImageReward.py").write_text(PACKAGE)
     (package / "clip.py").write_text("tokenize = None")
     (package / "torch.py").write_text("import contextlib\nno_grad = contextlib.nullcontext\n")
+    (package / "PIL").mkdir()
+    (package / "PIL/Image.py").write_text(PILLOW)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: image-reward\nVersion: 1.5\n")
     monkeypatch.setenv("PYTHONPATH", os.fspath(package))
     Path("ImageReward.pt").write_text("weights")
@@ -139,6 +174,9 @@ def test_the_shipped_script_speaks_the_contract(scene: Path, monkeypatch: pytest
     assert evaluate(f"{command} gone.json") == 0
     assert result()["reason"].endswith("no file gone.json")
     Path("med.json").write_text("{}")
+    assert evaluate(f"{command} med.json") == 1
+    assert "3.png: the scorer says 'OSError: cut off'" in capsys.readouterr().err
+    (package / "PIL/Image.py").write_text(PILLOW.replace("3.png", "none"))
     assert evaluate(f"{command} med.json") == 0
     assert result()["values"]["imagereward"]["value"] == pytest.approx(30)
     assert result()["scorer"]["version"] == "1.5" and len(result()["scorer"]["weights"]) == 64
