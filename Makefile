@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 IMG2DATASET := $(VENV)/img2dataset
 TORCHAO := $(VENV)/torchao
-METRICS := $(VENV)/metrics
 # Kept bytecode halves the start of every process, of which there are many; some environments switch it off.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -14,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python -m pretrain.demo
 
 # Three processes on two cores, as the tests wait more than they compute. Folders in order: those of the longest tests come first.
-test: $(READY) $(IMG2DATASET)/.ready $(TORCHAO)/.ready $(METRICS)/.ready
+test: $(READY) $(IMG2DATASET)/.ready $(TORCHAO)/.ready
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(READY)
@@ -36,12 +35,6 @@ $(IMG2DATASET)/.ready: Makefile | $(READY)
 # torchao stands apart: where it is installed, diffusers imports it with itself, which takes each command seconds.
 $(TORCHAO)/.ready: Makefile | $(READY)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(TORCHAO) torchao==0.18.0
-	touch $@
-
-# So do the metrics' libraries: where SciPy is installed, diffusers imports it with itself.
-$(METRICS)/.ready: Makefile | $(READY)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(METRICS) \
-		torch-fidelity==0.4.0 scipy==1.15.3 torchmetrics==1.9.0 lightning-utilities==0.15.3
 	touch $@
 
 clean:

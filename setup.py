@@ -73,6 +73,7 @@ setup(
         "evaluate": ["torch-fidelity>=0.4"],  # the metric fid
         "dev": [
             *("beautifulsoup4>=4.12", "ftfy>=6.1", "pyarrow>=15", "scipy>=1.11"),
+            *("torch-fidelity>=0.4", "torchmetrics>=1.8"),  # the latter is what clipscore is compared with
             *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13"),
             *("s3fs>=2024.2", "aiohttp>=3.9", "moto[s3]>=5", "flask>=3", "flask-cors>=4"),  # an S3 server on loopback
         ],

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.weights import local_folder, require_safetensors
-from pretrain.checkpoint.reader import sha256
 from pretrain.evaluate.metric import NotRun
 
 if TYPE_CHECKING:
@@ -56,13 +55,9 @@ class Clip:
         self.token_cap = int(self._model.config.text_config.max_position_embeddings)
         self._images = self._read("CLIPImageProcessor")
         self._tokenizer: Any = None
-        import transformers
+        from pretrain.evaluate.weights import identity_of
 
-        self.identity: Mapping[str, Any] = {
-            "library": "transformers",
-            "version": transformers.__version__,
-            "weights": {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))},
-        }
+        self.identity: Mapping[str, Any] = identity_of(folder)
 
     @property
     def resize(self) -> Mapping[str, Any]:
@@ -111,16 +106,13 @@ def read_model(folder: Path) -> Any:
     import torch
     from transformers import CLIPModel
 
-    from data_prep.encoders import require_complete
+    from pretrain.evaluate import weights
 
     require_safetensors(folder, CONVERT)
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
         if kind != "clip":
             raise ValueError(f"its config.json says model_type {kind!r}")
-        model, info = CLIPModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+        return weights.read_model(CLIPModel, folder, dtype=torch.float32)
     except Exception as error:  # transformers raises many kinds for damaged files
         raise ValueError(f"{folder} holds no CLIP that can be loaded: {error}".splitlines()[0]) from error
-    return require_complete(model, folder, info).eval()

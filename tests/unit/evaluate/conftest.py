@@ -1,4 +1,4 @@
-"""A judge's endpoint on loopback, whose behaviour each test writes down."""
+"""A judge's endpoint on loopback, whose behaviour each test writes down; a small CLIP with random weights."""
 
 from __future__ import annotations
 
@@ -107,3 +107,28 @@ def number_of(asked: Asked, folder: Path) -> int:
     """Which of the folder's pictures was asked about."""
     (path,) = (p for p in folder.iterdir() if hashlib.sha256(p.read_bytes()).hexdigest() == asked.sha256)
     return int(path.stem)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP for pictures of 32 pixels and captions of 24 tokens, each a byte; embeddings are 12 wide."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
+
+    folder = tmp_path_factory.mktemp("clip") / "tiny_clip"
+    folder.mkdir()
+    alphabet = sorted(ByteLevel.alphabet())
+    words = [*alphabet, *(f"{byte}</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    text = small | ids | {"vocab_size": len(words), "max_position_embeddings": 24}
+    vision = small | {"image_size": 32, "patch_size": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+    return folder

@@ -343,31 +343,6 @@ def test_mask2formers_objects(mask2former: Path, one_thread: None) -> None:
         assert d.mask_HW[:, left].any() and d.mask_HW[:, right - 1].any()
 
 
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small CLIP with random weights and a vocabulary of bytes."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
-
-    folder = tmp_path_factory.mktemp("clip") / "clip"
-    folder.mkdir()
-    alphabet = sorted(ByteLevel.alphabet())
-    words = [*alphabet, *(f"{byte}</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**small, "vocab_size": len(words), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
-    config = CLIPConfig(
-        text_config=text, vision_config={**small, "image_size": 28, "patch_size": 14}, projection_dim=16
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
-    return folder
-
-
 def test_colours_by_a_clip_of_transformers(clip_folder: Path, one_thread: None) -> None:
     """The ten colours' mean descriptions, computed one by one here."""
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast

@@ -122,7 +122,6 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("metric_libraries")
 def test_clipscore_is_torchmetrics(
     folders: tuple[Path, Path], clip_folder: Path, prompts: Path, tmp_path: Path
 ) -> None:

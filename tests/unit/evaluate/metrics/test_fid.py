@@ -15,13 +15,11 @@ from pretrain.evaluate.__main__ import main
 from pretrain.evaluate.features import as_records, of_records
 from pretrain.evaluate.metrics import fid
 
-pytestmark = pytest.mark.usefixtures("metric_libraries")
-
 WIDTH = 64  # the network's first features: their distance takes no seconds
 
 
 @pytest.fixture(scope="module")
-def weights(metric_libraries: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of random weights in the library's layout."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
