@@ -111,7 +111,7 @@ def number_of(asked: Asked, folder: Path) -> int:
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP for pictures of 32 pixels and captions of 24 tokens, each a byte; embeddings are 12 wide."""
+    """A CLIP for pictures of 32 pixels and captions of 40 tokens, each a byte; embeddings are 12 wide."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
@@ -125,7 +125,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
-    text = small | ids | {"vocab_size": len(words), "max_position_embeddings": 24}
+    text = small | ids | {"vocab_size": len(words), "max_position_embeddings": 40}
     vision = small | {"image_size": 32, "patch_size": 8}
     with torch.random.fork_rng():
         torch.manual_seed(0)

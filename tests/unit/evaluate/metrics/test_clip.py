@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPToken
 from pretrain.evaluate.__main__ import main
 from pretrain.evaluate.metrics import cmmd
 
-CAPTIONS = ["a red cat", "two dogs", "", "Ünïcode", "a very long caption that is cut"]
+CAPTIONS = ["a red cat", "two dogs", "", "Ünïcode", "a very long caption of thirty eight letters in all is cut"]
 
 
 def result(out: Path, metric: str) -> dict[str, Any]:
@@ -129,16 +129,16 @@ def test_clipscore_is_torchmetrics(
     assert main(words("clipscore", folders[0], tmp_path / "out", *more)) == 0
     found = result(tmp_path / "out", "clipscore")
     assert found["values"]["clipscore"]["count"] == 5
-    assert found["notes"] == {"captions cut to 24 tokens": 1}
+    assert found["notes"] == {"captions cut to 40 tokens": 1}
     assert found["scorer"]["weights"].keys() == {"model.safetensors"}
     assert found["scorer"]["resize"]["crop_size"] == {"height": 32, "width": 32}
 
     (records,) = (tmp_path / "out/records").rglob("*.jsonl")
     scores = [json.loads(line)["record"]["score"] for line in records.read_text().split("\n") if line]
     # torchmetrics loses the end token of a long caption: here it gets what is left of it.
-    captions = [*CAPTIONS[:4], "a very long caption that is"]
+    captions = [*CAPTIONS[:4], "a very long caption of thirty eight letters in"]
     tokenizer = CLIPTokenizerFast.from_pretrained(clip_folder)
-    assert len(tokenizer(captions[4]).input_ids) == 24
+    assert len(tokenizer(captions[4]).input_ids) == 40
     pictures = [torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1) for p in sorted(folders[0].iterdir())]
     processor = CLIPProcessor(CLIPImageProcessor.from_pretrained(clip_folder), tokenizer)
 

@@ -172,6 +172,24 @@ def test_a_reference_goes_on_after_a_kill(
     assert judged == ["0.png", "1.png", "2.png", "3.png"] + [f"{i}.png" for i in range(5)]
 
 
+@pytest.mark.usefixtures("narrow")
+def test_processes_share_a_reference(
+    folders: tuple[Path, Path], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two, the first of which sums up nothing."""
+    judged: dict[str, list[str]] = {"0": [], "1": []}
+    score = fid.FidScorer.score
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, mine in judged.items():
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(
+            fid.FidScorer, "score", lambda s, p, m=mine: (m.extend(x.path.name for x in p), score(s, p))[1]
+        )
+        assert main(command(folders, weights, tmp_path / "out", folders[1])) == 0
+        assert (tmp_path / "out/fid.json").exists() == (rank == "1")
+    assert judged == {"0": ["0.png", "2.png", "0.png", "2.png", "4.png"], "1": ["1.png", "3.png", "1.png", "3.png"]}
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
