@@ -54,7 +54,7 @@ setup(
         "matplotlib>=3.8",
         "einops>=0.8",
         "fsspec>=2024.2",
-        "braceexpand>=0.1.7",
+        "pyarrow>=16",  # Parquet files are a source of pictures beside tars
         "pyyaml>=6",
         "omegaconf>=2.3",
         "pydantic>=2.6",
@@ -66,13 +66,12 @@ setup(
         "s3": ["s3fs>=2024.2"],
         "gs": ["gcsfs>=2024.2"],
         "http": ["aiohttp>=3.9"],
-        "parquet": ["pyarrow>=15"],  # data_prep/convert.py --to parquet
         "fp8": ["torchao>=0.17"],  # model.fp8
         "geneval": ["scipy>=1.11"],  # Mask2Former of transformers
         "release": ["beautifulsoup4>=4.12", "ftfy>=6.1"],  # the caption cleaning of the recipe `release`
         "evaluate": ["torch-fidelity>=0.4"],  # the metric fid
         "dev": [
-            *("beautifulsoup4>=4.12", "ftfy>=6.1", "pyarrow>=15", "scipy>=1.11"),
+            *("beautifulsoup4>=4.12", "ftfy>=6.1", "scipy>=1.11"),
             *("torch-fidelity>=0.4", "torchmetrics>=1.8"),  # the latter is what clipscore is compared with
             *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13"),
             *("s3fs>=2024.2", "aiohttp>=3.9", "moto[s3]>=5", "flask>=3", "flask-cors>=4"),  # an S3 server on loopback

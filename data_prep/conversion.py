@@ -49,12 +49,10 @@ def write_tar(rows: Iterable[Row], to: Path) -> None:
 
 
 def write_parquet(rows: Iterable[Row], to: Path) -> None:
-    """Writes columns key, caption, width, height and tensors. Raises ValueError where pyarrow is not installed."""
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError("--to parquet needs pyarrow: pip install pyarrow") from error
+    """Writes columns key, caption, width, height and tensors."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
     kinds = {
         "key": pa.string(),
         "caption": pa.string(),

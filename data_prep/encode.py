@@ -1,9 +1,9 @@
-"""Encodes captioned pictures in webdataset tars to MDS shards of text embeddings and latents.
+"""Encodes captioned pictures in tars, Parquet files or folders to MDS shards of text embeddings and latents.
 
     python data_prep/encode.py --input 'tars/*.tar' --output data/NAME --encoders flan-t5-xxl+mochi --resolutions 256 512
     python data_prep/encode.py --sources sources.yaml --output s3://bucket/NAME --work /shared/NAME --encoders …
 
-Each tar becomes one part. Run it again after any stop: only missing parts are made, and the result has the same bytes as without
+Each file becomes one part. Run it again after any stop: only missing parts are made, and the result has the same bytes as without
 the stop. Start as many workers as there are GPUs, on any number of nodes and at any time: they share the tars through the
 output folder. The worker that finds all parts done writes the card and the report.
 """
@@ -37,11 +37,25 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; a wrong one ends the program with one line."""
-    parser = command_parser("Encodes webdataset tars into MDS shards.")
+    parser = command_parser("Encodes captioned pictures in tars, Parquet files or folders to MDS shards.")
+    _add_data_options(parser)
+    _add_run_options(parser)
+    args = parser.parse_args(argv)
+    if problem := option_problem(args):
+        parser.error(problem)
+    return args
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what is read, and what is stored of it."""
     add = parser.add_argument
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument(
-        "--input", type=path_or_url, help="folder of tars, a quoted pattern of them, or an s3://, gs://, http(s):// URL"
+        "--input",
+        type=path_or_url,
+        nargs="+",
+        action="extend",
+        help="tars, Parquet files, folders of either or of pictures, patterns of them, or s3://, gs://, http(s):// URLs",
     )
     inputs.add_argument(
         "--sources", type=path, help="YAML file of several named sources (data_prep/inputs/sources.py shows one)"
@@ -60,6 +74,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="cut",
         help="or drop the samples of longer ones (default: cut)",
     )
+    add("--max-unknown", type=float, help="drop captions of which a larger share of the tokens is unknown, 0 to 1")
     add("--duplicates", choices=("keep", "exact", "perceptual"), default="keep", help="which pictures to store once")
     add("--duplicate-distance", type=int, default=3, help="perceptual: bits of 64 that may differ (default: 3)")
     add(
@@ -76,6 +91,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--compression", help="of the shards: zstd, or zstd:LEVEL (default: none)")
     add("--shard-mb", type=int, default=128, help="largest size of a shard in MiB (default: 128)")
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how it is done."""
+    add = parser.add_argument
     add("--decoders", type=int, default=default_decoders(), help="processes that decode pictures (default: one a core)")
     add(
         "--image-seconds",
@@ -84,13 +104,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="of computing that a picture may take, else it is dropped (default: 30)",
     )
     add("--image-memory-mb", type=int, default=4096, help="of a decoding process, in MiB (default 4096)")
+    add(
+        "--changed",
+        choices=("stop", "remake", "keep"),
+        default="stop",
+        help="what to do about inputs that were replaced since they were encoded (default: name them and stop)",
+    )
     add("--claim-timeout", type=float, default=60.0, help="seconds after which a silent worker counts as dead")
     add("--compile", action="store_true", help="torch.compile the encoders; pays on GPUs")
     add("--device", help="default: this task's GPU, or the CPU")
-    args = parser.parse_args(argv)
-    if problem := option_problem(args):
-        parser.error(problem)
-    return args
 
 
 def encoders(text: str) -> str:
@@ -123,6 +145,8 @@ def option_problem(args: argparse.Namespace) -> str | None:
         return "--work is for an --output on object storage: a folder that all workers share, for what is under way"
     if args.compression and not re.fullmatch(r"zstd(:([1-9]|1\d|2[0-2]))?", args.compression):
         return f"--compression {args.compression}: expected zstd or zstd:LEVEL, LEVEL from 1 to 22"
+    if args.max_unknown is not None and not 0 <= args.max_unknown <= 1:
+        return f"--max-unknown {args.max_unknown} must be from 0 to 1"
     if not 0 <= args.duplicate_distance <= MAX_DISTANCE:
         return f"--duplicate-distance {args.duplicate_distance} must be from 0 to {MAX_DISTANCE}"
     return None

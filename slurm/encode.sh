@@ -7,7 +7,7 @@
 #   SOURCES=sources.yaml OUTPUT=s3://bucket/shards WORK=/shared/work sbatch --array=0-63 slurm/encode.sh
 #   INPUT=/tars OUTPUT=/shards bash slurm/encode.sh                                   here, as one worker
 #
-#   INPUT        a folder of tars, a pattern of them, or a URL        required, or
+#   INPUT        tars, Parquet files or a folder: a path, pattern, URL required, or
 #   SOURCES      a YAML file of several named sources                 this one
 #   OUTPUT       where the shards go: a folder, or a URL              required
 #   WORK         with a URL as OUTPUT: a folder all workers share     none

@@ -6,11 +6,13 @@ import io
 import json
 from pathlib import Path
 
+import torch
 from streaming import StreamingDataset
 
 from data_prep import schema
 from data_prep.encode import main
 from data_prep.shapes import draw, scenes, tar_of
+from data_prep.worker.parts import PartWriter
 
 
 def jpeg(width: int, height: int, seed: int = 0, quality: int = 95) -> bytes:
@@ -44,3 +46,20 @@ def rows(root: Path) -> dict[str, dict]:
 def report(root: Path) -> dict:
     """A data set's report.json."""
     return json.loads((root / "report.json").read_text())
+
+
+CARD = schema.Card(
+    {"name": "tiny", "width": 16}, {"name": "tiny", "channels": 4, "downsample": 8}, 300, "mean_std", [64]
+)
+
+
+def write_part(root: Path, name: str, count: int, token: str = "token") -> None:
+    """A part of random samples that follow from its name."""
+    generator = torch.Generator().manual_seed(len(name) + count)
+    with PartWriter(root, name, CARD, token) as part:
+        for number in range(count):
+            latent = schema.Latent(*torch.rand(2, 4, 8, 8, generator=generator))
+            text = torch.randn(3, 16, generator=generator).bfloat16()
+            part.write(schema.Record(f"{name}/{number}", "caption", text, {64: latent}, 64, 64))
+        stored = part.finish()
+        part.commit({"sets": part.sets, "written": part.written, "stored_bytes": stored}, [{"key": "x", "reason": "é"}])

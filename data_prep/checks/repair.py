@@ -11,6 +11,7 @@ from pathlib import Path
 from data_prep import schema
 from data_prep.checks.damage import Damage, Files
 from data_prep.inputs.sources import Job
+from data_prep.worker.changes import difference_of
 from data_prep.worker.commands import FOLDER, SavedCommand
 from data_prep.worker.parts import read_part_report, remove_part
 
@@ -74,8 +75,8 @@ def _needed(
             for job in jobs:
                 believed = f"{schema.REPORTS}/{job.name}.json" not in damaged_files
                 report = read_part_report(work, job.name) if believed else None
-                if report is not None and report["tar_bytes"] != job.bytes:
-                    problems.append(f"{job.url} has {job.bytes} bytes, {job.name} was made of {report['tar_bytes']}")
+                if report is not None and (difference := difference_of(job, report)):
+                    problems.append(difference)
             needed += [(command, arguments)] if jobs else []
             found |= {job.name for job in jobs}
     if gone := sorted(damaged - found):

@@ -1,7 +1,8 @@
 """Storage that tars come from and shards go to: local paths, and `s3://`, `gs://` or `http(s)://` through fsspec.
 
-    find_tars     lists the tars that a pattern names, each with its size
+    remote_files  lists the files that a remote pattern or folder names, each with its size
     open_file     opens a file for reading forwards; a remote one is opened again where the connection broke
+    open_seekable opens a file for reading at any place
     Remote        is a folder on object storage that finished files are uploaded to
 
 Nothing else is opened: webdataset's `pipe:` commands and fsspec's chained URLs (`a::b`) are refused.
@@ -9,12 +10,11 @@ Nothing else is opened: webdataset's `pipe:` commands and fsspec's chained URLs 
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-import braceexpand
 import fsspec
 import tenacity
 
@@ -62,37 +62,21 @@ def file_system(url: str) -> tuple[Any, str]:
     return fs, path
 
 
-def find_tars(pattern: str) -> dict[str, int]:
-    """Finds the tars that a folder, a pattern or a URL names; returns their sizes in bytes, sorted by path.
+def remote_files(pattern: str, endings: Sequence[tuple[str, ...]]) -> dict[str, tuple[int, str]]:
+    """Finds the files that a URL, a pattern or a folder names; returns size and last change of each, sorted by URL.
 
-    A pattern may have `*`, `**`, `?`, `[…]` and, as webdataset's, braces: `{00000..00123}.tar`.
-
-    Raises:
-        FileNotFoundError: there are none, or one of a list in braces is missing.
-        ValueError: a scheme that is not supported.
+    A folder gives its files with the first of `endings` of which it has any. The size is 0, the change "" where it is not known.
     """
-    found: dict[str, int] = {}
-    for single in braceexpand.braceexpand(pattern):
-        matches = _remote_tars(single) if is_remote(single) else _local_tars(single)
-        if not matches:  # each name of a list in braces must be there
-            raise FileNotFoundError(f"{single}: no such file; quote a pattern so that the shell leaves it whole")
-        found |= matches
-    return dict(sorted(found.items()))
-
-
-def _local_tars(pattern: str) -> dict[str, int]:
-    pattern = f"{pattern}/*.tar" if Path(pattern).is_dir() else pattern
-    return {p: Path(p).stat().st_size for p in glob.glob(pattern, recursive=True)}
-
-
-def _remote_tars(pattern: str) -> dict[str, int]:
     fs, path = file_system(pattern)
     try:
+        names = [path]
+        if fsspec.core.has_magic(path):
+            names = fs.glob(path)
         # A web server would be asked for the whole file by isdir.
-        if not fsspec.core.has_magic(path) and not path.endswith(".tar") and fs.isdir(path):
-            path = f"{path.rstrip('/')}/*.tar"
-        names = fs.glob(path) if fsspec.core.has_magic(path) else [path]
-        return {fs.unstrip_protocol(n): int(fs.info(n)["size"] or 0) for n in names}
+        elif not path.lower().endswith(tuple(end for some in endings for end in some)) and fs.isdir(path):
+            there = fs.glob(f"{path.rstrip('/')}/*")
+            names = next((found for some in endings if (found := [n for n in there if n.lower().endswith(some)])), [])
+        about = {fs.unstrip_protocol(name): fs.info(name) for name in sorted(names)}
     except Exception as error:  # each back end raises its own kinds
         reason = _reason(error, pattern)
         if _is_absence(reason):
@@ -100,6 +84,9 @@ def _remote_tars(pattern: str) -> dict[str, int]:
         raise Unreachable(
             f"{pattern} cannot be listed ({_line(reason)}); check the address and the credentials"
         ) from error
+    # The tags of web servers differ between machines that send the same file.
+    tag = "" if pattern.startswith("http") else "ETag"
+    return {url: (int(info["size"] or 0), str(info.get(tag) or "").strip('"')) for url, info in about.items()}
 
 
 def _reason(error: BaseException, url: str) -> BaseException:
@@ -114,6 +101,56 @@ def _is_absence(reason: BaseException) -> bool:
 def open_file(url: str) -> BinaryIO:
     """Opens a file for reading forwards. Raises FileNotFoundError, or Unreachable for a remote one."""
     return cast("BinaryIO", _ResumedFile(url)) if is_remote(url) else open(url, "rb")
+
+
+def open_seekable(url: str) -> BinaryIO:
+    """Opens a file for reading at any place. Raises FileNotFoundError, or Unreachable for a remote one."""
+    return cast("BinaryIO", io.BufferedReader(_RangedFile(url), _BLOCK_BYTES)) if is_remote(url) else open(url, "rb")
+
+
+class _RangedFile(io.RawIOBase):
+    """A remote file, of which the bytes that are asked for are fetched; each request is tried again after an error."""
+
+    def __init__(self, url: str):
+        self._url, self._offset = url, 0
+        self._fs, self._path = file_system(url)
+        self._size = int(self._request(lambda: self._fs.info(self._path)["size"]) or 0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._offset = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._size}[whence]
+        return self._offset
+
+    def tell(self) -> int:
+        return self._offset
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._offset + len(buffer), self._size)
+        if end <= self._offset:
+            return 0
+        data = self._request(lambda: self._fs.cat_file(self._path, start=self._offset, end=end))
+        if len(data) != end - self._offset:
+            raise Unreachable(
+                f"{self._url} cannot be read at byte {self._offset}: the server sends other bytes than asked"
+            )
+        buffer[: len(data)] = data
+        self._offset = end
+        return len(data)
+
+    @_retried
+    def _request(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:  # each back end raises its own kinds
+            reason = _reason(error, self._url)
+            if _is_absence(reason):
+                raise FileNotFoundError(f"{self._url}: no such file") from error
+            raise Unreachable(f"{self._url} cannot be read at byte {self._offset}: {_line(reason)}") from error
 
 
 class _ResumedFile:

@@ -2,7 +2,8 @@
 
     None                             the default: `key.txt`, or without one the field "caption" (img2dataset writes both)
     ".txt"                           `key.txt` alone; ".caption" is `key.caption`, and so on
-    "recaption"                      the field "recaption" of `key.json` alone
+    "recaption"                      the field "recaption" of `key.json`, or the column of a Parquet file, alone;
+                                     "text.long" is the field "long" of the object "text"
     ["recaption", ".txt"]            one of several, drawn for each sample with equal weights ...
     {"recaption": 0.8, ".txt": 0.2}  ... or with these; on a command line: recaption=0.8,.txt=0.2
 

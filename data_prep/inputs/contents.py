@@ -1,6 +1,6 @@
-"""Contents of a tar: which members and fields its samples have, which of them may be captions, and whether it is whole.
+"""Contents of a tar, Parquet file or folder: which members and fields its samples have, and whether it is whole.
 
-They are counted while the samples are read.
+They are counted while the samples are read, for the report and for the first lines of a run, which propose `--captions`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_NAMES, MAX_NAME_LENGTH = (
-    100,
-    60,
-)  # further or longer names of fields are not counted: a hostile json may have any number
+# Further or longer names of fields are not counted: a hostile json may have any number.
+MAX_NAMES, MAX_NAME_LENGTH = 100, 60
 TEXT_MEMBERS = (".txt", ".caption", ".text", ".cap", ".prompt", ".alt")
 # Fields that mostly hold captions, where a sample has them; the first that all samples have is proposed.
 LIKELY_CAPTIONS = ("caption", "recaption", "text", "prompt", "description", "alt", "alt_text", "title", "label")
@@ -21,12 +19,12 @@ LIKELY_CAPTIONS = ("caption", "recaption", "text", "prompt", "description", "alt
 
 @dataclass
 class Contents:
-    """What the samples of a tar have.
+    """What the samples of a tar, Parquet file or folder have.
 
     Attributes:
-        samples: groups of members that were looked at.
+        samples: groups of members, or rows, that were looked at.
         members: samples by the extensions of their members, with the dot.
-        fields: samples by the fields of their json.
+        fields: samples by the fields of their json or row.
         texts: samples by the fields, and members by name, that may be captions.
         incomplete: what is missing, where the file is cut or damaged.
     """
@@ -59,6 +57,15 @@ def texts_of(members: Iterable[str], fields: Mapping[str, Any]) -> list[str]:
     """Returns the members (".txt") and fields of a sample that may be captions, by their names or by what they hold."""
     named = [name for name in members if name in TEXT_MEMBERS]
     return named + [name for name, value in fields.items() if _may_be_caption(name, value)]
+
+
+def with_nested(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns fields with those of the objects in them: of `{"text": {"long": …}}` also `text.long`. Raises RecursionError."""
+    named = {prefix + name: value for name, value in fields.items()}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            named |= {n: v for n, v in with_nested(value, f"{prefix}{name}.").items() if n not in named}
+    return named
 
 
 def _may_be_caption(name: str, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Samples and rejects: what becomes of the members of a key.
+"""Samples and rejects: what becomes of the members of a key, or of a row of a Parquet file.
 
 `Members` collects what belongs to one key and decides: sample or reject, with a reason of the fixed set `REJECT_REASONS`. So
 `read = written + dropped` can be checked to the last sample, whatever the samples come from.
@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from data_prep.inputs.captions import CaptionChoice
-from data_prep.inputs.contents import Contents, texts_of
+from data_prep.inputs.contents import Contents, texts_of, with_nested
 
 RejectReason = Literal[
     "no_image",  # no member jpg, jpeg, png or webp
     "no_caption",  # none of the wanted ones: no text member, and no text or number in a field
     "empty_caption",  # only white space
-    "caption_not_utf8",  # a text member is not UTF-8
+    "caption_not_utf8",  # a text member, or a text of a row, is not UTF-8
     "bad_json",  # `key.json` is no JSON object in UTF-8, or nested too deeply, or with a number of too many digits
     "duplicate_key",  # the key was seen before, with a picture, and others in between
     "members_apart",  # members of a key that lie apart from its others, in a tar whose members are neighbours elsewhere
@@ -27,6 +27,7 @@ RejectReason = Literal[
     "oversized_member",  # an image or a text over its limit; it is not read into memory
     "unsorted_tar",  # the members of the keys lie apart; always the last item, as the tar is not read further
     "truncated_tar",  # the current group where the tar is cut or damaged; always the last item
+    "damaged_rows",  # a row of a Parquet file's row group that cannot be read
 ]
 REJECT_REASONS: tuple[str, ...] = get_args(RejectReason)
 
@@ -40,8 +41,8 @@ class Sample:
     """Sample: texts are decoded, the picture is not.
 
     `caption` has more than white space, and is unchanged; `caption_field` is where it stood: `.txt` or a field. `metadata` is
-    the object of `key.json`, `{}` without one. Bytes of a name that are not UTF-8 stand in
-    `key` as `\\xNN`.
+    the object of `key.json`, or the other columns of a row, `{}` without any, and has fields within fields as `a.b`, too. Bytes
+    of a name that are not UTF-8 stand in `key` as `\\xNN`.
     """
 
     key: str
@@ -100,10 +101,10 @@ class Members:
         """Keeps the data of a member that is wanted."""
         self._parts["image" if extension in IMAGE_EXTENSIONS else extension] = data
 
-    def outcome(self, contents: Contents) -> Sample | Reject:
-        """Returns sample or reject, once all members are added."""
+    def outcome(self, contents: Contents, more: Mapping[str, Any] | None = None) -> Sample | Reject:
+        """Returns sample or reject, once all members are added. `more` are fields beside those of the json."""
         try:
-            metadata, broken = _json_object(self._parts.get("json", b"{}")), ""
+            metadata, broken = with_nested({**(more or {}), **_json_object(self._parts.get("json", b"{}"))}), ""
         except (ValueError, RecursionError) as error:
             metadata, broken = {}, str(error)
         contents.add(self.extensions, metadata)
@@ -111,7 +112,11 @@ class Members:
             return self._rejected
         if "image" not in self._parts:
             there = ", ".join(f"{self.key.rpartition('/')[2]}.{extension}" for extension in self.extensions)
-            return Reject(self.key, "no_image", f"no member {', '.join(IMAGE_EXTENSIONS)}; there is {there[:200]}")
+            dots = any(extension.rpartition(".")[2] in IMAGE_EXTENSIONS for extension in self.extensions)
+            mend = "; in a tar a key ends at the first dot" if dots else ""
+            return Reject(
+                self.key, "no_image", f"no member {', '.join(IMAGE_EXTENSIONS)}; there is {there[:200]}{mend}"
+            )
         if broken:
             return Reject(self.key, "bad_json", broken)
         try:

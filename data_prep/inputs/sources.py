@@ -2,7 +2,7 @@
 
     sources:
       coyo:
-        tars: /data/coyo/*.tar                        # or a list of them; s3://…, gs://…, http(s)://… too
+        tars: /data/coyo/*.tar                        # or *.parquet, a folder, a list of them; s3://, gs://, http(s):// too
         captions: {recaption: 0.8, .txt: 0.2}         # fields of key.json with weights, .txt is key.txt; default: one caption
         filter: aesthetic >= 5.5 and watermark < 0.5
       niji:
@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_prep.common.storage import find_tars
 from data_prep.inputs.captions import CaptionChoice
 from data_prep.inputs.filters import Filter
+from data_prep.inputs.finder import find_inputs
 
 DEFAULT_SOURCE = "images"  # name of the source that the command line gives
 RESERVED = ("reports", "work")
@@ -32,12 +32,14 @@ UNUSABLE_PARTS = ("", ".", "..", "index.json")  # names that cannot be a part's 
 
 @dataclass(frozen=True)
 class Job:
-    """A tar, and the part that it becomes. `bytes` is the tar's size."""
+    """A tar, a Parquet file or some pictures of a folder, and the part that it becomes; see `Found` for the fields."""
 
     source: Source
     part: str
     url: str
     bytes: int
+    changed: str = ""
+    files: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -60,22 +62,22 @@ class Source:
         return {"captions": self.captions.setting, "filter": str(self.filter)}
 
     def jobs(self) -> list[Job]:
-        """Returns a job for each tar. Raises FileNotFoundError, or ValueError where two tars have the same name."""
-        found: dict[str, Job] = {}
+        """Returns a job for each input. Raises FileNotFoundError, or ValueError where two have the same name."""
+        jobs: dict[str, Job] = {}
         for pattern in self.tars:
-            for url, size in find_tars(pattern).items():
-                part = PurePosixPath(url).stem
+            for found in find_inputs(pattern):
+                part, url = found.part, found.url
                 if part in UNUSABLE_PARTS or part.encode(errors="ignore").decode() != part:
                     raise ValueError(
                         f"{url!r} would become the part {part!r}, which no folder can be called; rename it"
                     )
-                if part in found and found[part].url != url:
+                if part in jobs and jobs[part].url != url:
                     raise ValueError(
-                        f"{found[part].url} and {url} would both become the part {part} of {self.name}; rename one, or "
+                        f"{jobs[part].url} and {url} would both become the part {part} of {self.name}; rename one, or "
                         "make two sources of them"
                     )
-                found[part] = Job(self, part, url, size)
-        return list(found.values())
+                jobs[part] = Job(self, part, url, found.bytes, found.changed, found.files)
+        return list(jobs.values())
 
 
 class _Entry(BaseModel):

@@ -4,7 +4,7 @@ webdataset's own reader is not used: it takes a cut tar or a bad header for the 
 only the members read so far. Plain streaming with the standard library's `tarfile` is sounder. Of `tarfile` this file
 takes the header decoder (`TarInfo.frombuf`: fields, checksum) and walks the blocks itself, because `TarFile.next()` too
 takes a bad header for the end, loops for ever on a negative size (CVE-2025-8194), guesses where a pax record is damaged
-and keeps every header in memory.
+and keeps every header in memory. docs/choices.md has tars that show it.
 
 Where blocks of zeros end a tar and another one follows (`cat a.tar b.tar`), that is read on, as by `tar --ignore-zeros`. A tar
 whose last member is whole but that does not end in zeros is not `ended`: who reads it decides what its last members are worth.

@@ -73,7 +73,6 @@ def read_tar(
 def expected_samples(path: str | Path) -> int | None:
     """Returns the number of samples that img2dataset wrote: `successes` of `00000_stats.json` beside `00000.tar`.
 
-
     None without that file. Raises ValueError where the file does not state it.
     """
     stats = Path(path).with_name(tar_stem(Path(path).name) + "_stats.json")
@@ -110,9 +109,8 @@ class _TarReader:
         self._captions, self._contents, self._hold, self._limits = captions, contents, hold, limits
         self._pictures: dict[str, bool] = {}  # for each key that was seen, whether its group had a picture
         self._held: list[Reject] = []  # of the groups before the first whole one
-        self._whole = self._apart = (
-            0  # groups with a picture and more; groups that belong to an earlier one of their key
-        )
+        self._whole = 0  # groups with a picture and more
+        self._apart = 0  # groups that belong to an earlier one of their key
         self._kinds: set[str] = set()  # of the members of the last whole group
 
     def read(self, path: str) -> Iterator[Sample | Reject]:

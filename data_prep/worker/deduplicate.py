@@ -23,9 +23,9 @@ import numpy as np
 
 from data_prep.common.files import atomic_write
 from data_prep.inputs.filters import add_sizes
+from data_prep.inputs.reader import read_samples
 from data_prep.inputs.samples import Sample
 from data_prep.inputs.sources import Job
-from data_prep.inputs.tars import read_tar
 from data_prep.pictures.decoders import DecoderPool
 from data_prep.pictures.hashes import hash_picture, repeats
 from data_prep.pictures.images import Unusable
@@ -64,7 +64,7 @@ def find_repeats(
     """
     hashes, found = (root / WORK / name / search.folder for name in ("hashes", "repeats"))
     by_name = {job.name: job for job in jobs}
-    stamp = json.dumps([[job.name, job.bytes] for job in jobs])
+    stamp = json.dumps([[job.name, job.bytes, job.changed] for job in jobs])
     done = found / "done"
 
     def hashed() -> set[str]:
@@ -103,15 +103,12 @@ def _hashes_of(job: Job, search: DuplicateSearch, pool: DecoderPool) -> Iterator
     submit = partial(pool.submit, hash_picture)
 
     def submitted() -> Iterator[tuple[Sample, Future]]:
-        for sample in read_tar(job.url, job.source.captions):
+        for sample in read_samples(job):
             if isinstance(sample, Sample) and not before.refusal(sample.metadata):
                 yield sample, submit(sample.image, search.method, search.resolutions, search.buckets)
 
-    try:
-        waiting = submitted()
-        ahead = list(islice(waiting, AHEAD))
-    except ValueError:  # no tar: reported when it is encoded
-        return
+    waiting = submitted()
+    ahead = list(islice(waiting, AHEAD))
     while ahead:
         sample, future = ahead.pop(0)
         ahead += islice(waiting, 1)

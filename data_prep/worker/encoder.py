@@ -42,6 +42,7 @@ class Settings:
         buckets: pictures keep about their aspect ratio, instead of being cut to squares.
         token_cap: the most tokens of a caption.
         drop_long: samples with longer captions are dropped, instead of the captions being cut.
+        max_unknown: samples are dropped of whose caption a larger share of the tokens is unknown to the text encoder.
         posterior: what is stored of a latent: mean_std | mean.
         compression: of the shards: None, "zstd" or "zstd:LEVEL".
         shard_bytes: the largest size of a shard.
@@ -54,6 +55,7 @@ class Settings:
     posterior: str
     compression: str | None = None
     shard_bytes: int = schema.SHARD_BYTES
+    max_unknown: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Picture:
     key: str
     caption: str
     cut: Cut
+    caption_field: str = ""
 
 
 class Encoder:
@@ -103,14 +106,19 @@ class Encoder:
         counted in `tally`, or their samples dropped.
         """
         ids, too_long = tokenize(self.text.tokenizer, [p.caption for p in window], self.settings.token_cap)
-        kept = list(range(len(window)))
-        if self.settings.drop_long:
-            for n, rest in too_long.items():
-                detail = f"{self.settings.token_cap} tokens are not enough for {len(rest)} more characters"
-                tally.drop(window[n].number, window[n].key, "caption_too_long", detail)
-            kept = [n for n in kept if n not in too_long]
-        else:
-            tally.captions_cut += len(too_long)
+        unknown = [i.count(self.text.tokenizer.unk_token_id) for i in ids]
+        kept = []
+        for n, picture in enumerate(window):
+            words = len(ids[n]) - 1  # without the end token
+            if self.settings.drop_long and n in too_long:
+                detail = f"{self.settings.token_cap} tokens are not enough for {len(too_long[n])} more characters"
+                tally.drop(picture.number, picture.key, "caption_too_long", detail)
+            elif self.settings.max_unknown is not None and unknown[n] > self.settings.max_unknown * words:
+                detail = f"{unknown[n]} of {words} tokens are unknown to {self.text.name}"
+                tally.drop(picture.number, picture.key, "unknown_tokens", detail)
+            else:
+                tally.count_caption(picture.caption_field, n in too_long, unknown[n])
+                kept.append(n)
         window, ids = [window[n] for n in kept], [ids[n] for n in kept]
         texts = encode_tokens(self.text.model, ids, self.text.tokenizer.pad_token_id, self.device)
         latents = self.latents([p.cut.pictures for p in window])

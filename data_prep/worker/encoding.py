@@ -20,15 +20,24 @@ from data_prep import schema
 from data_prep.common.storage import Remote, is_remote
 from data_prep.common.words import counted
 from data_prep.encoders import default_device
+from data_prep.inputs.finder import counted_inputs
 from data_prep.inputs.sources import DEFAULT_SOURCE, Job, Source, make_source, read_sources
+from data_prep.inputs.survey import survey_sources
 from data_prep.pictures.decoders import DecoderPool
 from data_prep.worker import claims, report
+from data_prep.worker.changes import changed_parts, is_empty, remove_changed, start_anew
 from data_prep.worker.commands import save_command
 from data_prep.worker.deduplicate import DuplicateSearch, find_repeats
 from data_prep.worker.encoder import Encoder, Settings
 from data_prep.worker.monitor import EncodingMonitor
-from data_prep.worker.parts import finish_data_set, read_part_report, remove_leftovers, whole_parts
+from data_prep.worker.parts import finish_data_set, remove_leftovers, whole_parts
 from data_prep.worker.worker import Worker
+
+NOT_OF_PARTS = ("output", "work", "device", "decoders", "claim_timeout", "changed")  # options that change no part
+TINY_BUCKETS = (
+    "warning: --buckets with --encoders tiny: at 256 px pictures get sides divisible by 16 px, and the tiny presets take sides "
+    "divisible by 32 px, as their patch is 4; train with model.patch=2, or encode without --buckets"
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,14 +62,21 @@ def run(args: argparse.Namespace) -> int:
         posterior=args.posterior,
         compression=args.compression,
         shard_bytes=args.shard_mb << 20,
+        max_unknown=args.max_unknown,
     )
+    there = set(whole_parts(root))
+    survey_sources(sources, [j for j in jobs if j.name not in there], print, warn)
+    if args.buckets and args.encoders == "tiny":
+        warn(TINY_BUCKETS)
     encoder = Encoder(args.encoders, settings, device, args.compile)
     card = open_data_set(root, encoder, args, sources, remote)
     save_command(root, options_from(args), args.output)
-    check_parts(jobs, root)
-    whole = set(whole_parts(root))
+    changed = check_parts(jobs, root, args.changed)
+    whole = set(whole_parts(root)) - changed.keys()
     encoded = [j for j in jobs if j.name in whole]
-    print(f"{counted(len(jobs), 'tar')}, {len(encoded)} of them already encoded", flush=True)
+    print(f"{counted_inputs([j.url for j in jobs])}, {len(encoded)} of them already encoded", flush=True)
+    for difference in changed.values():
+        print(f"made again: {difference}", flush=True)
     monitor = EncodingMonitor(
         sum(j.bytes for j in jobs), sum(j.bytes for j in encoded), root / schema.WORK / "tensorboard" / worker_name()
     )
@@ -70,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     ):
         worker = Worker(root, card, encoder, jobs, own_claims, pool, monitor, remote)
         try:
+            if changed:
+                remove_changed(root, jobs, changed, own_claims, remote)
             if args.duplicates != "keep":
                 search = DuplicateSearch(args.duplicates, args.duplicate_distance, settings.resolutions, args.buckets)
                 worker.repeats = find_repeats(root, jobs, search, own_claims, pool, monitor.say)
@@ -84,7 +102,10 @@ def finish(root: Path, card: schema.Card, jobs: list[Job], failed: dict[str, OSE
     encoded = set(whole_parts(root))
     if failed:
         names = "\n".join(f"  {error}" for error in failed.values())
-        print(f"encode: {counted(len(failed), 'tar')} could not be read; run this again:\n{names}", file=sys.stderr)
+        print(
+            f"encode: {counted_inputs([j.url for j in jobs if j.name in failed])} could not be read; run this again:\n{names}",
+            file=sys.stderr,
+        )
         return 1
     if missing := [j.name for j in jobs if j.name not in encoded]:
         print(f"nothing is left for this worker; others are at work on {counted(len(missing), 'part')}")
@@ -104,7 +125,7 @@ def sources_from(args: argparse.Namespace) -> list[Source]:
     """Returns the sources that the options name."""
     if args.sources:
         return read_sources(args.sources)
-    return [make_source(DEFAULT_SOURCE, [args.input], args.captions, args.filter)]
+    return [make_source(DEFAULT_SOURCE, args.input, args.captions, args.filter)]
 
 
 def open_data_set(
@@ -117,18 +138,25 @@ def open_data_set(
         "duplicates": None if args.duplicates == "keep" else [args.duplicates, args.duplicate_distance],
         "compression": args.compression,
         "shard_mb": args.shard_mb,
+        "max_unknown": args.max_unknown,
     }
     card.choices = {**choices, "sources": {s.name: s.choices for s in sorted(sources, key=lambda s: s.name)}}
     if (root / schema.CARD).exists():
         old = schema.Card.load(root)
         old_sources = old.choices.pop("sources")
-        before = {**old.settings(), **old.choices, **{f"source {k}": v for k, v in old_sources.items()}}
+        of_sources = {f"source {k}": v for k, v in old_sources.items()}
+        before = {"max_unknown": None, **old.settings(), **old.choices, **of_sources}
         now = {**card.settings(), **choices, **{f"source {s.name}": s.choices for s in sources}}
-        if different := [k for k, v in now.items() if k in before and before[k] != v]:
+        different = [k for k, v in now.items() if k in before and before[k] != v]
+        if different and not is_empty(root):
             lines = [f"  {k}: there {before[k]}, now {now[k]}" for k in different]
             raise ValueError(f"{root} was made with other settings; choose another --output:\n" + "\n".join(lines))
-        card.choices["sources"] = dict(sorted({**old_sources, **card.choices["sources"]}.items()))
-    else:
+        if different:
+            print(f"{root} holds no sample: it is made anew, as these settings are others now: {', '.join(different)}")
+            start_anew(root, remote)
+        else:
+            card.choices["sources"] = dict(sorted({**old_sources, **card.choices["sources"]}.items()))
+    if not (root / schema.CARD).exists():
         root.mkdir(parents=True, exist_ok=True)
         card.save(root)
     if not (root / schema.NULL_TEXT).exists():
@@ -143,22 +171,33 @@ def options_from(args: argparse.Namespace) -> list[str]:
     arguments: list[str] = []
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
-        if name in ("output", "work", "device", "decoders", "claim_timeout") or value is None or value is False:
+        if name in NOT_OF_PARTS or value is None or value is False:
             continue
         values = [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
+        if name == "input":  # one by one, as a path may begin with a dash
+            values = [f"{option}={path}" for path in value]
         arguments += [option] if value is True else values
     return arguments
 
 
-def check_parts(jobs: list[Job], root: Path) -> None:
-    """Raises ValueError where a part was made from another tar of the same name."""
-    for job in jobs:
-        old = read_part_report(root, job.name)
-        if old is not None and old["tar_bytes"] != job.bytes:
-            raise ValueError(
-                f"the part {job.name} was made of {old['tar']} with {old['tar_bytes']} bytes, but {job.url} has "
-                f"{job.bytes}; to make it again, remove {root / schema.REPORTS / job.name}.json"
-            )
+def check_parts(jobs: list[Job], root: Path, changed: str) -> dict[str, str]:
+    """Returns the parts to be made again, as their inputs were changed, each with what differs.
+
+    Raises ValueError, with all of them, unless `changed` says what to do: stop | remake | keep.
+    """
+    found = {} if changed == "keep" else changed_parts(root, jobs)
+    if found and changed == "stop":
+        lines = "\n".join(f"  {difference}" for difference in found.values())
+        raise ValueError(
+            f"changed since they were encoded: {len(found)}\n{lines}\nto make their parts again, add --changed remake; to leave "
+            "these parts as they are, --changed keep"
+        )
+    return found
+
+
+def warn(line: str) -> None:
+    """Prints a line that a user should see, whatever the exit code."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def worker_name() -> str:

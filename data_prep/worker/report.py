@@ -23,8 +23,11 @@ from data_prep import schema
 from data_prep.common.files import temporary_name
 from data_prep.common.storage import Remote
 from data_prep.common.words import counted
+from data_prep.inputs.contents import MAX_NAMES, Contents
+from data_prep.inputs.finder import counted_inputs
 from data_prep.inputs.sources import Job
 from data_prep.worker.parts import PartWriter, part_reports
+from data_prep.worker.report_notes import COUNTS, is_asked_for, notes, warnings
 
 JSON, TEXT, TOKENS, SIZES = "report.json", "report.txt", "report_tokens.png", "report_sizes.png"
 SIZE_STEP = 64  # pixels of a bin of the shorter side
@@ -33,12 +36,22 @@ _TARS_IN_TABLE = 1000
 
 @dataclass
 class Tally:
-    """Counts of a tar's samples. `expected` is the number that img2dataset wrote, if it is known."""
+    """Counts of an input's samples.
+
+    Attributes:
+        expected: the number that img2dataset wrote, if it is known.
+        contents: what the samples have, and whether the input is whole.
+        captions: written samples by the field of their caption, or the member (`.txt`).
+        unknown: tokens that the text encoder does not know, and captions with any.
+    """
 
     job: Job
     read: int = 0
     captions_cut: int = 0
     expected: int | None = None
+    contents: Contents = field(default_factory=Contents)
+    captions: Counter[str] = field(default_factory=Counter)
+    unknown: Counter[str] = field(default_factory=Counter)
     tokens: Counter[int] = field(default_factory=Counter)
     sizes: Counter[int] = field(default_factory=Counter)
     _dropped: list[tuple[int, dict[str, str]]] = field(default_factory=list)
@@ -51,6 +64,23 @@ class Tally:
         """Counts a sample as written; `width` and `height` are the original picture's, in pixels."""
         self.tokens[tokens] += 1
         self.sizes[min(width, height) // SIZE_STEP * SIZE_STEP] += 1
+
+    def count_caption(self, caption_field: str, cut: bool, unknown_tokens: int) -> None:
+        """Counts the caption of a sample that will be written."""
+        self.captions[caption_field] += 1
+        self.captions_cut += cut
+        self.unknown["tokens"] += unknown_tokens
+        self.unknown["captions"] += unknown_tokens > 0
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Dropped samples by reason, the most frequent first."""
+        return dict(Counter(reject["reason"] for _, reject in self._dropped).most_common())
+
+    @property
+    def unwanted(self) -> int:
+        """Number of samples that were dropped though neither a filter nor the search for duplicates asked for it."""
+        return sum(n for reason, n in self.reasons.items() if not is_asked_for(reason))
 
     @property
     def dropped(self) -> int:
@@ -68,12 +98,19 @@ class Tally:
         return {
             "tar": self.job.url,
             "tar_bytes": self.job.bytes,
+            "tar_changed": self.job.changed,
+            "incomplete": self.contents.incomplete,
             "expected": self.expected,
             "read": self.read,
             "written": dict(sorted(writer.written.items())),
             "sets": dict(sorted(writer.sets.items())),
-            "dropped": dict(sorted(Counter(reject["reason"] for _, reject in self._dropped).items())),
+            "dropped": dict(sorted(self.reasons.items())),
+            "members": dict(self.contents.members),
+            "fields": dict(self.contents.fields),
+            "texts": dict(self.contents.texts),
+            "captions": dict(sorted(self.captions.items())),
             "captions_cut": self.captions_cut,
+            "unknown": {"tokens": self.unknown["tokens"], "captions": self.unknown["captions"]},
             "stored_bytes": stored,
             "column_bytes": dict(sorted(writer.bytes.items())),
             "text_error": round((error / values) ** 0.5, 6) if values else None,
@@ -95,12 +132,19 @@ def summary(parts: Iterable[tuple[str, Mapping[str, Any]]], card: schema.Card) -
             for key in ("dropped", "column_bytes", "tokens", "sizes"):
                 for k, count in report[key].items():
                     into[key][k] = into[key].get(k, 0) + count
+            for key in COUNTS:
+                for k, count in report.get(key, {}).items():
+                    there = into.setdefault(key, {})
+                    there[k] = there.get(k, 0) + count
         everything["text_error"] = max(everything["text_error"] or 0, report["text_error"] or 0) or None
         line = {k: report[k] for k in ("tar", "expected", "read", "written", "dropped")}
-        tars.append({"part": name, **line})
+        tars.append({"part": name, **line, **({"incomplete": cut} if (cut := report.get("incomplete")) else {})})
     for into in (everything, *sources.values()):
         assert into["read"] == into["written"] + sum(into["dropped"].values())
-        into["dropped"] = dict(sorted(into["dropped"].items(), key=lambda item: (-item[1], item[0])))
+        for key in ("dropped", *COUNTS):
+            if key in into:
+                most = sorted(into[key].items(), key=lambda item: (-item[1], item[0]))
+                into[key] = dict(most[:MAX_NAMES] if key in ("members", "fields", "texts") else most)
         into["bytes_per_sample"] = _per_sample(into, card)
         for key in ("tokens", "sizes"):
             into[key] = dict(sorted(into[key].items(), key=lambda item: int(item[0])))
@@ -134,10 +178,8 @@ def card_counts(report: Mapping[str, Any]) -> dict[str, Any]:
 def table(report: Mapping[str, Any], card: schema.Card) -> str:
     """Returns the report as text. Of more than a thousand tars, those with the largest dropped shares are listed."""
     dropped = sum(report["dropped"].values())
-    lines = [
-        f"read {report['read']} = written {report['written']} + dropped {dropped}, from {counted(report['tars'], 'tar')}",
-        "",
-    ]
+    inputs = counted_inputs([part["tar"] for part in report["parts"]])
+    lines = [f"read {report['read']} = written {report['written']} + dropped {dropped}, from {inputs}", ""]
     if len(report["sources"]) > 1:
         lines += [
             f"  {name:<20} read {s['read']:>11} = written {s['written']:>11} + dropped {sum(s['dropped'].values()):>10}"
@@ -149,6 +191,7 @@ def table(report: Mapping[str, Any], card: schema.Card) -> str:
     ]
     if report["captions_cut"]:
         lines.append(f"  {report['captions_cut']} captions were cut to {card.token_cap} tokens")
+    lines += notes(report, card)
     if report["written"]:
         per = report["bytes_per_sample"]
         lines.append(
@@ -159,6 +202,7 @@ def table(report: Mapping[str, Any], card: schema.Card) -> str:
         lines += [f"  {c:<20} {size_text(n):>12} {n / total:>8.2%}" for c, n in report["column_bytes"].items()]
         if report["text_error"]:
             lines.append(f"  8-bit text differs from 16 bits by {report['text_error']:.2%} (root mean square)")
+    lines += ["", *(f"WARNING: {line}" for line in found)] if (found := warnings(report, card)) else []
     parts = report["parts"]
     if len(parts) > _TARS_IN_TABLE:
         parts = sorted(parts, key=lambda p: -sum(p["dropped"].values()) / max(1, p["read"]))[:_TARS_IN_TABLE]

@@ -25,10 +25,12 @@ from queue import Empty, Queue
 from data_prep import schema
 from data_prep.common.storage import Remote
 from data_prep.common.words import counted
+from data_prep.inputs.contents import Contents
 from data_prep.inputs.filters import add_sizes
+from data_prep.inputs.finder import counted_inputs
+from data_prep.inputs.reader import expected, read_samples
 from data_prep.inputs.samples import Reject, Sample
 from data_prep.inputs.sources import Job
-from data_prep.inputs.tars import expected_samples, read_tar
 from data_prep.pictures.decoders import DecoderPool
 from data_prep.pictures.images import Cut, Unusable, cut
 from data_prep.worker.background import BackgroundThread, empty
@@ -138,11 +140,11 @@ class Worker:
     def _read_job(self, job: Job) -> None:
         tally = Tally(job)
         try:
-            tally.expected = expected_samples(job.url)
+            tally.expected = expected(job)
         except ValueError as error:
             self.monitor.say(f"warning: {error}")
         try:
-            for number, sample in enumerate(self._samples(job)):
+            for number, sample in enumerate(self._samples(job, tally.contents)):
                 if self._stop.is_set():
                     return
                 tally.read += 1
@@ -158,15 +160,10 @@ class Worker:
         else:
             self._read.put(_EndOfTar(tally))
 
-    def _samples(self, job: Job) -> Iterator[Sample | Reject]:
-        """The samples of a tar; those that are dropped without being decoded come as rejects."""
-        try:
-            found = read_tar(job.url, job.source.captions)
-        except ValueError as error:  # no tar at all, or one that is compressed
-            yield Reject("", "no_tar", str(error))
-            return
+    def _samples(self, job: Job, contents: Contents) -> Iterator[Sample | Reject]:
+        """The samples of an input; those that are dropped without being decoded come as rejects."""
         repeats, wanted = self.repeats(job), job.source.filter.before
-        for sample in found:
+        for sample in read_samples(job, contents):
             if isinstance(sample, Reject):
                 yield sample
             elif sample.key in repeats:
@@ -225,7 +222,7 @@ class Worker:
         if refusal := item.tally.job.source.filter.after.refusal(fields):
             item.tally.drop(item.number, sample.key, refusal.reason, refusal.detail)
             return None
-        return Picture(item.number, sample.key, sample.caption, pictures)
+        return Picture(item.number, sample.key, sample.caption, pictures, sample.caption_field)
 
     # ---- writer thread
 
@@ -266,8 +263,14 @@ class Worker:
         said = f"{job.url}: read {tally.read}, dropped {tally.dropped} ({self.monitor.images_per_second:.1f} images/s)"
         if tally.expected is not None and tally.expected != tally.read:
             said += f"; img2dataset wrote {counted(tally.expected, 'sample')}, {tally.read} were found"
+        if tally.contents.incomplete:
+            said += f"; not whole: {tally.contents.incomplete}"
+        if 2 * tally.unwanted > tally.read:
+            said = f"WARNING: more than half is dropped ({', '.join(f'{r} {n}' for r, n in tally.reasons.items())}): {said}"
         if not self._estimated:
             self._estimated = True
             size = estimate([report], sum(j.bytes for j in self.jobs))
-            said += f"; about {size_text(size)} for all {counted(len(self.jobs), 'tar')}, judged by this one"
+            said += (
+                f"; about {size_text(size)} for all {counted_inputs([j.url for j in self.jobs])}, judged by this one"
+            )
         self.monitor.say(said)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def read_prompts(path: Path) -> list[str]:
-    """A prompt a line; empty lines do not count. Raises ValueError for a file without any."""
+    """A prompt a line, which a newline alone ends; empty lines do not count. Raises ValueError for a file without any."""
     if not path.is_file():
         raise FileNotFoundError(f"no prompts file {path}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8 text") from error
     prompts = [line.strip() for line in lines if line.strip()]

@@ -11,8 +11,13 @@ ROOT = Path(__file__).parents[2]
 
 # Each heavy library, and the files that meet it: these and no others.
 LIBRARIES = {
-    "webdataset": {"data_prep/conversion.py", "data_prep/inputs/tars.py", "data_prep/shapes.py"},
-    "pyarrow": {"data_prep/conversion.py"},
+    "webdataset": {
+        "data_prep/conversion.py",
+        "data_prep/inputs/finder.py",
+        "data_prep/inputs/tars.py",
+        "data_prep/shapes.py",
+    },
+    "pyarrow": {"data_prep/conversion.py", "data_prep/inputs/parquet_files.py"},
     "streaming": {
         "data_prep/common/mds.py",
         "data_prep/worker/parts.py",

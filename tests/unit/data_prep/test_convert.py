@@ -122,9 +122,3 @@ def test_what_cannot_be_converted_is_one_line(data_set, tmp_path, capsys, damage
     assert expected.get(damage, name) in line
     assert not list(out.rglob("*.parquet")) or damage in ("bit", "cut", "missing")
     assert not [path for path in out.rglob("*") if path.name.startswith(".")], "nothing half-written is left"
-
-
-def test_without_pyarrow(data_set, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    assert main([str(data_set), "--to", "parquet", "--output", str(tmp_path)]) == 1
-    assert "--to parquet needs pyarrow: pip install pyarrow" in capsys.readouterr().err

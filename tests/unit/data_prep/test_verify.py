@@ -128,7 +128,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
         lambda p: replace(p, '"read": 10', '"read": 11'),
         "read 11 is not written 10 + dropped 0",
     ),
-    "part report's bytes": (PART, lambda p: replace(p, '"caption": ', '"caption": 1'), "column_bytes.caption is 1"),
+    "part report's bytes": (PART, lambda p: replace(p, '"crc32": ', '"crc32": 1'), "column_bytes.crc32 is 1"),
     "part report's set": (PART, lambda p: replace(p, "   256\n", "   512\n"), "its set 256"),
     "rejects": (
         f"{PART}l",

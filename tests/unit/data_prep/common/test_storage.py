@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from data_prep.common import storage
-from data_prep.common.storage import Remote, Unreachable, find_tars, is_remote, open_file
+from data_prep.common.storage import Remote, Unreachable, is_remote, open_file
 
 
 class Flaky(MemoryFileSystem):
@@ -65,16 +65,6 @@ def test_what_is_remote(url: str, remote: bool) -> None:
 def test_nothing_else_is_opened(url: str) -> None:
     with pytest.raises(ValueError, match="commands are never run"):
         is_remote(url)
-
-
-def test_a_folder_a_pattern_and_a_list(tmp_path: Path) -> None:
-    for name, size in (("b.tar", 3), ("a.tar", 2), ("c.txt", 1)):
-        (tmp_path / name).write_bytes(bytes(size))
-    both = {f"{tmp_path}/a.tar": 2, f"{tmp_path}/b.tar": 3}
-    assert list(find_tars(str(tmp_path)).items()) == list(both.items())
-    assert find_tars(f"{tmp_path}/*.tar") == find_tars(f"{tmp_path}/{{b,a}}.tar") == both
-    with pytest.raises(FileNotFoundError, match=r"z\.tar: no such file"):
-        find_tars(f"{tmp_path}/{{a,z}}.tar")
 
 
 def test_an_upload_is_tried_again(flaky: Flaky, waits: list[float], tmp_path: Path) -> None:

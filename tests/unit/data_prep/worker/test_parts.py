@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoding import encode, report, rows
+from encoding import CARD, encode, report, rows, write_part
 from streaming import StreamingDataset
 
 from data_prep import schema
@@ -37,23 +37,6 @@ def test_compressed_shards_hold_the_same(shape_tars: Path, tmp_path: Path) -> No
         for column, value in row.items():
             np.testing.assert_array_equal(value, one[row["key"]][column])
     assert report(packed)["column_bytes"] == report(plain)["column_bytes"]
-
-
-CARD = schema.Card(
-    {"name": "tiny", "width": 16}, {"name": "tiny", "channels": 4, "downsample": 8}, 300, "mean_std", [64]
-)
-
-
-def write_part(root: Path, name: str, count: int, token: str = "token") -> None:
-    """A part of random samples that follow from its name."""
-    generator = torch.Generator().manual_seed(len(name) + count)
-    with PartWriter(root, name, CARD, token) as part:
-        for number in range(count):
-            latent = schema.Latent(*torch.rand(2, 4, 8, 8, generator=generator))
-            text = torch.randn(3, 16, generator=generator).bfloat16()
-            part.write(schema.Record(f"{name}/{number}", "caption", text, {64: latent}, 64, 64))
-        stored = part.finish()
-        part.commit({"sets": part.sets, "written": part.written, "stored_bytes": stored}, [{"key": "x", "reason": "é"}])
 
 
 def test_nothing_shows_before_the_commit_or_after_an_error(tmp_path: Path) -> None:

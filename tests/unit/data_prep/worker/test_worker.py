@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.inputs.sources import make_source
+from data_prep.inputs.sources import Job, make_source
 from data_prep.pictures.decoders import DecoderPool
 from data_prep.worker import worker as module
 from data_prep.worker.claims import Claims, claimed_names
@@ -31,15 +31,15 @@ def worker(shape_tars: Path, tmp_path: Path) -> Iterator[Worker]:
 
 
 def test_a_tar_that_cannot_be_read_is_left_out(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    read_tar = module.read_tar
+    read_samples = module.read_samples
 
-    def broken(url: str, *args: Any) -> Iterator[Any]:
-        for number, sample in enumerate(read_tar(url, *args)):
-            if number == 3 and "00000" in url:
+    def broken(job: Job, *args: Any) -> Iterator[Any]:
+        for number, sample in enumerate(read_samples(job, *args)):
+            if number == 3 and "00000" in job.url:
                 raise OSError("the line is down")
             yield sample
 
-    monkeypatch.setattr(module, "read_tar", broken)
+    monkeypatch.setattr(module, "read_samples", broken)
     worker.run()
     assert {name: str(error) for name, error in worker.failed.items()} == {"images/00000": "the line is down"}
     assert whole_parts(worker.root) == ["images/00001"]
@@ -47,7 +47,7 @@ def test_a_tar_that_cannot_be_read_is_left_out(worker: Worker, monkeypatch: pyte
     assert report is not None and report["read"] == 10 and report["written"] == {"64": 10}
 
 
-@pytest.mark.parametrize("where", ["read_tar", "PartWriter", "expected_samples"])
+@pytest.mark.parametrize("where", ["read_samples", "PartWriter", "expected"])
 def test_an_error_of_a_thread_ends_the_worker(worker: Worker, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("a defect")
