@@ -47,14 +47,14 @@ SHAPES = ("circle", "square", "triangle")
 # Half an object's extent, as a share of the picture's side; objects of a pair are smaller.
 RADII = {"one": {"small": 0.23, "large": 0.36}, "count": {"small": 0.19}, "pair": {"small": 0.15, "large": 0.22}}
 COUNTS = {2: "two", 3: "three"}
-PLACES = {  # direction (x, y) from the centre to an edge, at a distance of _MARGIN
+PLACES = {  # direction (x, y) from the centre to an edge, at a distance of MARGIN
     "in the centre": (0.0, 0.0),
     "at the top": (0.0, -1.0),
     "at the bottom": (0.0, 1.0),
     "on the left": (-1.0, 0.0),
     "on the right": (1.0, 0.0),
 }
-_MARGIN = 0.03
+MARGIN = 0.03
 RELATIONS = {  # direction (x, y) from the second object to the first
     "above": (0.0, -1.0),
     "below": (0.0, 1.0),
@@ -137,7 +137,7 @@ def _scene(kind: str, words: Mapping[str, str]) -> Scene:
     shape, colour, size, background = (words[name] for name in ("shape", "colour", "size", "background"))
     radii = RADII[kind]
     if kind == "one":
-        x, y = (0.5 + (0.5 - _MARGIN - radii[size]) * towards for towards in PLACES[words["place"]])
+        x, y = (0.5 + (0.5 - MARGIN - radii[size]) * towards for towards in PLACES[words["place"]])
         return Scene(
             (Shape(shape, colour, x, y, radii[size]),), background, f"a {size} {colour} {shape} {words['place']}"
         )

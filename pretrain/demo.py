@@ -18,7 +18,9 @@ from pathlib import Path
 from PIL import Image
 
 from data_prep.common.command import command_parser
-from data_prep.shapes import KINDS, Scene, check, scenes
+from data_prep.shapes import Scene, check, scenes
+from data_prep.shapes_checker import by_figure, judge
+from pretrain.curves import curve
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")
 PICTURES = 800
@@ -71,24 +73,26 @@ def run(command: list[str]) -> float:
 
 
 def report(asked: list[Scene], seconds: float) -> str:
-    """Summary: colours and shapes read back from the pictures, the loss curves, time, memory, and paths of the results."""
+    """Summary: what the pictures show of their captions, the loss curves, time, memory, and paths of the results."""
     from data_prep.pictures.grids import labelled_grid  # late: it imports torch
 
     drawn = [json.loads(line)["file"] for line in (OUT / "prompts.jsonl").read_text().splitlines()]
     images = [Image.open(OUT / name).convert("RGB") for name in drawn]
-    results = [check(image, scene) for image, scene in zip(images, asked, strict=True)]
+    figures = by_figure(judge(image, scene).figures for image, scene in zip(images, asked, strict=True))
+    strict = [check(image, scene) for image, scene in zip(images, asked, strict=True)]
     grid = OUT / "grid.png"
     shown = range(24)
     labelled_grid([images[i] for i in shown], [asked[i].caption for i in shown], side=224, columns=6).save(grid)
-    countable = [r.shapes for r in results if r.shapes is not None]
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     lines = [
         "",
         *(loss_line(stage) for stage in STAGES),
         "",
-        f"foreground and background colours as the prompt says: {_share([r.colours for r in results])}",
-        *(f"  {kind}: {_share([r.colours for r in results[i :: len(KINDS)]])}" for i, kind in enumerate(KINDS)),
-        f"shapes too (where each object has its own colour): {_share(countable)}",
+        "pictures that are as the caption says (data_prep/shapes_checker.py)",
+        *(f"  {name.replace('_', ' '):<20}{_share(values)}" for name, values in figures.items()),
+        "by the strict measure (data_prep/shapes.py)",
+        f"  {'colours':<20}{_share([r.colours for r in strict])}",
+        f"  {'shapes':<20}{_share([r.shapes for r in strict if r.shapes is not None])}",
         f"time {seconds / 60:.1f} minutes, peak memory {memory:.1f} GiB in each of {PROCESSES} processes",
         "",
         f"pictures:    {grid}",
@@ -100,15 +104,6 @@ def report(asked: list[Scene], seconds: float) -> str:
 def _share(right: list[bool]) -> str:
     """Share of true values, such as 0.750 (3 of 4)."""
     return f"{sum(right) / len(right):.3f} ({sum(right)} of {len(right)})"
-
-
-def curve(run_dir: Path, tag: str) -> dict[int, float]:
-    """Values of one of a run's TensorBoard curves, by step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # late: it takes a second
-
-    events = EventAccumulator(str(run_dir / "tensorboard"))
-    events.Reload()
-    return {e.step: e.value for e in events.Scalars(tag)}
 
 
 def loss_line(stage: str) -> str:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from support import ROOT, Finished, fork_training
+from support import ROOT, Finished, fork_training, use_earlier_preset
 
 if TYPE_CHECKING:
     from pretrain.pipeline import FocusDiTPipeline
@@ -99,6 +99,15 @@ def tiny_pipeline_folder(tiny_pipeline: FocusDiTPipeline, tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
     tiny_pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def earlier_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset of the run in `EARLIER`, as the run was made with it."""
+    from pretrain.models import PRESETS
+
+    monkeypatch.setitem(PRESETS, "dit_tiny_deep", PRESETS["dit_tiny_deep"])  # put back after the test
+    use_earlier_preset()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+EARLIER = ROOT / "tests" / "earlier"  # tests/integration/test_earlier_version.py says what is there
 # Small steps of the demo's stage, for tests: 4 pictures a step.
 SMALL = (
     "deepspeed.train_batch_size=4",
@@ -189,6 +190,13 @@ def scalars(run_dir: Path, tag: str) -> dict[int, float]:
     points = events.Scalars(tag)
     assert len({p.step for p in points}) == len(points), f"{tag} has doubled points"
     return {p.step: p.value for p in points}
+
+
+def use_earlier_preset() -> None:
+    """Gives the preset of the run in EARLIER the widths that the run was made with."""
+    from pretrain.models import PRESETS
+
+    PRESETS["dit_tiny_deep"] = replace(PRESETS["dit_tiny_deep"], width=16, heads=2, depth=5, mask_hidden=(8, 4))
 
 
 def state_of(run_dir: Path) -> dict[str, torch.Tensor]:

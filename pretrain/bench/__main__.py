@@ -10,6 +10,7 @@ python -m pretrain.bench neighbours  FocusDiT, FlexDiT and mediators trained on 
 python -m pretrain.bench encode      data prep's pipeline against its bare encoders
 python -m pretrain.bench roofline    a training step's FLOPs, bytes and time at a GPU's rates, computed
 python -m pretrain.bench gpu         first contact with a machine that has GPUs: what is true there, in nine minutes
+python -m pretrain.bench shapes      how far the checker of the captioned shapes is right: damaged and wrong pictures
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "encode": lambda: import_module("pretrain.bench.encode"),
     "roofline": lambda: import_module("pretrain.bench.roofline"),
     "gpu": lambda: import_module("pretrain.bench.gpu.command"),
+    "shapes": lambda: import_module("pretrain.bench.shapes"),
 }
 
 

@@ -131,17 +131,37 @@ def newest(run_dir: Path) -> Checkpoint | None:
     return Checkpoint(named if named in complete else complete[0])
 
 
+def at_step(run_dir: Path, step: int) -> Checkpoint:
+    """A run's complete checkpoint of a step. Raises ValueError where it is not there, with the steps that are."""
+    folder = run_dir / FOLDER
+    if not (folder / step_name(step) / STATE).is_file():
+        there = ", ".join(map(str, steps(run_dir))) or "none"
+        raise ValueError(f"{run_dir} has no checkpoint of step {step}; the steps of those that it has: {there}")
+    return Checkpoint(folder / step_name(step))
+
+
+def steps(run_dir: Path) -> list[int]:
+    """The steps of a run's complete checkpoints, the first one first."""
+    complete = (p.name for p in newest_first(run_dir / FOLDER) if (p / STATE).is_file())
+    return sorted(int(name.removeprefix("step_")) for name in complete)
+
+
+def step_name(step: int) -> str:
+    """The name of the folder of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
 def newest_first(folder: Path) -> list[Path]:
     """The folders of a run's checkpoints, damaged ones too, the newest first."""
     return sorted(folder.glob("step_*"), reverse=True)
 
 
-def find_run(name: str) -> Path:
-    """A run directory from its path or its name under runs/. Raises FileNotFoundError."""
+def find_run(name: str, holds: str = FOLDER) -> Path:
+    """A run directory, which `holds` a file or folder, from its path or its name under runs/. Raises FileNotFoundError."""
     for path in (Path(name), Path("runs") / name):
-        if (path / FOLDER).is_dir():
+        if (path / holds).exists():
             return path
-    raise FileNotFoundError(f"no run at {name} or runs/{name}: a run directory holds {FOLDER}/; train it first")
+    raise FileNotFoundError(f"no run at {name} or runs/{name}: a run directory holds {holds}; train it first")
 
 
 def with_hash(state: dict[str, Any]) -> str:
@@ -212,7 +232,7 @@ def set_aside_later(run_dir: Path, step: int, world: World) -> None:
     folder = run_dir / FOLDER
     if world.rank == 0:
         for path in newest_first(folder):
-            if path.name > (name := f"step_{step:08d}"):
+            if path.name > (name := step_name(step)):
                 aside = folder / path.name.replace("step_", "aside_")
                 shutil.rmtree(aside, ignore_errors=True)
                 atomic_write(folder / LATEST, name + "\n")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.common.files import atomic_write, permit_as_umask, sync_path
-from pretrain.checkpoint.reader import FOLDER, FORMAT, LATEST, STATE, file_name, sha256, with_hash
+from pretrain.checkpoint.reader import FOLDER, FORMAT, LATEST, STATE, file_name, sha256, step_name, with_hash
 from pretrain.config import Config
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine
@@ -158,11 +158,6 @@ class CheckpointWriter:
                 return None
         shutil.rmtree(writing, ignore_errors=True)  # on a full disk it is what can be given back
         return f"{self.folder / step_name(run_state.step)} could not be written: " + "; ".join(problems)
-
-
-def step_name(step: int) -> str:
-    """The name of a checkpoint's folder."""
-    return f"step_{step:08d}"
 
 
 def _write_file(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -3,10 +3,12 @@
     python -m pretrain.evaluate --run runs/stage2_512 --prompts prompts.txt --metrics shapes --out evaluations/stage2
     torchrun --nproc-per-node=8 -m pretrain.evaluate --model exports/stage2_512 --prompts geneval.jsonl --per-prompt 4 \\
         --metrics geneval clipscore --out evaluations/geneval
+    python -m pretrain.evaluate --run runs/stage2_512 --every 5000 --prompts prompts.txt --metrics shapes --out evaluations/curve
     python -m pretrain.evaluate --pictures samples --prompts prompts.txt --metrics fid --fid-reference coco.npz --out fid
     python -m pretrain.evaluate pairwise SAMPLES_A SAMPLES_B          a page on which people judge
 
-Stopped, the same command goes on: no picture is drawn or judged twice. docs/evaluation.md has the metrics and their files.
+Stopped, the same command goes on: no picture is drawn or judged twice. `--every` follows a training, and evaluates each kept
+checkpoint once. docs/evaluation.md has the metrics and their files.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(words)
     silence_libraries()
     from pretrain.evaluate.evaluation import run  # late: the libraries take seconds
+    from pretrain.evaluate.follow import follow
 
-    return run_action("evaluate", lambda: run(args))
+    return run_action("evaluate", lambda: run(args) if args.every is None else follow(args))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -45,6 +48,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each prompt")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, required=True)
     parser.add_argument("--out", type=path, required=True, help="folder for pictures, records and results")
+    parser.add_argument(
+        "--every", type=int, metavar="STEPS",
+        help="follow the training of --run: evaluate its checkpoints of these steps' multiples as they come",
+    )  # fmt: skip
+    parser.add_argument("--poll", type=float, default=30.0, metavar="SECONDS", help="of --every: between two looks")
     add_drawing_arguments(parser)
     add_local_rank(parser)
     for name in METRICS:

@@ -22,8 +22,9 @@ from pretrain.evaluate.report import Report
 def run(args: argparse.Namespace) -> str:
     """The table of what was found, or what other processes have still to do."""
     from pretrain.sampling.device import device_of
-    from pretrain.sampling.drawing import share_of_process
+    from pretrain.sampling.drawing import check_numbers, share_of_process
 
+    check_numbers(args)
     if args.per_prompt < 1:
         raise ValueError(f"--per-prompt {args.per_prompt}: must be at least 1")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -68,14 +68,12 @@ def prompts_of(path: Path) -> list[dict[str, Any]]:
 def draw(args: argparse.Namespace) -> PictureSet:
     """Draws this process's missing pictures into OUT/pictures; its share is every N-th of N processes'."""
     from pretrain.sampling.drawing import (  # late: the libraries take seconds
-        check_numbers,
         draw_share,
         share_of_process,
     )
 
     if args.prompts is None:
         raise ValueError("--prompts: needed to draw pictures; give a file of prompts")
-    check_numbers(args)
     entries = [entry for entry in prompts_of(args.prompts) for _ in range(args.per_prompt)]
     folder = args.out / "pictures"
     drawn = draw_share(argparse.Namespace(**vars(args) | {"out": folder}), [entry["prompt"] for entry in entries])

@@ -14,10 +14,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.common.command import program
 from data_prep.common.files import atomic_write
+from pretrain.checkpoint.reader import find_run
+from pretrain.curves import curve
 from pretrain.evaluate.metric import Result
 from pretrain.evaluate.pictures import PictureSet
+from pretrain.evaluate.plots import plot_results
+from pretrain.sampling.jobs import write_png
+from pretrain.sampling.plots import to_picture
 
 LIBRARIES = ("torch", "transformers", "diffusers")
 
@@ -25,7 +32,8 @@ LIBRARIES = ("torch", "transformers", "diffusers")
 class Report:
     """Collects the metrics' results.
 
-    Files: OUT/METRIC.json, OUT/table.md.
+    Files: OUT/METRIC.json, OUT/table.md, OUT/results.png; for a run's checkpoint RUN/evaluate/tensorboard, too, whose curves
+    have the training step as their axis.
     """
 
     def __init__(self, args: argparse.Namespace, found: PictureSet):
@@ -35,6 +43,9 @@ class Report:
         """Writes a metric's result."""
         values = {key: asdict(value) for key, value in result.values.items()}
         self._write(name, {"status": "done", "values": values, "notes": dict(result.notes), "scorer": dict(identity)})
+        if "run" in self.found.origin:
+            curves = {f"evaluate/{name}/{key}": value.value for key, value in result.values.items()}
+            put_on_curves(find_run(self.found.origin["run"]) / "evaluate", curves, self.found.origin["step"])
 
     def not_run(self, name: str, reason: str) -> None:
         """Writes why there is no result."""
@@ -58,11 +69,30 @@ class Report:
         atomic_write(self.args.out / f"{name}.json", json.dumps(content, indent=1) + "\n")
 
     def finish(self) -> str:
-        """Writes the table of all results in OUT, also of earlier commands, and returns it."""
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.args.out.glob("*.json"))]
-        text = table([r for r in results if "metric" in r], self.found.sha256)
+        """Writes the table and the plot of all results in OUT, also of earlier commands, and returns the table."""
+        results = [r for path in sorted(self.args.out.glob("*.json")) if "metric" in (r := read(path))]
+        text = table(results, self.found.sha256)
         atomic_write(self.args.out / "table.md", text + "\n")
+        of_these = [r for r in results if r["status"] == "done" and r["pictures"]["sha256"] == self.found.sha256]
+        if of_these:
+            write_png(to_picture(plot_results(of_these)), self.args.out / "results.png")
         return text
+
+
+def put_on_curves(folder: Path, values: Mapping[str, float], step: int) -> None:
+    """Writes values at a step into folder/tensorboard, unless they are there already."""
+    from torch.utils.tensorboard import SummaryWriter  # late: it takes a second
+
+    new = {tag: value for tag, value in values.items() if not _same(curve(folder, tag).get(step), value)}
+    if new:
+        with SummaryWriter(str(folder / "tensorboard")) as writer:
+            for tag, value in new.items():
+                writer.add_scalar(tag, value, step)
+
+
+def _same(one: float | None, other: float) -> bool:
+    """Whether values are equal in fp32, which event files keep."""
+    return one is not None and bool(np.array_equal(np.float32(one), np.float32(other), equal_nan=True))
 
 
 def table(results: list[dict[str, Any]], pictures: str) -> str:

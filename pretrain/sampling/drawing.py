@@ -92,6 +92,8 @@ def check_numbers(args: argparse.Namespace) -> None:
     require_at_least({"--batch-size": (args.batch_size, 1), "--steps": (args.steps, 1), "--seed": (args.seed, 0)})
     if args.seed >= 1 << 62:
         raise ValueError(f"--seed {args.seed}: must be under 2**62")
+    if args.step is not None and args.run is None:
+        raise ValueError("--step: a checkpoint of --run; give --run")
     if args.shift is not None and not 0 < args.shift < float("inf"):
         raise ValueError(f"--shift {args.shift}: must be above 0")
 
@@ -101,7 +103,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[Focus
     if args.run:
         from pretrain.sampling.trained_run import load_run  # imports DeepSpeed, which an export does not need
 
-        trained = load_run(args.run, args.weights, device, recipe_of(args.recipe or "plain"))
+        trained = load_run(args.run, args.weights, device, recipe_of(args.recipe or "plain"), args.step)
         pipeline, origin = trained.pipeline, {"run": str(args.run), "step": trained.step, "weights": args.weights}
     else:
         if not args.model.is_dir():

@@ -61,6 +61,7 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--save-masks", action="store_true", help="maps of the query masks over blocks and steps")
     parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="of --run")
+    parser.add_argument("--step", type=int, help="of --run: the checkpoint of this training step (default: the newest)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures drawn together")
     parser.add_argument(
         "--compile", choices=("blocks", "graphs"), help="torch.compile: each block, or all as CUDA graphs"

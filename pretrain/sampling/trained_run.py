@@ -1,4 +1,4 @@
-"""A run's newest checkpoint as a pipeline: what sampling, export and pruning start from."""
+"""A run's checkpoint as a pipeline: what sampling, export and pruning start from."""
 
 from __future__ import annotations
 
@@ -32,21 +32,33 @@ class TrainedRun:
     vae: Vae
 
 
+def config_of(run: Path) -> Config:
+    """The config that a run directory keeps, of this version or an earlier one."""
+    return Config.model_validate(upgrade(OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))))  # type: ignore[arg-type]
+
+
 def load_run(
-    run: Path, weights: str = "ema", device: torch.device | str = "cpu", recipe: Recipe | None = None
+    run: Path,
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+    recipe: Recipe | None = None,
+    step: int | None = None,
 ) -> TrainedRun:
-    """Reads a run directory's newest checkpoint. `weights`: ema | master; in the dtypes of a recipe (plain by default).
+    """Reads a run directory's checkpoint of a step, by default the newest, in the dtypes of a recipe, by default plain.
+
+    Args:
+        weights: ema | master.
 
     Raises:
         ValueError, FileNotFoundError: no complete checkpoint, damaged files, or encoders other than the data set's.
     """
     device = torch.device(device)
     run = checkpoint.find_run(str(run))
-    found = checkpoint.newest(run)
+    found = checkpoint.newest(run) if step is None else checkpoint.at_step(run, step)
     if found is None:
         raise ValueError(f"{run} has no complete checkpoint yet; train it first")
     found.verify()
-    config = Config.model_validate(upgrade(OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))))  # type: ignore[arg-type]
+    config = config_of(run)
     card = Card.load(run)
     model = DiT(config.model.backbone())
     model.load_state_dict(found.parameters(weights))

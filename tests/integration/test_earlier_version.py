@@ -2,39 +2,27 @@
 
 `tests/earlier/` holds them: FocusDiT's masks and shared FFN, mediators and FlexDiT together, in the names of that time
 (`model.split`, `guard.after`, …), trained for three steps in two processes; and latents that the export drew then. Only the
-preset's widths were made smaller, as `SMALL` below.
+preset's widths were made smaller (`use_earlier_preset`).
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import ROOT, state_of
+from support import EARLIER, state_of, use_earlier_preset
 
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config import Config
-from pretrain.models import PRESETS
 from pretrain.models.mixers.flexdit import FlexDiTSection
 from pretrain.models.mixers.mediators import MediatorsSection
 from pretrain.pipeline import FocusDiTPipeline
 from pretrain.sampling.trained_run import load_run
 
-EARLIER = ROOT / "tests" / "earlier"
-SMALL = replace(PRESETS["dit_tiny_deep"], width=16, heads=2, depth=5, mask_hidden=(8, 4))
-
-
-def use_small_preset() -> None:
-    PRESETS["dit_tiny_deep"] = SMALL
-
-
-@pytest.fixture(autouse=True)
-def small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRESETS, "dit_tiny_deep", SMALL)
+pytestmark = pytest.mark.usefixtures("earlier_preset")
 
 
 def draw(pipeline: FocusDiTPipeline) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +76,7 @@ def test_a_new_run_starts_from_it(data_set: Path, train, tmp_path: Path) -> None
     words += ["deepspeed.train_batch_size=4", "deepspeed.train_micro_batch_size_per_gpu=2", "preview.every=0"]
     words += ["steps=1", "optimizer.warmup_steps=0", "optimizer.lr=1e-30", "carry_moments=true"]
     given = [f"init_from={tmp_path / 'earlier'}", f"run_dir={tmp_path / 'new'}", f"data.path={data_set}"]
-    output = train("demo_256", *words, *given, before=use_small_preset).output
+    output = train("demo_256", *words, *given, before=use_earlier_preset).output
     assert "its weights and average, the optimizer's moments too" in output
     before, after = state_of(tmp_path / "earlier"), state_of(tmp_path / "new")
     masters = [name for name in before if name.startswith("master/")]

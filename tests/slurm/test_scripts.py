@@ -213,6 +213,45 @@ def test_encoding_runs_without_slurm_and_hands_its_options_on(cluster, recorder)
     ]
 
 
+# --- evaluation
+
+EVALUATION = {"RUN": "runs/one", "PROMPTS": "p.txt", "METRICS": " shapes  fid ", "OUT": "out"}
+HANDED_ON = [
+    "-m",
+    "pretrain.evaluate",
+    "--run",
+    "runs/one",
+    "--prompts",
+    "p.txt",
+    "--metrics",
+    "shapes",
+    "fid",
+    "--out",
+]
+
+
+@pytest.mark.parametrize("absent", EVALUATION)
+def test_evaluation_without_what_it_needs_is_refused(cluster, recorder, absent):
+    env = EVALUATION | {"PYTHON": recorder.path, absent: ""}
+    done = cluster.command("bash", "slurm/evaluate.sh", env=env, check=False)
+    assert (done.returncode, recorder.notes()) == (2, [])
+    assert done.stderr.startswith(f"error: {absent} is not set: ") and done.stderr.count("\n") == 1
+
+
+def test_evaluation_runs_without_slurm_and_hands_its_options_on(cluster, recorder):
+    env = EVALUATION | {"PYTHON": recorder.path, "EVERY": "50", "OVERRIDES": "--steps 20  --per-prompt 4"}
+    cluster.command("bash", "slurm/evaluate.sh", env=env)
+    (note,) = recorder.notes()
+    assert note["arguments"] == [*HANDED_ON, "out", "--every", "50", "--steps", "20", "--per-prompt", "4"]
+
+
+def test_the_tasks_of_an_evaluation_share_its_pictures(cluster, recorder):
+    options = [*ONE_TASK_A_NODE, *SMALL_WORKER]
+    expect(cluster.wait(cluster.sbatch("slurm/evaluate.sh", *options, env=EVALUATION | {"PYTHON": recorder.path})))
+    assert sorted(n["env"]["RANK"] + "/" + n["env"]["WORLD_SIZE"] for n in recorder.notes()) == ["0/2", "1/2"]
+    assert [n["arguments"] for n in recorder.notes()] == [[*HANDED_ON, "out"]] * 2
+
+
 # --- the chain
 
 

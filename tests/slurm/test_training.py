@@ -1,19 +1,24 @@
-"""The stage scripts on a real two-node cluster, with real training: DeepSpeed over two nodes, and the chained schedule."""
+"""The stage scripts on a real two-node cluster, with real training: DeepSpeed over two nodes, an evaluation beside it,
+and the chained schedule."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from support import ROOT, SMALL, scalars
 
 from data_prep.schema import Card
+from data_prep.shapes import scenes
 from pretrain.checkpoint.reader import newest
 
 pytestmark = pytest.mark.slurm
 
+ONE_NODE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--mem=0")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0")
 
 
@@ -30,6 +35,40 @@ def test_stage_1_trains_over_two_nodes(cluster, data_set: Path, tmp_path: Path) 
     assert found.state["world"] == 2
     assert len(list(found.path.glob("rank_*"))) == 2
     assert list(scalars(tmp_path / "run", "train/loss")) == [1, 2, 3]
+
+
+def test_a_training_is_followed_to_its_end(cluster, data_set: Path, tmp_path: Path) -> None:
+    """Each of its checkpoints is evaluated once, at its step; the training ends as it would alone."""
+    every, last_step = 4, 12
+    run, out, prompts = tmp_path / "run", tmp_path / "out", tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{s.caption}\n" for s in scenes(2, 1)))
+    kept = [f"checkpoint.every={every}", f"checkpoint.keep_every={every}"]
+    words = " ".join([*SMALL, f"data.path={data_set}", f"steps={last_step}", *kept])
+    shared = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = shared | {"CONFIG": "demo_256", "OVERRIDES": words, "RUN_DIR": str(run)}
+    training = cluster.sbatch("slurm/stage1_256.sh", *ONE_NODE, env=environment)
+    deadline = time.monotonic() + 200
+    while not (run / "config.yaml").exists():
+        assert time.monotonic() < deadline, cluster.show(training)
+        time.sleep(0.1)
+    environment = shared | {"RUN": str(run), "PROMPTS": str(prompts), "METRICS": "shapes", "OUT": str(out)}
+    environment |= {"EVERY": str(every), "OVERRIDES": "--steps 2 --height 64 --width 64 --poll 0.5"}
+    job = cluster.sbatch("slurm/evaluate.sh", *ONE_NODE, "--cpus-per-task=1", env=environment)
+
+    followed, trained = cluster.wait(job, timeout=240), cluster.wait(training, timeout=240)
+    assert (trained.state, trained.exit_code) == ("COMPLETED", 0), trained.log
+    assert (followed.state, followed.exit_code) == ("COMPLETED", 0), followed.log
+    assert f"{run} is complete at step {last_step}: 3 checkpoints evaluated now" in followed.log
+    steps = [*range(every, last_step + 1, every)]
+    assert [p.name for p in sorted(out.iterdir())] == [f"step_{step:08d}" for step in steps]
+    for step in steps:
+        found = json.loads((out / f"step_{step:08d}" / "shapes.json").read_text())
+        assert (found["status"], found["pictures"]["step"], found["pictures"]["count"]) == ("done", step, 2)
+    assert [*scalars(run / "evaluate", "evaluate/shapes/tasks")] == steps
+    assert [*scalars(run, "train/loss")] == [*range(1, last_step + 1)]
+    last = newest(run)
+    assert last is not None and last.run_state.step == last_step
+    last.verify()
 
 
 def test_the_schedule_runs_from_tars_to_stage_2(cluster, shape_tars: Path, tmp_path: Path) -> None:

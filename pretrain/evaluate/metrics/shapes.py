@@ -1,4 +1,4 @@
-"""shapes: whether pictures of the captioned shapes show what their captions say; needs no weights."""
+"""shapes: whether pictures of the captioned shapes show what their captions say, by GenEval's six tasks; needs no weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data_prep.shapes import check, scene_of
+from data_prep.shapes import Scene, check, scene_of
+from data_prep.shapes_checker import by_figure, judge, mean_of_tasks
 from pretrain.evaluate.metric import Picture, Record, Result, Value
 from pretrain.evaluate.pictures import with_prompts
 
@@ -24,24 +25,24 @@ def build(args: argparse.Namespace, device: torch.device) -> ShapesScorer:
 
 
 class ShapesScorer:
-    """Compares pictures with the scenes of their captions (data_prep/shapes.py)."""
+    """Compares pictures with the scenes of their captions (data_prep/shapes_checker.py); beside it the strict measure."""
 
-    identity: Mapping[str, Any] = {"checker": 1}
+    identity: Mapping[str, Any] = {"checker": 2}
     batch = 16
 
     def score(self, pictures: Sequence[Picture]) -> list[Record]:
-        """Whether colours and shapes are the caption's."""
-        found = [
-            check(p.open(), scene_of(prompt))
-            for p, prompt in zip(pictures, with_prompts(pictures, "shapes"), strict=True)
-        ]
-        return [{"colours": result.colours, "shapes": result.shapes} for result in found]
+        """Whether each task that the caption sets is fulfilled, and the other figures."""
+        asked = [scene_of(prompt) for prompt in with_prompts(pictures, "shapes")]
+        return [self._score(picture, scene) for picture, scene in zip(pictures, asked, strict=True)]
+
+    def _score(self, picture: Picture, scene: Scene) -> Record:
+        image = picture.open()
+        strict = check(image, scene)
+        shapes = {} if strict.shapes is None else {"strict_shapes": strict.shapes}
+        return {**judge(image, scene).figures, "strict_colours": strict.colours, **shapes}
 
     def summarise(self, pictures: Sequence[Picture], records: Sequence[Record]) -> Result:
-        """The shares of pictures that are right."""
-        return Result(
-            {
-                "colours": Value.mean([float(r["colours"]) for r in records]),
-                "shapes": Value.mean([float(r["shapes"]) for r in records if r["shapes"] is not None]),
-            }
-        )
+        """The mean of the tasks' scores, and the share of pictures that are right by each figure."""
+        figures = by_figure(records)
+        shares = {name: Value.mean([float(right) for right in values]) for name, values in figures.items()}
+        return Result({"tasks": Value(mean_of_tasks(figures), len(records)), **shares})

@@ -105,3 +105,12 @@ def test_checkpoint(capsys):
 def test_skip_by_a_model_without_masks(capsys):
     assert main(["skip", *SMALL]) == 1
     assert "no query masks" in capsys.readouterr().err
+
+
+def test_the_shapes_checker_is_shown_right_and_wrong_pictures(capsys):
+    assert main(["shapes", "--pictures", "6"]) == 0
+    accuracy, wrong, *confusion, speed = capsys.readouterr().out.strip().split("\n\n")
+    assert re.search(r"\| none( \| 1\.000){11} \|", accuracy)
+    assert re.search(r"\| pair \| swapped colours .* \*\*1\.000\*\* \|$", wrong, re.MULTILINE)
+    assert [table.split(" | ")[0] for table in confusion] == ["| number", "| shape", "| place", "| direction"]
+    assert re.fullmatch(r"\d+\.\d ms to recognise a picture of 512 px", speed)

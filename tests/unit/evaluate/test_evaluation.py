@@ -14,6 +14,7 @@ from data_prep.shapes import draw, scenes
 from pretrain.evaluate.__main__ import main
 from pretrain.evaluate.metric import NotRun, Result, Value
 from pretrain.evaluate.metrics import METRICS
+from pretrain.evaluate.plots import plot_results
 from pretrain.sampling import drawing
 
 SETTINGS = ("--steps", "2", "--height", "64", "--width", "64", "--batch-size", "2")
@@ -228,3 +229,16 @@ def test_a_mean_has_its_standard_error() -> None:
     assert (value.value, value.count) == (pytest.approx(7 / 3), 3)
     assert value.sem == pytest.approx((((16 + 1 + 25) / 9) / 2 / 3) ** 0.5)
     assert Value.mean([1.0]).sem is None
+
+
+def test_results_are_plotted(tmp_path: Path, counting: Counting) -> None:
+    for i in range(3):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    assert main(words("--pictures", tmp_path, None, tmp_path / "out", "--metrics", "counting")) == 0
+    (panel,) = plot_results([result(tmp_path / "out")]).axes
+    (bar,) = panel.patches
+    value = result(tmp_path / "out")["values"]["brightness"]
+    assert bar.get_width() == value["value"]
+    assert [t.get_text().split() for t in panel.texts] == [[f"{value['value']:.4g}", "±", f"{value['sem']:.2g}"]]
+    with Image.open(tmp_path / "out/results.png") as plot:
+        assert plot.width > 500
