@@ -22,6 +22,7 @@ from pretrain.evaluate.geneval_models import ClipColours, Mask2Former, box_of, c
 from pretrain.evaluate.geneval_rules import COLOURS as PUBLISHED_COLOURS
 from pretrain.evaluate.geneval_rules import Detection, faults, kept, relations, spec_of
 from pretrain.evaluate.metric import NotRun
+from pretrain.evaluate.metrics import METRICS
 
 SIDE = 96
 
@@ -214,6 +215,8 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "lines.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     monkeypatch.setattr(geneval_models, "Mask2Former", lambda name, device: Scripted(known, {"detector": name}))
     monkeypatch.setattr(geneval_models, "ClipColours", lambda clip: Scripted(known, {"clip": clip}))
+    for metric in METRICS.values():
+        metric()  # a module that is first imported now would keep what replaces the name
     monkeypatch.setattr(clip, "Clip", lambda name, option, device: name)
     words = ["--pictures", str(folder), "--prompts", str(tmp_path / "lines.jsonl"), "--per-prompt", "4"]
     return [*words, "--metrics", "geneval", "--out", str(tmp_path / "out"), "--geneval-detector", "D"]
