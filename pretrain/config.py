@@ -24,6 +24,9 @@ from pretrain.models import DiTConfig, preset
 from pretrain.models.config import RENAMED_FIELDS, upgrade_fields
 from pretrain.sections import Section, optional_fields, replace_fields
 
+# Noise levels of validation: 0, 1/8, … 7/8.
+VALIDATION_LEVELS = 8
+
 # Schemes of the object stores from which shards are streamed.
 REMOTE = ("s3", "gs")
 
@@ -88,6 +91,11 @@ class DataSection(Section):
     """Side of the square pictures, in pixels; the data set must hold it. With buckets: the side of a square of their area."""
     sources: Annotated[dict[str, Proportion], Field(min_length=1)] | None = None
     """Proportions of named sources in what is drawn, such as {coyo: 0.8, art: 0.2}; by default every sample once an epoch."""
+    validation: float | str | None = None
+    """Samples held out for validation, never trained on: a source's name, or a share of the tars, which a hash of their names
+    chooses (docs/choices.md, "Validation"). By default there is no validation."""
+    validation_samples: Annotated[int, Field(gt=0, multiple_of=VALIDATION_LEVELS)] = 2048
+    """Number of held-out samples that validation uses: a multiple of its eight noise levels."""
     cache: Path | None = None
     """Folder on each node's own disk for shards that are fetched or decompressed; a local, uncompressed set needs none."""
     cache_limit: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(mb|gb|tb)$")] | None = None
@@ -108,7 +116,7 @@ class DataSection(Section):
     """mosaicml-streaming's `num_canonical_nodes`: part of the data order, the same for every cluster size."""
 
     def problems(self) -> list[str]:
-        """Lists contradictions between the fields that say where the data set is read."""
+        """Lists contradictions between the fields."""
         scheme = self.path.partition("://")[0] if "://" in self.path else None
         if scheme not in (None, *REMOTE):
             return [f"path: {self.path} must be a local folder, or an s3:// or gs:// URL"]
@@ -116,6 +124,20 @@ class DataSection(Section):
             return ["cache: path is remote, so give a folder on each node's own disk"]
         if self.cache_limit and self.cache is None:
             return ["cache_limit: it limits the cache, and there is none; set data.cache, or leave it out"]
+        return self._validation_problems()
+
+    def _validation_problems(self) -> list[str]:
+        held_out = self.validation
+        if isinstance(held_out, float) and not 0 < held_out < 1:
+            return [f"validation: {held_out:g} must be a share above 0 and below 1, or a source's name"]
+        if held_out == "":
+            return [
+                "validation: must be a share above 0 and below 1, or a source's name; leave it out for no validation"
+            ]
+        if self.sources is not None and held_out in self.sources:
+            return [
+                f"validation: {held_out} is in data.sources, too, and would be trained on; leave it out of one of them"
+            ]
         return []
 
 
@@ -169,6 +191,8 @@ class LoggingSection(Section):
     """Steps between points in TensorBoard and lines in the log."""
     timestep_bins: Positive = 5
     """Number of equal bins of the timestep, each with its own loss curve."""
+    validate_every: Positive = 1000
+    """Steps between validations on the samples of data.validation; before the first step and after the last there is one, too."""
     peak_tflops: float | None = None
     """Peak of the device in TFLOP/s, for MFU; by default the data sheet's, or measured where it is unknown."""
 

@@ -24,6 +24,7 @@ from pretrain.curves import curve
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")
 PICTURES = 800
+HELD_OUT = "data.validation=0.05"  # by its name, one of the four tars: 50 pictures
 PROCESSES = 2  # of the training
 PROMPTS, PROMPT_SEED = 64, 1000  # another seed than the training pictures have
 
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = [
         [python, "-m", "data_prep.shapes", "--output", TARS, "--pictures", str(PICTURES)],
         [python, "-m", "data_prep.encode", "--input", f"{TARS}/*.tar", "--output", DATA, "--encoders", "tiny"],
-        *map(training_command, STAGES),
+        *(training_command(stage, HELD_OUT) for stage in STAGES),
         [*draw, "--prompts", str(prompts), "--out", str(OUT), "--overwrite"],
     ]
     if (Path(DATA) / "dataset.json").exists() and Path(TARS).exists():
@@ -86,7 +87,7 @@ def report(asked: list[Scene], seconds: float) -> str:
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     lines = [
         "",
-        *(loss_line(stage) for stage in STAGES),
+        *(loss_line(stage, tag) for stage in STAGES for tag in ("train/loss", "validation/loss")),
         "",
         "pictures that are as the caption says (data_prep/shapes_checker.py)",
         *(f"  {name.replace('_', ' '):<20}{_share(values)}" for name, values in figures.items()),
@@ -106,12 +107,12 @@ def _share(right: list[bool]) -> str:
     return f"{sum(right) / len(right):.3f} ({sum(right)} of {len(right)})"
 
 
-def loss_line(stage: str) -> str:
-    """Loss of a stage in eight numbers, each the mean over an eighth of its curve."""
-    values = list(curve(Path("runs") / stage, "train/loss").values())
+def loss_line(stage: str, tag: str) -> str:
+    """Loss of a stage in at most eight numbers, each the mean over an eighth of its curve."""
+    values = list(curve(Path("runs") / stage, tag).values())
     edges = [round(i * len(values) / 8) for i in range(9)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges) if b > a]
-    return f"{stage}  train/loss  " + " → ".join(f"{m:.3f}" for m in means)
+    return f"{stage}  {tag:<15}  " + " → ".join(f"{m:.3f}" for m in means)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from pretrain.monitoring.monitor import Monitor
 from pretrain.monitoring.preview import Preview
 from pretrain.monitoring.provenance import save_provenance
 from pretrain.monitoring.start_summary import start_summary
+from pretrain.monitoring.validation import Validation
 from pretrain.resilience import preflight
 from pretrain.resilience.failure import report_failure
 from pretrain.resilience.heartbeat import IN_STEP
@@ -58,6 +59,7 @@ class Trainer:
     watchdog: Watchdog
     monitor: Monitor
     preview: Preview
+    validation: Validation
     saver: CheckpointWriter
     recovery: Recovery
 
@@ -105,6 +107,8 @@ def build(
     batch, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
     loader = Loader(config, backbone, batch, micro, world)
     preview = Preview(config, loader.card, loader.root, world)
+    objective = config.objective.build()
+    validation = Validation(config, loader, objective, watchdog.begin, lambda: stop.code != 0)
     torch.manual_seed(config.seed)
     model = DiT(backbone).to(world.device)
     model.recompute = config.model.recompute
@@ -120,10 +124,8 @@ def build(
     saver = CheckpointWriter(config, zero, ema, {"data": loader.fingerprint, **run_info})
     log = partial(log_from_first, world.rank)
     recovery = Recovery(config, loader, zero, ema, guard, watchdog, monitor, saver, lock, log)
-    objective = config.objective.build()
-    return Trainer(
-        config, deepspeed, loader, model, zero, ema, objective, guard, watchdog, monitor, preview, saver, recovery
-    )
+    parts = (config, deepspeed, loader, model, zero, ema, objective, guard, watchdog, monitor, preview, validation)
+    return Trainer(*parts, saver, recovery)
 
 
 def train(t: Trainer) -> str | None:
@@ -136,6 +138,8 @@ def train(t: Trainer) -> str | None:
     recovery.log(start_summary(config, t.deepspeed, t.loader.plan, t.engine.world, state.step))
     t.watchdog.step = state.step
     batches = recovery.batches(state)
+    if state.step == 0 and t.validation.due(0):
+        t.validation.run(t.engine, t.model, t.ema, t.monitor, 0)
     while state.step < config.steps:
         step_batches = next(batches)
         state = replace(train_step(t, step_batches, state), position=t.loader.position)
@@ -152,6 +156,8 @@ def train(t: Trainer) -> str | None:
         if t.preview.due(state.step):
             t.watchdog.begin("drawing the preview")
             t.preview.draw(t.model, t.ema, t.monitor, state.step)
+        if t.validation.due(state.step):
+            t.validation.run(t.engine, t.model, t.ema, t.monitor, state.step)
         last = state.step == config.steps or verdict.stop > 0
         if state.step % config.checkpoint.every == 0 or last:
             recovery.save(state, wait=last)

@@ -35,20 +35,29 @@ def record(source: str, i: int, chance: random.Random, bucket: tuple[int, int] |
 
 
 def write_set(
-    root: Path, sources: dict[str, int], dtype: str = "bfloat16", buckets: bool = False, **options: Any
+    root: Path,
+    sources: dict[str, int],
+    dtype: str = "bfloat16",
+    buckets: bool = False,
+    tars: int = 1,
+    **options: Any,
 ) -> Path:
-    """A data set of small shards, with so many samples of each source; with buckets a third of them are 14:18, not square."""
+    """A data set of small shards, with so many samples of each source in `tars` tars.
+
+    With buckets a third of them are 14:18, not square.
+    """
     choices = {"compression": options.get("compression")}
     vae = {"name": "tiny", "channels": 4, "downsample": 8}
     text = {"name": "tiny", "width": 128}
     card = schema.Card(text, vae, 300, "mean_std", [256], dtype, buckets=buckets, choices=choices)
     for source, count in sources.items():
         chance = random.Random(f"{source}/{options.pop('seed', 0)}")
-        with PartWriter(root, f"{source}/00000", card, "t", shard_bytes=1 << 18, **options) as part:
-            for i in range(count):
-                part.write(record(source, i, chance, ((16, 16) if i % 3 else (14, 18)) if buckets else None))
-            part.finish()
-            part.commit({"sets": part.sets, "written": part.written}, [])
+        for tar in range(tars):
+            with PartWriter(root, f"{source}/{tar:05d}", card, "t", shard_bytes=1 << 18, **options) as part:
+                for i in range(count * tar // tars, count * (tar + 1) // tars):
+                    part.write(record(source, i, chance, ((16, 16) if i % 3 else (14, 18)) if buckets else None))
+                part.finish()
+                part.commit({"sets": part.sets, "written": part.written}, [])
     finish_data_set(root, card, {})
     schema.save_null_text(root, torch.zeros(1, 128, dtype=torch.bfloat16))
     return root

@@ -25,7 +25,7 @@ from pretrain.resilience.watchdog import Watchdog
 
 
 def made_trainer(config: Config, deepspeed: dict[str, Any], world: World, stop: StopRequest) -> training.Trainer:
-    """A trainer without loader, preview and recovery; its watchdog is started, and is to be closed by the caller."""
+    """A trainer without loader, preview, validation and recovery; its watchdog is started, and is to be closed by the caller."""
     backbone = config.model.backbone()
     torch.manual_seed(config.seed)
     model = DiT(backbone).to(world.device)
@@ -39,7 +39,22 @@ def made_trainer(config: Config, deepspeed: dict[str, Any], world: World, stop: 
     saver = CheckpointWriter(config, zero, ema, {})
     objective, watchdog = config.objective.build(), Watchdog(world, config.guard.seconds).start()
     nothing = cast(Any, None)
-    parts: Any = (config, {}, nothing, model, zero, ema, objective, guard, watchdog, monitor, nothing, saver, nothing)
+    parts: Any = (
+        config,
+        {},
+        nothing,
+        model,
+        zero,
+        ema,
+        objective,
+        guard,
+        watchdog,
+        monitor,
+        nothing,
+        nothing,
+        saver,
+        nothing,
+    )
     return training.Trainer(*parts)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +16,16 @@ class EpochPlan:
 
     Attributes:
         draws: the number of samples of each set, by the set's folder, in the order of the streams.
+        held_out: the number of samples of these sets that are kept for validation, where there are some.
         notes: lines for the log: sets that are left out, and how often a mixture draws its sources.
     """
 
     draws: dict[str, int]
+    held_out: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 
-def plan_epoch(card: Card, data: DataSection, global_batch: int) -> EpochPlan:
+def plan_epoch(card: Card, data: DataSection, global_batch: int, held_out: Mapping[str, int]) -> EpochPlan:
     """Divides an epoch among the sets that hold the resolution.
 
     Without `data.sources` every sample is drawn once. With them an epoch is as long as the named sources together, and
@@ -31,10 +33,17 @@ def plan_epoch(card: Card, data: DataSection, global_batch: int) -> EpochPlan:
     With buckets a set gives whole global batches, since each is of one set and so of one shape: the samples that are left
     over are others in each epoch. A set smaller than one global batch is not used.
 
+    Args:
+        held_out: the number of samples that are kept for validation, by set.
+
     Raises:
         ValueError: an unknown source, or one without enough samples.
     """
-    sets = dict(sorted(card.sets_with(data.resolution).items()))
+    sets = {
+        name: {**about, "samples": about["samples"] - held_out.get(name, 0)}
+        for name, about in sorted(card.sets_with(data.resolution).items())
+        if about["samples"] > held_out.get(name, 0)
+    }
     shares = _shares(sets, data)
     samples = {name: about["samples"] for name, about in sets.items() if about["source"] in shares}
     unit = global_batch if card.buckets else 1
@@ -58,7 +67,8 @@ def plan_epoch(card: Card, data: DataSection, global_batch: int) -> EpochPlan:
     least = min(draws.values())
     if card.buckets and data.shuffle_block * least < sum(draws.values()):
         raise ValueError(f"data.shuffle_block: {data.shuffle_block} is too small for the set of {least} samples")
-    return EpochPlan(draws, (*_left_out(samples, draws, global_batch), *_mixture(sets, data, draws)))
+    notes = (*_held_out(data, held_out), *_left_out(samples, draws, global_batch), *_mixture(sets, data, draws))
+    return EpochPlan(draws, {name: held_out[name] for name in draws if name in held_out}, notes)
 
 
 def _shares(sets: dict[str, dict[str, Any]], data: DataSection) -> dict[str, float]:
@@ -86,12 +96,20 @@ def _split(total: int, weights: Sequence[float]) -> list[int]:
 
 def _too_few(data: DataSection, samples: dict[str, int], global_batch: int, buckets: bool) -> str:
     there = f"{data.path} has {sum(samples.values())} samples for {data.resolution} px"
-    if not buckets:
+    if data.validation is not None:
+        there += " that are not held out for validation"
+    if not (buckets and samples):
         return f"{there}, less than one global batch of {global_batch}"
     return (
         f"{there}, but the largest of its {len(samples)} sets of one shape has {max(samples.values())}, less than one global "
         f"batch of {global_batch}; lower deepspeed.train_batch_size"
     )
+
+
+def _held_out(data: DataSection, held_out: Mapping[str, int]) -> Iterable[str]:
+    if held_out:
+        chosen = f"source {data.validation}" if isinstance(data.validation, str) else f"{data.validation:g} of the tars"
+        yield f"data: {sum(held_out.values())} samples are held out for validation ({chosen})"
 
 
 def _left_out(samples: dict[str, int], draws: dict[str, int], global_batch: int) -> Iterable[str]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -21,12 +22,16 @@ from data_prep import schema
 from pretrain.config import Config
 from pretrain.data.batch import Batch, Collate
 from pretrain.data.epoch_plan import EpochPlan, plan_epoch
+from pretrain.data.held_out import held_out_shards, is_trained_on, samples_by_set, sets_read
 from pretrain.data.location import DataLocation, open_card, prepare
 from pretrain.data.shared_memory import remove_stale_names, unique_names
 from pretrain.distributed.world import World, once_per_node
 from pretrain.models import DiTConfig
 from pretrain.models.text import TEXT_MULTIPLE
 from pretrain.state import DataPosition
+
+if TYPE_CHECKING:  # it imports streaming
+    from pretrain.data.validation_set import ValidationBatch
 
 # Added to the seed for each rollback: more than any run has epochs, which are added to it, too.
 ROLLBACK_OFFSET = 1_000_003
@@ -56,18 +61,20 @@ class Loader:
         from pretrain.data.shard_reader import SetStream
         from pretrain.data.training_set import TrainingSet
 
-        self.config, self.global_batch = config, global_batch
-        location = DataLocation.of(config.data)
+        self.config, self.global_batch, self.world = config, global_batch, world
+        self.location = location = DataLocation.of(config.data)
         self.root = location.root
         self.card = open_card(location, world)
         check_fits(self.card, config, backbone, global_batch)
-        self.plan = plan_epoch(self.card, config.data, global_batch)
         self.cache_lock = once_per_node(location.lock_cache, world)
-        missing = prepare(location, self.plan.draws, config.data.damaged_shards, world)
+        missing = prepare(location, sets_read(self.card, config.data), config.data.damaged_shards, world)
+        self.held_out = held_out_shards(location, self.card, config.data)
+        self.plan = plan_epoch(self.card, config.data, global_batch, samples_by_set(self.held_out))
         once_per_node(remove_stale_names, world)
         if world.rank == 0:
             print("".join(f"{note}\n" for note in (*self.plan.notes, *missing)), end="", flush=True)
-        streams = [SetStream(location, name, choose=count) for name, count in self.plan.draws.items()]
+        trained_on = partial(is_trained_on, validation=config.data.validation)
+        streams = [SetStream(location, name, count, trained_on) for name, count in self.plan.draws.items()]
         with unique_names(world):
             self.data = TrainingSet(streams, config, self.card, global_batch // world.size)
         self.steps_per_epoch = sum(self.plan.draws.values()) // global_batch
@@ -96,6 +103,15 @@ class Loader:
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the order of the data: a checkpoint's position is valid for exactly this."""
         return fingerprint(self.config, self.card, self.root, self.plan, self.global_batch)
+
+    def validation_batches(self) -> list[ValidationBatch]:
+        """Reads this process's batches of held-out samples. All processes call it. Raises ValueError where one is damaged."""
+        if self.config.data.validation is None:
+            return []
+        from pretrain.data.validation_set import read_validation_batches  # late, as above
+
+        d = self.config.data
+        return read_validation_batches(self.location, self.card, d, self.held_out, self.collate, self.world)
 
     def resume(self, position: DataPosition, rollbacks: int = 0) -> None:
         """Continues at a position of a run with the same fingerprint; after rollbacks with other noise and data order."""
@@ -136,6 +152,7 @@ def fingerprint(config: Config, card: schema.Card, root: Path, plan: EpochPlan, 
         "data_set": card.fingerprint,
         "indexes": {name: _sha256(root / name / schema.INDEX) for name in plan.draws},
         "draws": plan.draws,
+        "held_out": plan.held_out or None,
         "resolution": config.data.resolution,
         "seed": config.seed,
         "shuffle_block": config.data.shuffle_block,

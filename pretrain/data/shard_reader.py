@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from streaming import Stream
 from streaming.base.format import Reader
 
 from data_prep.common import mds
+from pretrain.data.held_out import ShardName
 from pretrain.data.location import DataLocation
 from pretrain.data.streaming_private import ShardFile
 
@@ -70,15 +72,30 @@ class Shard(ShardFile):
 
 
 class SetStream(Stream):
-    """The shards of one set, read at the data set's location; `choose` samples of it are drawn an epoch.
+    """Shards of one set, read at the data set's location; `choose` samples of them are drawn an epoch.
 
-    A shard that cannot be fetched is `lost`; this process does not try it again.
+    Only those are there for which `keep` is true. A shard that cannot be fetched is `lost`; this process does not try it again.
     """
 
-    def __init__(self, location: DataLocation, name: str, choose: int):
+    def __init__(self, location: DataLocation, name: str, choose: int, keep: Callable[[ShardName], bool]):
         remote = f"{location.origin}/{name}" if location.cached else None
         super().__init__(local=f"{location.root}/{name}", remote=remote, choose=choose)
-        self.name = name
+        self.name, self.keep = name, keep
+
+    def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Any]:
+        """The readers of the shards that are kept."""
+        shards: list[Any] = super().get_shards(world, allow_unsafe_types)
+        return [shard for shard in shards if self.keep(ShardName(self.name, shard.raw_data.basename))]
+
+    def open(self) -> dict[ShardName, Shard]:
+        """The shards that are kept, fetched, for use without a data set of streaming's."""
+        self.apply_default(
+            {"split": None, "download_retry": 2, "download_timeout": 60, "validate_hash": None, "keep_zip": False}
+        )
+        shards = {ShardName(self.name, s.raw_data.basename): Shard(s) for s in self.get_shards(None, False)}
+        for shard in shards.values():
+            self.prepare_shard(shard)
+        return shards
 
     def prepare_shard(self, shard: Reader) -> int:
         """Fetches and unpacks a shard; returns by how many bytes the cache grew."""

@@ -33,7 +33,7 @@ PRIVATE = {
         "stream_per_shard",
     ),
     "MDSReader": ("decode_sample", "dirname", "get_sample_data", "raw_data", "split", "zip_data"),
-    "Stream": ("prepare_shard", "remote"),
+    "Stream": ("apply_default", "get_shards", "prepare_shard", "remote"),
 }
 """The names that `pretrain` uses, by their owner: the table of docs/dependencies.md."""
 

@@ -22,13 +22,17 @@ class EpsilonPrediction:
     """The noise objective: each of the steps is as likely."""
 
     def corrupt(self, latent_BCHW: Tensor, noise_BCHW: Tensor, uniform_B: Tensor) -> NoisySample:
-        """The process's point and noise; `uniform_B` in (0, 1) chooses t."""
+        """The process's point and noise; `uniform_B` in (0, 1) chooses t, and is t / STEPS itself."""
+        return self.at(latent_BCHW, noise_BCHW, uniform_B)
+
+    def at(self, latent_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> NoisySample:
+        """The process's point and noise at the step below `t_B`·STEPS."""
         beta = torch.linspace(BETA_START, BETA_END, STEPS, dtype=torch.float64, device=latent_BCHW.device)
         kept = torch.cumprod(1 - beta, dim=0)
-        t_B = (uniform_B * STEPS).long().clamp(0, STEPS - 1)
-        kept_B111 = kept[t_B].float()[:, None, None, None]
+        step_B = (t_B * STEPS).long().clamp(0, STEPS - 1)
+        kept_B111 = kept[step_B].float()[:, None, None, None]
         noisy = kept_B111.sqrt() * latent_BCHW + (1 - kept_B111).sqrt() * noise_BCHW
-        return NoisySample(noisy, timestep_B=t_B.float(), target_BCHW=noise_BCHW)
+        return NoisySample(noisy, timestep_B=step_B.float(), target_BCHW=noise_BCHW)
 
     def cdf(self, t: float) -> float:
         """The share of times below t, a multiple of 1/STEPS: t itself."""

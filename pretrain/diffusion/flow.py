@@ -42,10 +42,13 @@ class RectifiedFlow:
         if self.times == "logit_normal":
             t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(t))
         t = t.float()
-        t = self.shift * t / (1 + (self.shift - 1) * t)
-        t_B111 = t[:, None, None, None]
+        return self.at(latent_BCHW, noise_BCHW, self.shift * t / (1 + (self.shift - 1) * t))
+
+    def at(self, latent_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> NoisySample:
+        """The path's point and velocity at t in 0..1."""
+        t_B111 = t_B[:, None, None, None]
         noisy = (1 - t_B111) * latent_BCHW + t_B111 * noise_BCHW
-        return NoisySample(noisy, timestep_B=1000 * t, target_BCHW=noise_BCHW - latent_BCHW)
+        return NoisySample(noisy, timestep_B=1000 * t_B, target_BCHW=noise_BCHW - latent_BCHW)
 
     def cdf(self, t: float) -> float:
         """The share of times below t in 0..1."""

@@ -37,6 +37,10 @@ class Objective(Protocol):
         """The noisy latents and the target; `uniform_B` in 0..1 chooses each time by its quantile."""
         ...
 
+    def at(self, latent_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> NoisySample:
+        """The noisy latents and the target at the noise levels `t_B` (timestep / 1000)."""
+        ...
+
     def cdf(self, t: float) -> float:
         """The share of training times (timestep / 1000) below t: the number in 0..1 for which `corrupt` chooses t.
 

@@ -88,10 +88,11 @@ class Monitor:
         peak = config.logging.peak_tflops or peak_tflops(self.world.device, engine.dtype)
         self.peak = peak * 1e12 * self.world.size
         self.grid = grid_of(backbone, config.data.resolution, DOWNSAMPLE)
+        self._folder = config.run_dir / "tensorboard"
         self.sums, self.since = self._zeros(), time.perf_counter()
 
     def resume(self, step: int, pending_sums: list[float]) -> None:
-        """Continues the curves after a step; later points are purged.
+        """Continues the curves after a step; later points are purged, at step 0 all of them.
 
         Args:
             pending_sums: those of a checkpoint of that step; [] for none.
@@ -99,7 +100,8 @@ class Monitor:
         if self.writer is not None:
             self.close()
         if self.world.rank == 0:
-            self.writer = self._open(purge_step=step + 1 if step else None)
+            earlier = any(self._folder.glob("events.*"))
+            self.writer = self._open(purge_step=(step + 1 if step else 0) if earlier else None)
         self.sums, self.since = self._zeros(), time.perf_counter()
         if pending_sums:
             s = self.sums
@@ -186,8 +188,7 @@ class Monitor:
             scalars |= {f"mask_mean/block_{k:02d}": (masks[k] / micro).item() for k in range(blocks)}
         if self.world.device.type == "cuda":
             scalars["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        for tag, value in scalars.items():
-            self._put(lambda writer, tag=tag, value=value: writer.add_scalar(tag, value, step))  # type: ignore[misc]
+        self.scalars(scalars, step)
         eta = (self.config.steps - step) * seconds / s.steps
         print(
             f"step {step}/{self.config.steps}  loss {scalars['train/loss']:.4f}  norm {scalars['train/gradient_norm']:.2f}  "
@@ -196,13 +197,18 @@ class Monitor:
             flush=True,
         )
 
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Writes a point of each curve."""
+        for tag, value in values.items():
+            self._put(lambda writer, tag=tag, value=value: writer.add_scalar(tag, value, step))  # type: ignore[misc]
+
     def image(self, tag: str, image: Image.Image, step: int) -> None:
         """Writes a picture."""
         self._put(lambda writer: writer.add_image(tag, np.asarray(image), step, dataformats="HWC"))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Excludes the time spent within it (checkpoints, previews) from the speed."""
+        """Excludes the time spent within it (checkpoints, previews, validation) from the speed."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
@@ -217,7 +223,7 @@ class Monitor:
         self.writer = None
 
     def _open(self, purge_step: int | None = None) -> SummaryWriter:
-        return SummaryWriter(str(self.config.run_dir / "tensorboard"), purge_step=purge_step, flush_secs=10)
+        return SummaryWriter(str(self._folder), purge_step=purge_step, flush_secs=10)
 
     def _put(self, write: Callable[[SummaryWriter], object]) -> None:
         """Writes on process 0. On a full disk points are lost but training goes on: the next point tries a new file."""

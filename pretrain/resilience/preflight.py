@@ -24,6 +24,7 @@ from data_prep import schema
 from data_prep.common.words import counted
 from pretrain.config import Config, ConfigError, geometry, load
 from pretrain.data.epoch_plan import plan_epoch
+from pretrain.data.held_out import held_out_shards, samples_by_set, sets_read
 from pretrain.data.loader import check_fits, fingerprint
 from pretrain.data.location import DataLocation, open_card, prepare
 from pretrain.data.shared_memory import remove_stale_names
@@ -193,9 +194,11 @@ def _data(
     try:
         card = open_card(place, World.alone())
         check_fits(card, config, config.model.backbone(), batch)
-        drawn = plan_epoch(card, config.data, batch)
-        missing = prepare(place, drawn.draws, config.data.damaged_shards, World.alone()) if every_shard else []
         there = every_shard or not place.cached
+        sets, alone = sets_read(card, config.data), World.alone()
+        missing = prepare(place, sets, config.data.damaged_shards, alone) if every_shard else []
+        held_out = samples_by_set(held_out_shards(place, card, config.data)) if there else {}
+        drawn = plan_epoch(card, config.data, batch, held_out)
         order = fingerprint(config, card, place.root, drawn, batch) if there else None
     except (ValueError, OSError) as error:
         report.problems.append(f"data: {error}")

@@ -22,6 +22,7 @@ from pretrain.checkpoint.restore import restore_weights, resume
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config import Config, upgrade
 from pretrain.data.batch import Batch
+from pretrain.data.held_out import was_trained_on
 from pretrain.data.loader import Loader
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine
@@ -89,6 +90,10 @@ class Recovery:
         self._log_changes(other)
         for line in origins:
             self.log(f"  {line}")
+        if was_trained_on(config.data, other.state["config"]["data"]):
+            self.log(
+                f"WARNING: {run} was trained on samples that data.validation holds out here; give it the same there"
+            )
         return RunState(updates=other.run_state.updates if config.carry_moments else 0)
 
     def _log_changes(self, before: Checkpoint) -> None:

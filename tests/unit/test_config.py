@@ -229,10 +229,25 @@ def test_all_contradictions_at_once():
             "data.cache_limit: it limits the cache, and there is none; set data.cache, or leave it out",
         ),
         ("data.sources={a: 1, b: -1}", "data.sources.b: Input should be greater than 0, not -1"),
+        ("data.validation=1.5", "data.validation: 1.5 must be a share above 0 and below 1, or a source's name"),
+        ("data.validation=0", "data.validation: 0 must be a share above 0 and below 1, or a source's name"),
+        (
+            "data.validation=''",
+            "data.validation: must be a share above 0 and below 1, or a source's name; leave it out for no validation",
+        ),
+        ("data.validation_samples=20", "data.validation_samples: Input should be a multiple of 8, not 20"),
+        ("logging.validate_every=0", "logging.validate_every: Input should be greater than 0, not 0"),
     ],
 )
 def test_where_the_data_set_is_and_what_is_drawn(override, line):
     assert complaint(override) == [line]
+
+
+def test_a_source_is_not_both_trained_on_and_held_out():
+    assert load("demo_256", ["data.sources={a: 1, b: 2}", "data.validation=c"])[0].data.validation == "c"
+    assert complaint("data.sources={a: 1, b: 2}", "data.validation=b") == [
+        "data.validation: b is in data.sources, too, and would be trained on; leave it out of one of them"
+    ]
 
 
 def test_a_data_set_by_its_path_or_url():

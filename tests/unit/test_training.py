@@ -69,7 +69,9 @@ class Recovery:
 def loop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str | None, list[str]]]:
     """Runs the loop with these verdicts, one a step; returns its result and what it asked of its parts."""
 
-    def run(*verdicts: StepVerdict, start: RunState = FRESH, **overrides: Any) -> tuple[str | None, list[str]]:
+    def run(
+        *verdicts: StepVerdict, start: RunState = FRESH, validated: tuple[int, ...] = (), **overrides: Any
+    ) -> tuple[str | None, list[str]]:
         words = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
         config = load("demo_256", ["data.path=/set", "optimizer.warmup_steps=0", "preview.every=0", *words])[0]
         calls: list[str] = []
@@ -85,6 +87,9 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str | None, lis
             watchdog=SimpleNamespace(step=0, finish_step=lambda step: None, begin=lambda activity: None),
             monitor=SimpleNamespace(close=lambda: calls.append("close")),
             preview=SimpleNamespace(due=lambda step: False),
+            validation=SimpleNamespace(
+                due=lambda step: step in validated, run=lambda *given: calls.append(f"validate {given[-1]}")
+            ),
             recovery=Recovery(calls, start),
         )
 
@@ -107,6 +112,14 @@ def test_a_run_is_complete_after_its_steps_with_a_last_checkpoint(loop) -> None:
     assert calls[4:-2] == ["save 2", "save 4", "save 5 and wait"]
     assert calls[-2] == "close"
     assert calls[-1].startswith("demo_256 is complete: 5 steps, 0 images; ")
+
+
+def test_it_is_validated_before_the_first_step_and_before_a_checkpoint(loop) -> None:
+    """A resumed run has been validated at the step that it starts from."""
+    _, calls = loop(*[WELL] * 3, steps=3, checkpoint__every=2, validated=(0, 2, 3))
+    assert calls[3:8] == ["validate 0", "batches from 0", "validate 2", "save 2", "validate 3"]
+    _, calls = loop(WELL, start=RunState(2), steps=3, validated=(0, 2, 3))
+    assert calls[3:6] == ["batches from 2", "validate 3", "save 3 and wait"]
 
 
 def test_a_resumed_run_goes_on_after_its_step_and_a_finished_one_does_nothing(loop) -> None:

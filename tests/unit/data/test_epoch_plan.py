@@ -19,12 +19,12 @@ def card_of(sets: dict[str, int], buckets: bool = False) -> schema.Card:
 
 def drawn(sets: dict[str, int], global_batch: int = 8, *words: str, buckets: bool = False) -> dict[str, int]:
     data = load("demo_256", ["data.path=/set", *words])[0].data
-    return plan_epoch(card_of(sets, buckets), data, global_batch).draws
+    return plan_epoch(card_of(sets, buckets), data, global_batch, {}).draws
 
 
 def notes(sets: dict[str, int], *words: str, buckets: bool = False) -> tuple[str, ...]:
     data = load("demo_256", ["data.path=/set", *words])[0].data
-    return plan_epoch(card_of(sets, buckets), data, 8).notes
+    return plan_epoch(card_of(sets, buckets), data, 8, {}).notes
 
 
 def test_every_sample_once() -> None:

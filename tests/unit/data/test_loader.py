@@ -186,12 +186,14 @@ def test_the_order_for_any_processes_and_workers(bucketed: Path, tmp_path: Path)
     """The same global batches in the same order, in this and the next epoch, and from any step on."""
     # 23 samples: two processes are given 12 each, and must not make a sixth step of it.
     plain = write_set(tmp_path / "set", {"a": 14, "b": 9})
+    tars, held_out = write_set(tmp_path / "tars", {"a": 32, "b": 24}, tars=8), "data.validation_samples=8"
     cases = {
         "plain": ([f"data.path={plain}"], 5),
         "mixed": ([f"data.path={plain}", "data.sources={a: 0.25, b: 0.75}"], 5),
         "buckets": ([f"data.path={bucketed}"], 5 + 3 + 2 + 2),
         "mixed buckets": ([f"data.path={bucketed}", "data.sources={a: 0.25, b: 0.75}"], 13),
         "canonical": ([f"data.path={bucketed}", "data.canonical_nodes=2"], 12),
+        "a share held out": ([f"data.path={tars}", "data.validation=0.6", held_out], 8),
     }
     jobs = [
         {"words": [*words, f"data.workers={workers}"], "start": start, "steps": 2 * per_epoch - start[1]}

@@ -91,7 +91,7 @@ def test_a_missing_shard_of_a_folder_is_lost(root: Path) -> None:
     file_of(root, 1).unlink()
     with pytest.raises(FileNotFoundError):
         shard[0]
-    stream = SetStream(DataLocation(str(root), root, cached=False), SET, choose=8)
+    stream = SetStream(DataLocation(str(root), root, cached=False), SET, choose=8, keep=lambda shard: True)
     assert stream.remote is None and stream.name == SET
     assert stream.prepare_shard(shard) == 0
     with pytest.raises(ValueError, match="its shard is missing"):
@@ -104,7 +104,7 @@ def test_a_shard_that_cannot_be_fetched_is_asked_for_once(root: Path, tmp_path: 
     location = DataLocation(str(origin), cache, cached=True)
     (cache / SET).mkdir(parents=True)
     shutil.copy(root / SET / "index.json", cache / SET)
-    stream = SetStream(location, SET, choose=8)
+    stream = SetStream(location, SET, choose=8, keep=lambda shard: True)
     stream.apply_default(
         {"split": None, "download_retry": 1, "download_timeout": 60, "validate_hash": None, "keep_zip": False}
     )

@@ -42,6 +42,8 @@ KINDS = {
     "MDSReader.raw_data": lambda v: v.basename.endswith(".mds") and v.bytes > 1000,
     "MDSReader.split": lambda v: v == "",
     "MDSReader.zip_data": lambda v: v is None,
+    "Stream.apply_default": callable,
+    "Stream.get_shards": callable,
     "Stream.prepare_shard": callable,
     "Stream.remote": lambda v: v is None,
     "StreamingDataset._resume": callable,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,6 +135,17 @@ def test_a_resumed_monitor_continues_the_curves_of_an_uninterrupted_one(tmp_path
     for tag in tags:
         curve = scalars(tmp_path / "straight", tag)
         assert list(curve) == [2, 4] and scalars(tmp_path / "halves", tag) == curve, tag
+
+
+def test_a_run_that_starts_again_from_nothing_starts_its_curves_again(tmp_path: Path) -> None:
+    """Killed before its first checkpoint: its points are purged, those before the first step, too."""
+    for value in (1.0, 2.0):
+        monitor = made(tmp_path)
+        monitor.resume(0, [])
+        monitor.scalars({"validation/loss": value}, 0)
+        monitor.close()
+        time.sleep(1)  # event files are read in the order of the seconds in their names
+    assert scalars(tmp_path, "validation/loss") == {0: 2.0}
 
 
 def test_what_is_the_same_on_all_processes_is_counted_by_the_first_alone(tmp_path: Path, clock: HandClock) -> None:

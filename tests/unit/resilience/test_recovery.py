@@ -20,6 +20,8 @@ from pretrain.resilience import recovery
 from pretrain.resilience.recovery import Recovery
 from pretrain.state import DataPosition, RunState, StepHistory, StepVerdict
 
+DATA = {"path": "/set"}  # of an earlier run
+
 
 class Monitor:
     """Records what it is told."""
@@ -143,7 +145,7 @@ def test_a_runs_own_newest_checkpoint_comes_first(make, lines) -> None:
 
 @pytest.mark.parametrize(("carry", "updates"), [("false", 0), ("true", 5)])
 def test_another_runs_weights_are_where_a_stage_starts(make, lines, carry: str, updates: int) -> None:
-    other = found(RunState(6, 5, 24), config={"steps": 6, "seed": 1})
+    other = found(RunState(6, 5, 24), config={"steps": 6, "seed": 1, "data": DATA})
     r = make("init_from=other", f"carry_moments={carry}", others=[other])
     assert r.start() == RunState(updates=updates)
     assert lines[-1] == f"  moments: {carry.title()}"
@@ -151,13 +153,24 @@ def test_another_runs_weights_are_where_a_stage_starts(make, lines, carry: str, 
 
 
 def test_a_run_that_is_not_finished_is_warned_of(make, lines) -> None:
-    make("init_from=other", others=[found(RunState(4), config={"steps": 6})]).start()
+    make("init_from=other", others=[found(RunState(4), config={"steps": 6, "data": DATA})]).start()
     assert lines[0] == "WARNING: other is not finished: it has 4 of its 6 steps"
 
 
+def test_a_run_that_was_trained_on_what_is_held_out_is_warned_of(make, lines) -> None:
+    """One that held out as much, or more, was not."""
+    for before, warnings in ((None, 1), (0.1, 1), (0.2, 0), (0.3, 0)):
+        config = {"steps": 4, "data": DATA | {"validation": before}}
+        lines.clear()
+        make("init_from=other", "data.validation=0.2", others=[found(RunState(4), config=config)]).start()
+        assert [line.partition(" that")[0] for line in lines if "WARNING" in line] == warnings * [
+            "WARNING: other was trained on samples"
+        ]
+
+
 def test_fields_with_an_older_name_are_no_change(make, lines) -> None:
-    r = make("init_from=other", others=[found(RunState(6), config={"steps": 6, "guard": {"after": 7}})])
-    r.saver.run_info["config"].update({"steps": 9, "guard": {"min_history": 7}})
+    r = make("init_from=other", others=[found(RunState(6), config={"steps": 6, "guard": {"after": 7}, "data": DATA})])
+    r.saver.run_info["config"].update({"steps": 9, "guard": {"min_history": 7}, "data": DATA})
     r.start()
     changes = [line for line in lines if "→" in line]
     assert changes == ["  steps: 6 → 9"]
