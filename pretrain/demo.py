@@ -40,18 +40,33 @@ def main(argv: list[str] | None = None) -> int:
     prompts.write_text("".join(f"{s.caption}\n" for s in asked))
     draw = [python, "-m", "pretrain.sample", "--run", f"runs/{STAGES[-1]}"]
     commands = [
-        [python, "-m", "data_prep.shapes", "--output", TARS, "--pictures", str(PICTURES)],
-        [python, "-m", "data_prep.encode", "--input", f"{TARS}/*.tar", "--output", DATA, "--encoders", "tiny"],
+        *data_commands(),
         *(training_command(stage, HELD_OUT) for stage in STAGES),
         [*draw, "--prompts", str(prompts), "--out", str(OUT), "--overwrite"],
     ]
-    if (Path(DATA) / "dataset.json").exists() and Path(TARS).exists():
-        commands.pop(0)
     for command in commands:
         seconds = run(command)
         print(f"  ({seconds:.0f} s)", flush=True)
     print(report(asked, time.monotonic() - start))
     return 0
+
+
+def data_commands() -> list[list[str]]:
+    """The commands that make the demo's data; tars that are there are taken as they are."""
+    there = (Path(DATA) / "dataset.json").exists() and Path(TARS).exists()
+    draw = [sys.executable, "-m", "data_prep.shapes", "--output", TARS, "--pictures", str(PICTURES)]
+    encode = [
+        sys.executable,
+        "-m",
+        "data_prep.encode",
+        "--input",
+        f"{TARS}/*.tar",
+        "--output",
+        DATA,
+        "--encoders",
+        "tiny",
+    ]
+    return [encode] if there else [draw, encode]
 
 
 def training_command(*words: str) -> list[str]:

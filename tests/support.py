@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from importlib import import_module
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,18 @@ def _train(before: Callable[[], None] | None, argv: list[str]) -> int:
     if before:
         before()
     return main(argv)
+
+
+def fork_command(log: Path, words: Sequence[str], **env: str) -> ForkServerProcess:
+    """What `python -m MODULE …` does, in a second instead of ten; `words` are the command line's."""
+    return fork(log, _command, words[2], list(words[3:]), **env)
+
+
+def _command(module: str, argv: list[str]) -> int:
+    found = import_module(module)
+    if not hasattr(found, "main"):
+        found = import_module(f"{module}.__main__")
+    return found.main(argv)
 
 
 def start_encoding(log: Path, *argv: str) -> ForkServerProcess:

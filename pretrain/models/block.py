@@ -51,7 +51,7 @@ class Block(nn.Module):
         self.cross_attention = CrossAttention(D, config.heads) if config.text_width else None
         self.query_mask = None
         if config.mask != "none":
-            self.query_mask = mask.QueryMask(D, config.mask, config.mask_hidden)
+            self.query_mask = mask.QueryMask(D, config.mask, config.mask_hidden, config.mask_previous)
         self.ffn = None
         if index not in config.removed_ffns:
             self.ffn = ffn.Vocabulary(D, ffn.local_size(config.ffn, D, config.shared_width, index, config.depth))

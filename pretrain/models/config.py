@@ -54,6 +54,8 @@ class DiTConfig:
     """Divisor of the positions; 2 lets 512 px start from what 256 px learned. One number, or one for rows and one for columns."""
     mask_hidden: tuple[int, ...] = (512, 128, 32, 16)
     """Hidden widths of the query mask's MLP."""
+    mask_previous: bool = True
+    """The query mask of the block before is an input of a block's own."""
     mask_dropout: float = 0.1
     """Dropout of the query mask while training (`mask.dropout_factors`)."""
     norm_eps: float = 1e-6

@@ -121,7 +121,7 @@ FLOORS: list[set[str]] = [
     {"pretrain/loss.py", "pretrain/resilience"},
     {"pretrain/training.py"},
     {"pretrain/launch.py", "pretrain/train.py"},
-    {"pretrain/bench"},
+    {"pretrain/ablate", "pretrain/bench"},
 ]
 # The command `python -m pretrain.models` takes the parser of all commands and the VAE's downsampling, which stand in data_prep.
 MODELS_COMMAND = {"pretrain/models/__main__.py", "pretrain/models/compare.py"}

@@ -10,6 +10,8 @@ back through it. Two kinds differ in how the time t enters:
 - `release`: what the authors trained. Each block has a table of 1001 × D time embeddings and a Linear(D, 2D): 88% of
   Q-MaskGen's 0.199B parameters.
 - `adaln_single`: what the paper's text says. Each block has a 2 × D table over the backbone's time embedding: 0.024B.
+
+Without the previous mask (Table 3, rows B and C) a block's mask depends on its own tokens and the time alone.
 """
 
 from __future__ import annotations
@@ -26,21 +28,25 @@ TIMESTEPS = 1000  # the table has one row for each integer timestep 0..1000
 
 
 class MaskLinear(nn.Module):
-    """Linear over [input, previous mask]: the mask's column is kept apart, so that no concatenation is made."""
+    """Linear over [input, previous mask]: the mask's column is kept apart, so that no concatenation is made.
 
-    def __init__(self, inputs: int, outputs: int):
+    `previous=False` leaves the mask's column out.
+    """
+
+    def __init__(self, inputs: int, outputs: int, previous: bool = True):
         super().__init__()
         self.linear = nn.Linear(inputs, outputs)
-        self.premask = nn.Parameter(torch.zeros(outputs))
+        self.premask = nn.Parameter(torch.zeros(outputs)) if previous else None
 
     def forward(self, x_BNX: Tensor, mask_BN1: Tensor) -> Tensor:
-        return torch.addcmul(self.linear(x_BNX), mask_BN1, self.premask)
+        y_BNX = self.linear(x_BNX)
+        return y_BNX if self.premask is None else torch.addcmul(y_BNX, mask_BN1, self.premask)
 
 
 class QueryMask(nn.Module):
     """Predicts a block's query mask [B, N, 1] from its tokens, the time and the block before's mask."""
 
-    def __init__(self, width: int, kind: str, hidden: tuple[int, ...]):
+    def __init__(self, width: int, kind: str, hidden: tuple[int, ...], previous: bool = True):
         super().__init__()
         if kind == "release":
             self.time_table = nn.Embedding(TIMESTEPS + 1, width)
@@ -51,8 +57,8 @@ class QueryMask(nn.Module):
             raise ValueError(f"unknown query mask {kind!r}; the kinds are {', '.join(KINDS)}")
         self.kind = kind
         sizes = (width, *hidden, 1)
-        self.layers = nn.ModuleList(MaskLinear(i, o) for i, o in pairwise(sizes[:-1]))
-        self.last = MaskLinear(sizes[-2], 1)
+        self.layers = nn.ModuleList(MaskLinear(i, o, previous) for i, o in pairwise(sizes[:-1]))
+        self.last = MaskLinear(sizes[-2], 1, previous)
 
     def initialise(self) -> None:
         """Last bias 2: masks start near 0.88, where their gradient still flows."""

@@ -165,6 +165,19 @@ def test_a_fresh_previous_mask_column_is_0():
     assert all((layer.premask == 0).all() for layer in [*module.layers, module.last])
 
 
+def test_without_the_previous_mask_its_columns_are_0():
+    """Table 3, rows B and C."""
+    with_it = seeded("adaln_single")
+    without = QueryMask(WIDTH, "adaln_single", HIDDEN, previous=False).double()
+    without.load_state_dict({k: v for k, v in with_it.state_dict().items() if not k.endswith("premask")})
+    x, previous, time, timestep = inputs()
+    with torch.no_grad():
+        for layer in [*with_it.layers, with_it.last]:
+            layer.premask.zero_()
+    assert torch.equal(run(without, x, previous, time, timestep), run(with_it, x, previous, time, timestep))
+    assert torch.equal(run(without, x, previous, time, timestep), run(without, x, 0 * previous, time, timestep))
+
+
 def test_refuses_an_unknown_kind():
     with pytest.raises(ValueError, match=", ".join(KINDS)):
         QueryMask(WIDTH, "hard", HIDDEN)

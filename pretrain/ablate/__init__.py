@@ -1,0 +1,1 @@
+"""Ablations: rows that differ from one baseline by a few settings, trained and judged alike, in one table."""

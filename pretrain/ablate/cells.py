@@ -1,0 +1,161 @@
+"""Cells of a study, a row with one seed each: trained, drawn and judged by the commands that a user would type.
+
+    OUT/ROW_SEED/run/            the training
+    OUT/ROW_SEED/evaluation/     pictures and the metrics' results
+    OUT/ROW_SEED/cell.json       the cell's figures, once it is done
+    OUT/ROW_SEED/log.txt         what its commands printed
+
+What is done is not done again; a training that was stopped goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_prep.common.files import atomic_write
+from data_prep.encoders import DOWNSAMPLE
+from data_prep.shapes import scenes
+from pretrain.ablate.study import Row, Scale, Study
+from pretrain.config import load
+from pretrain.curves import curve
+from pretrain.demo import PROMPT_SEED
+from pretrain.models.cost import count_flops, count_parameters, grid_of
+
+CAPTION = 12  # tokens of a caption of shapes, about
+VALIDATION = {"validation/loss": "validation loss", "validation_ema/loss": "validation loss, average"}
+LAST = 0.1  # share of the steps over whose end the training loss is averaged
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How pictures are judged: the prompts file, the metrics, and further options of `pretrain.evaluate`."""
+
+    prompts: Path
+    metrics: Sequence[str]
+    options: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row with one seed."""
+
+    study: Study
+    scale: Scale
+    name: str
+    seed: int
+    out: Path
+    more: tuple[str, ...] = ()
+    """Further overrides of every training."""
+
+    @property
+    def row(self) -> Row:
+        return self.study.rows[self.name]
+
+    @property
+    def folder(self) -> Path:
+        return self.out / f"{self.name}_{self.seed}"
+
+    @property
+    def trained(self) -> Cell:
+        """The cell whose training this one draws from."""
+        return (
+            self
+            if self.row.trained_as is None
+            else Cell(self.study, self.scale, self.row.trained_as, self.seed, self.out, self.more)
+        )
+
+    @cached_property
+    def settings(self) -> list[str]:
+        """The overrides of the training."""
+        return [*self.study.settings(self.trained.name, self.scale, self.seed), *self.more]
+
+    @property
+    def finished(self) -> Mapping[str, Any] | None:
+        """The cell's figures; None until it is done. Raises ValueError where they are of other settings."""
+        path = self.folder / "cell.json"
+        if not path.is_file():
+            return None
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if there["settings"] != self.settings:
+            raise ValueError(
+                f"{self.folder} was made with other settings ({' '.join(there['settings'])}): choose another --out, or remove it"
+            )
+        return dict(there)
+
+    # ---- the commands ----
+
+    def commands(self, judging: Judging, processes: int) -> list[list[str]]:
+        """The commands that are still to be run, in order."""
+        python, run = [sys.executable, "-m"], self.trained.folder / "run"
+        launcher = ["torch.distributed.run", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
+        train = [*python, *launcher, "pretrain.train", self.scale.config, *self.settings, f"run_dir={run}"]
+        source, commands = ["--run", str(run)], [] if self.trained.finished else [train]
+        if self.row.prune:
+            pruned = self.folder / "pruned"
+            source = ["--model", str(pruned)]
+            prune = ["--run", str(run), "--prompts", str(judging.prompts), "--remove", str(self.scale.prune)]
+            if not pruned.is_dir():
+                commands.append([*python, "pretrain.prune", *prune, "--out", str(pruned)])
+        judge = [*python, *launcher, "pretrain.evaluate", *source, "--prompts", str(judging.prompts), "--metrics"]
+        out = ["--out", str(self.folder / "evaluation"), *judging.options, *self.row.drawing]
+        return [*commands, [*judge, *judging.metrics, *out]]
+
+    def run(self, judging: Judging, processes: int, threads: int) -> Mapping[str, Any]:
+        """Does what is missing; returns the cell's figures. Raises RuntimeError where a command fails."""
+        if (there := self.finished) is not None:
+            return there
+        self.folder.mkdir(parents=True, exist_ok=True)
+        env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+        start = time.monotonic()
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
+            for command in self.commands(judging, processes):
+                log.write(f"\n$ {shlex.join(['python', *command[1:]])}\n")
+                log.flush()
+                code = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT).returncode
+                if code:
+                    raise RuntimeError(
+                        f"{self.name}, seed {self.seed}: exit code {code}; {self.folder / 'log.txt'} says why"
+                    )
+        found = self._figures(judging, time.monotonic() - start)
+        atomic_write(self.folder / "cell.json", json.dumps(found, indent=1) + "\n")
+        return found
+
+    def _figures(self, judging: Judging, seconds: float) -> dict[str, Any]:
+        run, config = self.trained.folder / "run", load(self.scale.config, self.settings)[0]
+        backbone = config.model.backbone()
+        losses = curve(run, "train/loss")
+        last = [value for step, value in losses.items() if step > (1 - LAST) * config.steps]
+        step_s = sorted(curve(run, "speed/step_s").values())
+        figures = {"train loss": sum(last) / len(last)}
+        for tag, name in VALIDATION.items():
+            if held_out := curve(run, tag):
+                figures[name] = held_out[max(held_out)]
+        for metric in judging.metrics:
+            result = json.loads((self.folder / "evaluation" / f"{metric}.json").read_text(encoding="utf-8"))
+            figures |= {f"{metric}: {key}": v["value"] for key, v in result.get("values", {}).items()}
+        return {
+            "row": self.name,
+            "seed": self.seed,
+            "settings": self.settings,
+            "figures": figures,
+            "parameters": count_parameters(backbone).total,
+            "flops": count_flops(backbone, grid_of(backbone, config.data.resolution, DOWNSAMPLE), CAPTION).total,
+            "step_s": step_s[len(step_s) // 2] if step_s else None,
+            "seconds": seconds,
+        }
+
+
+def shapes_prompts(path: Path, count: int) -> Path:
+    """Writes captions of shapes that no training picture has."""
+    atomic_write(path, "".join(f"{scene.caption}\n" for scene in scenes(count, PROMPT_SEED)))
+    return path
