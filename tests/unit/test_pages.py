@@ -10,7 +10,6 @@ import pytest
 from support import ROOT
 
 from data_prep.weights import TEXT_ENCODERS, VAES, local_folder
-from pretrain.config import load
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 COMMAND = re.compile(r"(?:python |-m )((?:-m )?(?:data_prep|pretrain)[./][\w./]+)((?: [^\n`#|…]+)?)")
@@ -69,14 +68,6 @@ def test_every_option_that_a_page_names_exists(module: str, capsys: pytest.Captu
             helps[key] = helps.get(key) or help_of(module, words, capsys)
             known = set(re.findall(r"--[\w-]+", helps[key]))
             assert options <= known, f"{module} {text}"
-
-
-def test_every_training_that_the_papers_page_names_is_a_config() -> None:
-    trainings = re.findall(r"pretrain\.train ([^`]+)`", PAGES["paper.md"])
-    assert len(trainings) >= 2
-    for words in trainings:
-        name, *overrides = shlex.split(words)
-        assert load(name, [*overrides, "data.path=/set"])[0].steps == 30000
 
 
 def test_each_table_and_figure_of_the_paper_has_a_command_or_a_reason() -> None:

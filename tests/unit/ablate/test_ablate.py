@@ -60,6 +60,9 @@ def test_rows_share_all_but_their_own_settings() -> None:
 
 def test_the_papers_sizes_at_the_papers_scale() -> None:
     """§5: the baseline's 1.078B with other captions, and 0.1993B for the mask (B2 has no column for the mask before)."""
+    scale = STUDY.scales["paper"]
+    config, deepspeed = load(scale.config, STUDY.settings("A", scale, 0))
+    assert (config.steps, deepspeed["train_batch_size"]) == (30_000, 1024)
     a, b2, d, vr2 = (count_parameters(backbone(row, "paper")).total for row in ("A", "B2", "D", "VR2"))
     assert a == pytest.approx(1.083e9, rel=1e-3)
     assert d - a == pytest.approx(0.1993e9, rel=1e-3)
@@ -82,7 +85,13 @@ def test_every_row_builds_on_one_before_it() -> None:
 def small(data_set: Path, tmp_path: Path) -> list[str]:
     """Words of a study whose cells take a second: one step of a model with three blocks."""
     words = ["model.width=32", "model.heads=2", "model.depth=3", "model.mask_hidden=[8]", "steps=1", "logging.every=1"]
-    words += ["optimizer.warmup_steps=1", f"data.path={data_set}", "data.validation=null", "preview.steps=1", "checkpoint.every=10"]
+    words += [
+        "optimizer.warmup_steps=1",
+        f"data.path={data_set}",
+        "data.validation=null",
+        "preview.steps=1",
+        "checkpoint.every=10",
+    ]
     words += ["deepspeed.train_batch_size=2", "deepspeed.train_micro_batch_size_per_gpu=2"]
     return ["table3", "--out", str(tmp_path / "study"), "--seeds", "0", "--set", *words]
 
@@ -108,7 +117,7 @@ def test_cells_run_once_and_make_the_table(
     said = capsys.readouterr().out
     assert "| VR3 | C + D + shared vocabulary of 3d |" in said and "| prune |" in said
     found = json.loads((tmp_path / "study/prune_0/cell.json").read_text())
-    assert {"train loss", "shapes: colours", "shapes: shapes"} <= found["figures"].keys()
+    assert {"train loss", "shapes: strict_shapes"} <= found["figures"].keys()
     with Image.open(tmp_path / "study/table.png") as image:
         assert image.width > 200
     assert main(command) == 0 and len(ran) == 4
