@@ -25,6 +25,7 @@ class Progress:
         line_seconds: float = 0.0,
         line: Callable[[], str] | None = None,
         scale: bool = False,
+        delay: float = 0.0,
     ):
         """Starts the bar, or nothing where there is no terminal.
 
@@ -35,13 +36,16 @@ class Progress:
             line_seconds: the least time between two lines in a log; 0 is a line after each update.
             line: gives a log's line instead of "3 of 10 pictures, 1.5 pictures/s, about 0 min left".
             scale: shows numbers on the bar with k, M, G.
+            delay: seconds before the bar is shown.
         """
         self._total, self._unit, self._before, self._done = total, unit, done, done
         self._line, self._line_seconds = line or self._counts, line_seconds
         self._start = self._last_line = time.monotonic()
         self._lock = threading.Lock()
         bar_unit = unit if scale else f" {unit}s"
-        self._bar = tqdm(total=total, initial=done, unit=bar_unit, unit_scale=scale, disable=None, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total, initial=done, unit=bar_unit, unit_scale=scale, disable=None, dynamic_ncols=True, delay=delay
+        )
 
     def update(self, count: int = 1) -> None:
         """Counts `count` more items as done."""

@@ -5,6 +5,7 @@ python -m pretrain.bench sample      sampling: FocusDiT against the plain DiT an
 python -m pretrain.bench picture     one picture to its pixels: seconds and memory, beside the paper's
 python -m pretrain.bench skip        leaving FFNs out by their query masks
 python -m pretrain.bench loader      reading: the training loader against bare reading and other layouts
+python -m pretrain.bench start       the loader's start on a data set of many shards: seconds and memory of each process
 python -m pretrain.bench checkpoint  what checkpoints, spike guard and watchdog cost
 python -m pretrain.bench neighbours  FocusDiT, FlexDiT and mediators trained on the shapes, at equal images and FLOPs
 python -m pretrain.bench encode      data prep's pipeline against its bare encoders
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "picture": lambda: import_module("pretrain.bench.picture"),
     "skip": lambda: import_module("pretrain.bench.skip"),
     "loader": lambda: import_module("pretrain.bench.loader"),
+    "start": lambda: import_module("pretrain.bench.start"),
     "checkpoint": lambda: import_module("pretrain.bench.checkpoint"),
     "neighbours": lambda: import_module("pretrain.bench.neighbours"),
     "encode": lambda: import_module("pretrain.bench.encode"),

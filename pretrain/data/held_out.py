@@ -7,9 +7,8 @@ for any number of processes, order and resolution, and for the same tars encoded
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from data_prep import schema
 from data_prep.common.words import counted
 from pretrain.config import DataSection
-from pretrain.data.location import DataLocation
+from pretrain.data.shard_index import ShardIndex
 
 
 @dataclass(frozen=True)
@@ -68,23 +67,36 @@ def sets_read(card: schema.Card, data: DataSection) -> list[str]:
     return sorted(name for name, about in sets.items() if about["source"] in read)
 
 
-def held_out_shards(location: DataLocation, card: schema.Card, data: DataSection) -> dict[ShardName, int]:
-    """The held-out shards with their samples, in a fixed order that mixes tars, sets and sources. Indexes must be at hand.
+def held_out_shards(indexes: Mapping[str, ShardIndex], data: DataSection) -> dict[ShardName, int]:
+    """The held-out shards with their samples, in a fixed order that mixes tars, sets and sources.
+
+    Args:
+        indexes: the sets of `sets_read`, by their folders within the data set.
 
     Raises:
         ValueError: they have fewer samples than validation asks for.
     """
     if data.validation is None:
         return {}
-    shards = {
-        ShardName(name, entry["raw_data"]["basename"]): entry["samples"]
-        for name in sets_read(card, data)
-        for entry in json.loads((location.root / name / schema.INDEX).read_bytes())["shards"]
-    }
-    found = {shard: samples for shard, samples in shards.items() if not is_trained_on(shard, data.validation)}
+    found = {shard: samples for shard, samples in _shards(indexes) if not is_trained_on(shard, data.validation)}
     if sum(found.values()) < data.validation_samples:
-        raise ValueError(_too_few(found, shards, data))
+        raise ValueError(_too_few(found, dict(_shards(indexes)), data))
     return {shard: found[shard] for shard in sorted(found, key=lambda shard: (shard.hash, shard.set_, shard.file))}
+
+
+def _shards(indexes: Mapping[str, ShardIndex]) -> Iterator[tuple[ShardName, int]]:
+    """Each shard with its number of samples."""
+    for name, index in indexes.items():
+        for file, samples in zip(index.file_names(), index.samples.tolist(), strict=True):
+            yield ShardName(name, file), samples
+
+
+def select(indexes: Mapping[str, ShardIndex], keep: Callable[[ShardName], bool]) -> dict[str, ShardIndex]:
+    """The shards of each set for which `keep` is true."""
+    return {
+        name: index.select([keep(ShardName(name, file)) for file in index.file_names()])
+        for name, index in indexes.items()
+    }
 
 
 def _too_few(found: dict[ShardName, int], shards: dict[ShardName, int], data: DataSection) -> str:

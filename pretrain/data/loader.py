@@ -8,11 +8,8 @@ is in `epoch_plan.py`, and where they are read in `location.py`.
 
 from __future__ import annotations
 
-import hashlib
 import signal
-from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +19,10 @@ from data_prep import schema
 from pretrain.config import Config
 from pretrain.data.batch import Batch, Collate
 from pretrain.data.epoch_plan import EpochPlan, plan_epoch
-from pretrain.data.held_out import held_out_shards, is_trained_on, samples_by_set, sets_read
-from pretrain.data.location import DataLocation, open_card, prepare
+from pretrain.data.held_out import held_out_shards, samples_by_set, select, sets_read
+from pretrain.data.location import DataLocation, open_card, read_indexes
+from pretrain.data.shard_check import check_shards
+from pretrain.data.shard_index import ShardIndex
 from pretrain.data.shared_memory import remove_stale_names, unique_names
 from pretrain.distributed.world import World, once_per_node
 from pretrain.models import DiTConfig
@@ -67,14 +66,17 @@ class Loader:
         self.card = open_card(location, world)
         check_fits(self.card, config, backbone, global_batch)
         self.cache_lock = once_per_node(location.lock_cache, world)
-        missing = prepare(location, sets_read(self.card, config.data), config.data.damaged_shards, world)
-        self.held_out = held_out_shards(location, self.card, config.data)
+        self.indexes = read_indexes(location, sets_read(self.card, config.data), world)
+        missing = check_shards(location, self.indexes, config.data.damaged_shards, world)
+        self.held_out = held_out_shards(self.indexes, config.data)
         self.plan = plan_epoch(self.card, config.data, global_batch, samples_by_set(self.held_out))
         once_per_node(remove_stale_names, world)
         if world.rank == 0:
             print("".join(f"{note}\n" for note in (*self.plan.notes, *missing)), end="", flush=True)
-        trained_on = partial(is_trained_on, validation=config.data.validation)
-        streams = [SetStream(location, name, count, trained_on) for name, count in self.plan.draws.items()]
+        trained_on = self.indexes
+        if self.held_out:
+            trained_on = select(self.indexes, lambda shard: shard not in self.held_out)
+        streams = [SetStream(location, name, trained_on[name], choose=count) for name, count in self.plan.draws.items()]
         with unique_names(world):
             self.data = TrainingSet(streams, config, self.card, global_batch // world.size)
         self.steps_per_epoch = sum(self.plan.draws.values()) // global_batch
@@ -102,7 +104,7 @@ class Loader:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the order of the data: a checkpoint's position is valid for exactly this."""
-        return fingerprint(self.config, self.card, self.root, self.plan, self.global_batch)
+        return fingerprint(self.config, self.card, self.indexes, self.plan, self.global_batch)
 
     def validation_batches(self) -> list[ValidationBatch]:
         """Reads this process's batches of held-out samples. All processes call it. Raises ValueError where one is damaged."""
@@ -110,8 +112,8 @@ class Loader:
             return []
         from pretrain.data.validation_set import read_validation_batches  # late, as above
 
-        d = self.config.data
-        return read_validation_batches(self.location, self.card, d, self.held_out, self.collate, self.world)
+        d, shards = self.config.data, self.held_out
+        return read_validation_batches(self.location, self.card, d, self.indexes, shards, self.collate, self.world)
 
     def resume(self, position: DataPosition, rollbacks: int = 0) -> None:
         """Continues at a position of a run with the same fingerprint; after rollbacks with other noise and data order."""
@@ -146,13 +148,21 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def fingerprint(config: Config, card: schema.Card, root: Path, plan: EpochPlan, global_batch: int) -> dict[str, Any]:
-    """The settings that decide the order of the data; `root` holds the indexes of the plan's sets."""
-    return {
-        "data_set": card.fingerprint,
-        "indexes": {name: _sha256(root / name / schema.INDEX) for name in plan.draws},
+def fingerprint(
+    config: Config, card: schema.Card, indexes: Mapping[str, ShardIndex], plan: EpochPlan, global_batch: int
+) -> dict[str, Any]:
+    """The settings that decide the order of the data; `indexes` has those of the plan's sets."""
+    return order_settings(config, card, global_batch) | {
+        "indexes": {name: indexes[name].sha256 for name in plan.draws},
         "draws": plan.draws,
         "held_out": plan.held_out or None,
+    }
+
+
+def order_settings(config: Config, card: schema.Card, global_batch: int) -> dict[str, Any]:
+    """The part of the fingerprint that is known before indexes are read."""
+    return {
+        "data_set": card.fingerprint,
         "resolution": config.data.resolution,
         "seed": config.seed,
         "shuffle_block": config.data.shuffle_block,
@@ -195,7 +205,3 @@ def check_fits(card: schema.Card, config: Config, backbone: DiTConfig, global_ba
             f"data.canonical_nodes: {config.data.canonical_nodes} must divide the global batch of {global_batch}, as "
             f"{path} has buckets"
         )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,23 +1,26 @@
 """Location of a data set: a folder, or a URL or folder with a cache on this node's own disk.
 
-`prepare` makes it ready once per node: indexes are fetched, the cache is rid of what is stale, missing and cut shards are named.
+`read_indexes` makes it ready: indexes are read once, by process 0; a cache gets them on each node, and is rid of what is stale.
 """
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, cast
 
 from data_prep import schema
 from data_prep.common.files import lock, temporary_name
 from data_prep.common.storage import Remote, is_remote
 from pretrain.config import DataSection
-from pretrain.distributed.world import World, once_per_node
+from pretrain.data.shard_index import ShardIndex
+from pretrain.distributed.world import World, broadcast, once, once_per_node
 
 LOCK = "in-use"  # a file in the cache that its training keeps locked
 
@@ -94,89 +97,60 @@ def open_card(location: DataLocation, world: World) -> schema.Card:
     return card
 
 
-def prepare(location: DataLocation, sets: Iterable[str], budget: int, world: World) -> list[str]:
-    """Makes the sets ready to be read: once per node, while the other processes wait.
+def read_indexes(location: DataLocation, sets: Iterable[str], world: World) -> dict[str, ShardIndex]:
+    """Reads the sets' indexes: in process 0, for all. A cache gets them first, and is rid of what is stale, once per node.
 
     Args:
         sets: the folders of the sets within the data set.
-        budget: the number of shards that may be missing or cut.
-
-    Returns:
-        In the first process of a node a line for each shard that is missing or cut; nothing in the others.
 
     Raises:
-        ValueError: on all processes: more shards are missing or cut than the budget allows, or an index is damaged.
+        ValueError: on all processes: an index is missing or damaged.
     """
 
-    def action() -> list[str]:
-        for name in sets:
-            if location.cached:
-                _refresh(location, name)
-        return check_shards(location, sets, budget)
-
-    return once_per_node(action, world) or []
+    if location.cached:
+        read = once_per_node(lambda: {name: _refresh(location, name) for name in sets}, world)
+        return cast(dict[str, ShardIndex], broadcast(read, world))
+    return once(lambda: {name: ShardIndex.read(location.root / name / schema.INDEX) for name in sets}, world)
 
 
-def _refresh(location: DataLocation, name: str) -> None:
+def _refresh(location: DataLocation, name: str) -> ShardIndex:
     """Fetches a set's index, and removes shards from the cache that are of an earlier index or cut off."""
     path = location.root / name / schema.INDEX
     new = location.fetch(f"{name}/{schema.INDEX}")
-    before = _files(path) if path.is_file() else {}
-    now = _files(new)
-    for basename in before.keys() | now.keys():
-        shard, about = path.parent / basename, now.get(basename)
-        good = about is not None and before.get(basename) == about and _size(shard) == about["bytes"]
-        if not good:
-            shard.unlink(missing_ok=True)
+    index = ShardIndex.read(new)
+    sizes = dict(file for files in (index.raw, index.zipped) for file in files if file is not None)
+    if not path.is_file():
+        stale = {*sizes}
+    elif filecmp.cmp(path, new, shallow=False):
+        stale = set()
+    else:
+        stale = _differing(path, new)
+    for basename in sizes.keys() | stale:
+        if basename in stale or file_size(f"{path.parent}/{basename}") != sizes[basename]:
+            (path.parent / basename).unlink(missing_ok=True)
     new.replace(path)
+    return index
 
 
-def _files(index: Path) -> dict[str, dict[str, Any]]:
-    """Each file that an index names, with its bytes and hashes: the shards as they are read, and as they are stored."""
-    return {about["basename"]: about for shard in _shards(index) for about in shard if about is not None}
+def _differing(old: Path, new: Path) -> set[str]:
+    """The files that one of two indexes names only, or with other bytes or hashes."""
+    ShardIndex.read(old)  # refuses names outside of its folder
+    before, now = (
+        {
+            about["basename"]: about
+            for shard in json.loads(path.read_bytes())["shards"]
+            for about in (shard["raw_data"], shard["zip_data"])
+            if about is not None
+        }
+        for path in (old, new)
+    )
+    return {basename for basename in before.keys() | now.keys() if before.get(basename) != now.get(basename)}
 
 
-def _shards(index: Path) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Each shard's raw and, if compressed, stored file. Raises ValueError for an index that is damaged or reaches out."""
+def file_size(path: str) -> int | None:
+    """The bytes of a file; None where there is none."""
     try:
-        found = [(shard["raw_data"], shard["zip_data"]) for shard in json.loads(index.read_text())["shards"]]
-        names = [Path(about["basename"]) for pair in found for about in pair if about is not None]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is damaged ({error!r}); encode the data set again") from error
-    if any(name.is_absolute() or ".." in name.parts for name in names):
-        raise ValueError(f"{index} names files outside of its folder: it was not made by data_prep/encode.py")
-    return found
-
-
-def check_shards(location: DataLocation, sets: Iterable[str], budget: int) -> list[str]:
-    """Lists the shards that are missing or cut, a line each. Raises ValueError where there are more than the budget."""
-    bad = []
-    for name in sets:
-        recorded = [stored or raw for raw, stored in _shards(location.root / name / schema.INDEX)]
-        sizes = _sizes(location.origin, name, [about["basename"] for about in recorded])
-        bad += [
-            f"{location.origin}/{name}/{about['basename']}: "
-            f"{'missing' if size is None else f'{size} bytes'}, expected {about['bytes']} bytes"
-            for about in recorded
-            if (size := sizes.get(about["basename"])) != about["bytes"]
-        ]
-    if len(bad) > budget:
-        lines = "".join(f"\n  {line}" for line in bad[:10])
-        more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise ValueError(
-            f"{location.origin}: {len(bad)} shards are missing or cut, data.damaged_shards allows {budget}; "
-            f"data_prep/verify.py --repair makes them again:{lines}{more}"
-        )
-    return [f"data: {line}; other samples stand in for its own" for line in bad]
-
-
-def _sizes(origin: str, name: str, basenames: list[str]) -> dict[str, int]:
-    """The sizes in bytes of a set's files, by name; files that are not there are left out."""
-    if is_remote(origin):
-        return {path.removeprefix(f"{name}/"): size for path, size in Remote(origin).sizes(name).items()}
-    sizes = {basename: _size(Path(origin, name, basename)) for basename in basenames}
-    return {basename: size for basename, size in sizes.items() if size is not None}
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+        about = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return about.st_size if stat.S_ISREG(about.st_mode) else None

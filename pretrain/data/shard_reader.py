@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from streaming import Stream
 from streaming.base.format import Reader
 
 from data_prep.common import mds
 from pretrain.data.held_out import ShardName
 from pretrain.data.location import DataLocation
-from pretrain.data.streaming_private import ShardFile
+from pretrain.data.shard_index import ShardIndex
+from pretrain.data.streaming_private import IndexedStream, ShardFile
 
 
 @dataclass(frozen=True)
@@ -71,28 +70,24 @@ class Shard(ShardFile):
         return mds.decode_sample(self, data)
 
 
-class SetStream(Stream):
+class SetStream(IndexedStream):
     """Shards of one set, read at the data set's location; `choose` samples of them are drawn an epoch.
 
-    Only those are there for which `keep` is true. A shard that cannot be fetched is `lost`; this process does not try it again.
+    A shard that cannot be fetched is `lost`; this process does not try it again.
     """
 
-    def __init__(self, location: DataLocation, name: str, choose: int, keep: Callable[[ShardName], bool]):
+    def __init__(self, location: DataLocation, name: str, index: ShardIndex, choose: int):
         remote = f"{location.origin}/{name}" if location.cached else None
-        super().__init__(local=f"{location.root}/{name}", remote=remote, choose=choose)
-        self.name, self.keep = name, keep
+        super().__init__(index, Shard, local=f"{location.root}/{name}", remote=remote, choose=choose)
+        self.name = name
 
-    def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Any]:
-        """The readers of the shards that are kept."""
-        shards: list[Any] = super().get_shards(world, allow_unsafe_types)
-        return [shard for shard in shards if self.keep(ShardName(self.name, shard.raw_data.basename))]
-
-    def open(self) -> dict[ShardName, Shard]:
-        """The shards that are kept, fetched, for use without a data set of streaming's."""
+    def open(self) -> dict[ShardName, ShardFile]:
+        """All its shards, fetched, for use without a data set of streaming's."""
         self.apply_default(
             {"split": None, "download_retry": 2, "download_timeout": 60, "validate_hash": None, "keep_zip": False}
         )
-        shards = {ShardName(self.name, s.raw_data.basename): Shard(s) for s in self.get_shards(None, False)}
+        self.validate(allow_unsafe_types=False)
+        shards = {ShardName(self.name, file): self.shard(i) for i, file in enumerate(self.index.file_names())}
         for shard in shards.values():
             self.prepare_shard(shard)
         return shards

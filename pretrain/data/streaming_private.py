@@ -6,15 +6,17 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, starmap
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 import numpy as np
 from streaming import Stream, StreamingDataset
-from streaming.base.format import Reader
+from streaming.base.format import FileInfo, Reader
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.shared import prefix
+
+from pretrain.data.shard_index import ShardIndex
 
 PRIVATE = {
     "streaming.base.shared.prefix": ("_each_prefix_int",),
@@ -33,7 +35,7 @@ PRIVATE = {
         "stream_per_shard",
     ),
     "MDSReader": ("decode_sample", "dirname", "get_sample_data", "raw_data", "split", "zip_data"),
-    "Stream": ("apply_default", "get_shards", "prepare_shard", "remote"),
+    "Stream": ("apply_default", "get_shards", "local", "prepare_shard", "remote", "set_up_local", "split"),
 }
 """The names that `pretrain` uses, by their owner: the table of docs/dependencies.md."""
 
@@ -71,6 +73,60 @@ class ShardFile(MDSReader):
         return self.raw_data.bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _ShardSize:
+    """What streaming asks of a shard's reader when a data set is made."""
+
+    samples: int
+    max_size: int
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def get_max_size(self) -> int:
+        return self.max_size
+
+
+class IndexedStream(Stream):
+    """A Stream of a set whose index is at hand: the readers of its shards are made when they are asked for.
+
+    streaming's own parses the index in every process and makes all readers at once, two kilobytes each.
+    """
+
+    def __init__(self, index: ShardIndex, make_shard: Callable[[Reader], ShardFile], **settings: Any):
+        super().__init__(**settings)
+        self.index, self._make_shard = index, make_shard
+
+    def shard(self, number: int) -> ShardFile:
+        """A new reader of the shard with this number in the set."""
+        raw, zipped = self.index.raw[number], self.index.zipped[number]
+        assert raw is not None
+        kind = self.index.kinds[self.index.kind[number]]
+        about: dict[str, Any] = {name: value for name, value in kind.items() if name not in ("version", "format")}
+        about["raw_data"], about["zip_data"] = FileInfo(*raw, {}), FileInfo(*zipped, {}) if zipped else None
+        return self._make_shard(MDSReader(self.local, self.split, samples=int(self.index.samples[number]), **about))
+
+    def validate(self, allow_unsafe_types: bool) -> None:
+        """Raises ValueError for shards that are not MDS, or hold what must be unpickled and that is not allowed."""
+        for kind in self.index.kinds:
+            whole = {"samples": 0, "raw_data": None, "zip_data": None, **kind}
+            MDSReader.from_json(self.local, self.split, whole).validate(allow_unsafe_types)
+
+    def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Any]:
+        """The sizes of the set's shards. Raises ValueError as `validate` does."""
+        self.validate(allow_unsafe_types)
+        sizes = zip(self.index.samples.tolist(), (self.index.raw.sizes + self.index.zipped.sizes).tolist(), strict=True)
+        return list(starmap(_ShardSize, sizes))
+
+    def set_up_local(self, shards: Any, cache_usage_per_shard: np.ndarray) -> None:
+        """Notes the bytes of each shard on this node's disk; without a cache all are there, as far as streaming is concerned."""
+        if self.remote is None:
+            cache_usage_per_shard[:] = self.index.raw.sizes
+        else:
+            readers: Any = map(self.shard, range(len(self.index)))  # one at a time, as all of them take gigabytes
+            super().set_up_local(readers, cache_usage_per_shard)
+
+
 @dataclass(frozen=True)
 class SamplePlace:
     """The place of a sample: its stream, its shard among those of all streams, and its number in the shard."""
@@ -104,12 +160,12 @@ class PositionedDataset(StreamingDataset):
     """
 
     epoch, first_sample, shuffle_seed = _Shared(0), _Shared(1), _Shared(2)
-    shards: list[ShardFile]  # type: ignore[assignment]
+    shards: Sequence[ShardFile]  # type: ignore[assignment]
 
-    def __init__(self, streams: Sequence[Stream], make_shard: Callable[[Reader], ShardFile], **settings: Any):
+    def __init__(self, streams: Sequence[IndexedStream], **settings: Any):
         self.shared_numbers = RawArray("q", 3)
         super().__init__(streams=streams, **settings)
-        self.shards = [make_shard(shard) for shard in self.shards]
+        self.shards = _Shards(streams, self.stream_per_shard, self.shard_offset_per_stream)
         self.spanner = _RepeatedSpanner(self.spanner, self.num_samples)  # type: ignore[assignment]
 
     def _resume(self, world: Any, epoch: int) -> tuple[int, int]:
@@ -136,6 +192,25 @@ class PositionedDataset(StreamingDataset):
     def number_of(self, shard: int, index: int) -> int:
         """The number of a shard's sample; after its last sample the first one follows."""
         return int(self.sample_offset_per_shard[shard] + index % self.samples_per_shard[shard])
+
+
+class _Shards(Sequence[ShardFile]):
+    """The readers of all streams' shards, each made when it is first asked for, and kept."""
+
+    def __init__(self, streams: Sequence[IndexedStream], stream_per_shard: np.ndarray, first_of_stream: np.ndarray):
+        self._streams, self._stream_per_shard, self._first_of_stream = streams, stream_per_shard, first_of_stream
+        self._made: dict[int, ShardFile] = {}
+
+    def __len__(self) -> int:
+        return len(self._stream_per_shard)
+
+    def __getitem__(self, shard: Any) -> Any:
+        made = self._made.get(shard)
+        if made is None:
+            stream = self._stream_per_shard[shard]
+            new = self._streams[stream].shard(int(shard - self._first_of_stream[stream]))
+            made = self._made.setdefault(shard, new)  # another thread may have made it, too
+        return made
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from data_prep import schema
 from pretrain.config import Config
 from pretrain.data.batch import Sample
-from pretrain.data.shard_reader import SetStream, Shard, UnreadableSample
+from pretrain.data.shard_reader import SetStream, UnreadableSample
 from pretrain.data.streaming_private import PositionedDataset
 
 # Samples of a shard that are taken or left together where a set is drawn in part: fewer shards are fetched for them.
@@ -36,7 +36,6 @@ class TrainingSet(PositionedDataset):
     def __init__(self, streams: list[SetStream], config: Config, card: schema.Card, process_batch: int):
         super().__init__(
             streams,
-            make_shard=Shard,
             batch_size=process_batch,
             shuffle=True,
             shuffle_algo="py1e",

@@ -14,9 +14,11 @@ from itertools import islice
 from data_prep import schema
 from pretrain.config import VALIDATION_LEVELS, DataSection
 from pretrain.data.batch import Batch, Collate, Sample
-from pretrain.data.held_out import ShardName
+from pretrain.data.held_out import ShardName, select
 from pretrain.data.location import DataLocation
-from pretrain.data.shard_reader import SetStream, Shard
+from pretrain.data.shard_index import ShardIndex
+from pretrain.data.shard_reader import SetStream
+from pretrain.data.streaming_private import ShardFile
 from pretrain.data.training_set import sample_seed
 from pretrain.distributed.world import World, all_gather, once_per_node
 
@@ -45,6 +47,7 @@ def read_validation_batches(
     location: DataLocation,
     card: schema.Card,
     data: DataSection,
+    indexes: Mapping[str, ShardIndex],
     shards: Mapping[ShardName, int],
     collate: Collate,
     world: World,
@@ -52,6 +55,7 @@ def read_validation_batches(
     """Reads this process's batches. All processes call it.
 
     Args:
+        indexes: the sets, by their folders within the data set.
         shards: the held-out shards with their samples, in order.
         collate: the training's; captions are never dropped here.
 
@@ -61,11 +65,11 @@ def read_validation_batches(
     places = list(islice(_places(shards), data.validation_samples))
     needed = {place.shard for place in places}
     if location.cached:
-        once_per_node(lambda: _open(location, needed), world)
+        once_per_node(lambda: _open(location, indexes, needed), world)
     mine = _planned(places, card, collate.micro)[world.rank :: world.size]
     batches, problem = [], None
     try:
-        files = _open(location, {place.shard for group in mine for place in group})
+        files = _open(location, indexes, {place.shard for group in mine for place in group})
         for group in mine:
             samples = [_read(files[place.shard], place, card, data) for place in group]
             (batch,) = replace(collate, dropout=0.0)(samples)
@@ -96,14 +100,17 @@ def _planned(places: list[_Place], card: schema.Card, micro: int) -> list[list[_
     return [group[i : i + micro] for group in alike.values() for i in range(0, len(group), micro)]
 
 
-def _open(location: DataLocation, shards: set[ShardName]) -> dict[ShardName, Shard]:
-    files: dict[ShardName, Shard] = {}
-    for name in sorted({shard.set_ for shard in shards}):
-        files |= SetStream(location, name, choose=1, keep=shards.__contains__).open()
+def _open(
+    location: DataLocation, indexes: Mapping[str, ShardIndex], shards: set[ShardName]
+) -> dict[ShardName, ShardFile]:
+    files: dict[ShardName, ShardFile] = {}
+    sets = {name: indexes[name] for name in sorted({shard.set_ for shard in shards})}
+    for name, index in select(sets, shards.__contains__).items():
+        files |= SetStream(location, name, index, choose=1).open()
     return files
 
 
-def _read(file: Shard, place: _Place, card: schema.Card, data: DataSection) -> Sample:
+def _read(file: ShardFile, place: _Place, card: schema.Card, data: DataSection) -> Sample:
     """Reads a sample; its random numbers follow from its key alone. Raises ValueError where it cannot be read."""
     try:
         row = file[place.index]

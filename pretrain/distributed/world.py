@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -103,6 +103,30 @@ def broadcast(item: T, world: World) -> T:
     return items[0]
 
 
+def in_each(action: Callable[[], T], world: World) -> list[T]:
+    """Runs an action in every process; returns all results on all processes, in order of their ranks. Results are pickled.
+
+    Raises:
+        ValueError: on all processes, where the action raised ValueError or OSError in any.
+    """
+    outcomes = all_gather(_attempt(action, world), world)
+    if problems := [problem for _, problem in outcomes if problem is not None]:
+        raise ValueError(problems[0])
+    return [cast(T, result) for result, _ in outcomes]
+
+
+def once(action: Callable[[], T], world: World) -> T:
+    """Runs an action in process 0; returns its result on all processes, pickled.
+
+    Raises:
+        ValueError: on all processes, where the action raised ValueError or OSError.
+    """
+    result, problem = broadcast(_attempt(action, world) if world.rank == 0 else (None, None), world)
+    if problem is not None:
+        raise ValueError(problem)
+    return cast(T, result)
+
+
 def once_per_node(action: Callable[[], T], world: World) -> T | None:
     """Runs an action in the first process of each node, while the others wait.
 
@@ -112,14 +136,17 @@ def once_per_node(action: Callable[[], T], world: World) -> T | None:
     Raises:
         ValueError: on all processes, where the action raised ValueError or OSError on any node.
     """
-    result, problem = None, None
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        try:
-            result = action()
-        except (ValueError, OSError) as error:
-            if world.size == 1:
-                raise
-            problem = str(error)
-    if problems := [p for p in all_gather(problem, world) if p]:
+    result, problem = _attempt(action, world) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else (None, None)
+    if problems := [p for p in all_gather(problem, world) if p is not None]:
         raise ValueError(problems[0])
     return result
+
+
+def _attempt(action: Callable[[], T], world: World) -> tuple[T | None, str | None]:
+    """Runs an action; returns its result, or the message of its ValueError or OSError. One process alone raises it."""
+    try:
+        return action(), None
+    except (ValueError, OSError) as error:
+        if world.size == 1:
+            raise
+        return None, str(error)

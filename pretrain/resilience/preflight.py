@@ -25,8 +25,9 @@ from data_prep.common.words import counted
 from pretrain.config import Config, ConfigError, geometry, load
 from pretrain.data.epoch_plan import plan_epoch
 from pretrain.data.held_out import held_out_shards, samples_by_set, sets_read
-from pretrain.data.loader import check_fits, fingerprint
-from pretrain.data.location import DataLocation, open_card, prepare
+from pretrain.data.loader import check_fits, fingerprint, order_settings
+from pretrain.data.location import DataLocation, open_card, read_indexes
+from pretrain.data.shard_check import check_shards
 from pretrain.data.shared_memory import remove_stale_names
 from pretrain.distributed.world import World, all_gather, all_reduce, barrier
 from pretrain.fp8 import fp8_problems
@@ -114,7 +115,7 @@ def preflight(config: Config, deepspeed: dict[str, Any], world: World, every_sha
     """Checks on all processes of a started group; the report is the same on all of them.
 
     Args:
-        every_shard: check each shard of the data set, not only its description.
+        every_shard: check each shard of the data set, not only its description: indexes are read.
     """
     mine = Report()
     if every_shard and world.rank == 0:  # a training takes the lock itself
@@ -188,18 +189,22 @@ def _data(
     """Checks the data set, without a collective.
 
     Returns:
-        Its card, None where it cannot be trained on; and the loader's fingerprint, None where the indexes are not fetched yet.
+        Its card, and the loader's fingerprint, of which less is known without `every_shard`: both None where the data set
+        cannot be trained on.
     """
     batch = deepspeed["train_batch_size"]
     try:
         card = open_card(place, World.alone())
         check_fits(card, config, config.model.backbone(), batch)
-        there = every_shard or not place.cached
-        sets, alone = sets_read(card, config.data), World.alone()
-        missing = prepare(place, sets, config.data.damaged_shards, alone) if every_shard else []
-        held_out = samples_by_set(held_out_shards(place, card, config.data)) if there else {}
-        drawn = plan_epoch(card, config.data, batch, held_out)
-        order = fingerprint(config, card, place.root, drawn, batch) if there else None
+        sets = sets_read(card, config.data)
+        if every_shard:
+            indexes = read_indexes(place, sets, World.alone())
+            missing = check_shards(place, indexes, config.data.damaged_shards, World.alone())
+            drawn = plan_epoch(card, config.data, batch, samples_by_set(held_out_shards(indexes, config.data)))
+            order = fingerprint(config, card, indexes, drawn, batch)
+        else:
+            missing, drawn = [], plan_epoch(card, config.data, batch, {})
+            order = order_settings(config, card, batch)
     except (ValueError, OSError) as error:
         report.problems.append(f"data: {error}")
         return None, None

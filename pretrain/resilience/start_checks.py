@@ -25,7 +25,7 @@ def start_problems(config: Config, data: dict[str, Any] | None) -> list[str]:
     """Lists what keeps a run from going on from its own newest checkpoint or, without one, from starting from `init_from`.
 
     Args:
-        data: the fingerprint of the loader; None where it cannot be known yet.
+        data: what is known of the loader's fingerprint; None where the data set cannot be trained on.
     """
     for path in checkpoint.newest_first(config.run_dir / checkpoint.FOLDER):
         try:

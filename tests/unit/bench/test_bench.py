@@ -114,3 +114,12 @@ def test_the_shapes_checker_is_shown_right_and_wrong_pictures(capsys):
     assert re.search(r"\| pair \| swapped colours .* \*\*1\.000\*\* \|$", wrong, re.MULTILINE)
     assert [table.split(" | ")[0] for table in confusion] == ["| number", "| shape", "| place", "| direction"]
     assert re.fullmatch(r"\d+\.\d ms to recognise a picture of 512 px", speed)
+
+
+def test_start(capfd, tmp_path):
+    """Two processes make a loader of made shards; nothing of it stays."""
+    assert main(["start", "--shards", "292", "--sets", "2", "--processes", "2", "--folder", str(tmp_path)]) == 0
+    first, _, *rows = capfd.readouterr().out.splitlines()
+    assert first.startswith("292 shards, 2 sets, indexes of ")
+    assert [row.split()[0] for row in rows] == ["0", "1"]
+    assert not list(tmp_path.iterdir())

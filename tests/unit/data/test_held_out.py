@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_sets import epoch_of, file_of, loader_of, write_set
+from data_sets import epoch_of, file_of, loader_of, slots, write_set
 
+from data_prep import schema
 from pretrain.config import DataSection
-from pretrain.data.held_out import ShardName, is_trained_on, was_trained_on
+from pretrain.data.held_out import ShardName, is_trained_on, samples_by_set, was_trained_on
 from pretrain.data.loader import Loader
 
 SHARE = 0.6  # by their names, two of the eight tars of the source a, and five of b's
@@ -117,6 +119,43 @@ def test_the_fingerprint_has_what_is_held_out(two: Path) -> None:
     prints = [loader_of(two, *words(share), "data.sources={a: 1, b: 1}").fingerprint for share in (0.6, 0.7)]
     assert [found["held_out"] for found in prints] == [{"a/256": 16, "b/256": 15}, {"a/256": 24, "b/256": 18}]
     assert loader_of(two, *words(0.61, 16), "data.sources={a: 1, b: 1}").fingerprint == prints[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"buckets": True}])
+def test_the_order_is_that_of_a_data_set_without_the_held_out_shards(options: dict[str, Any], tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", {"a": 64, "b": 48}, tars=8, **options)
+    loader = loader_of(root, *words(SHARE))
+    without, card = shutil.copytree(root, tmp_path / "without"), schema.Card.load(root)
+    for name, held in samples_by_set(loader.held_out).items():
+        index = without / name / schema.INDEX
+        content = json.loads(index.read_text())
+        kept = [s for s in content["shards"] if is_trained_on(ShardName(name, s["raw_data"]["basename"]), SHARE)]
+        index.write_text(json.dumps(content | {"shards": kept}))
+        card.sets[name]["samples"] -= held
+    card.save(without)
+    other = loader_of(without)
+    assert slots(epoch_of(loader)) == slots(epoch_of(other)) and loader.plan.draws == other.plan.draws
+    assert loader.held_out and loader.data.samples_per_shard.tolist() == other.data.samples_per_shard.tolist()
+
+
+def test_indexes_are_not_read_again(two: Path, tmp_path: Path) -> None:
+    """Once the loader is made, nothing needs them."""
+    root = shutil.copytree(two, tmp_path / "set")
+    loader = loader_of(root, *words(SHARE))
+    for index in root.rglob(schema.INDEX):
+        index.unlink()
+    plain = loader_of(two, *words(SHARE))
+    assert loader.fingerprint == plain.fingerprint
+    seen, expected = ([h.batch.keys for h in which.validation_batches()] for which in (loader, plain))
+    assert seen == expected and slots(epoch_of(loader)) == slots(epoch_of(plain))
+
+
+def test_held_out_shards_that_must_be_unpickled_are_refused(two: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(two, tmp_path / "set")
+    index = root / "b/256" / schema.INDEX
+    index.write_text(index.read_text().replace('"str"', '"pkl"'))
+    with pytest.raises(ValueError, match="contains an unsafe type: pkl"):
+        loader_of(root, *words("b")).validation_batches()
 
 
 @pytest.mark.parametrize(

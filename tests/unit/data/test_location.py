@@ -16,7 +16,7 @@ from support import contents
 from data_prep import schema
 from pretrain.config import load
 from pretrain.data.loader import Loader
-from pretrain.data.location import DataLocation, check_shards
+from pretrain.data.location import DataLocation
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -160,21 +160,3 @@ def test_a_file_that_is_not_at_the_origin(tmp_path: Path) -> None:
     ):
         location.fetch("dataset.json")
     assert not list(location.root.iterdir())
-
-
-def test_sizes_on_object_storage_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for a folder, with fsspec's memory file system in the place of a bucket."""
-    import fsspec
-
-    from pretrain.data import location as streams
-
-    root = write_set(tmp_path / "set", {"a": 30})
-    memory = fsspec.filesystem("memory")
-    memory.put(str(root), "/bucket/set", recursive=True)
-    monkeypatch.setattr(streams, "is_remote", lambda url: url.startswith("memory://"))
-    place = DataLocation("memory://bucket/set", root, cached=True)
-    assert check_shards(place, ["a/256"], 0) == []
-    shard = sorted((root / "a/256/00000").glob("*.mds"))[0]
-    memory.rm(f"/bucket/set/a/256/00000/{shard.name}")
-    with pytest.raises(ValueError, match=f"memory://bucket/set/a/256/00000/{shard.name}: missing"):
-        check_shards(place, ["a/256"], 0)

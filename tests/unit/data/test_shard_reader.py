@@ -14,6 +14,7 @@ from streaming.base.format.mds.reader import MDSReader
 
 from data_prep.common import mds
 from pretrain.data.location import DataLocation
+from pretrain.data.shard_index import ShardIndex
 from pretrain.data.shard_reader import SetStream, Shard
 
 
@@ -81,6 +82,10 @@ def test_bytes_are_those_of_streamings_reader(root: Path) -> None:
 # ---- fetching a shard ----
 
 
+def index_of(root: Path) -> ShardIndex:
+    return ShardIndex.read(root / SET / "index.json")
+
+
 def reader_of(root: Path, number: int) -> Shard:
     return Shard(MDSReader.from_json(str(root / SET), None, entry(root, number)))
 
@@ -91,7 +96,7 @@ def test_a_missing_shard_of_a_folder_is_lost(root: Path) -> None:
     file_of(root, 1).unlink()
     with pytest.raises(FileNotFoundError):
         shard[0]
-    stream = SetStream(DataLocation(str(root), root, cached=False), SET, choose=8, keep=lambda shard: True)
+    stream = SetStream(DataLocation(str(root), root, cached=False), SET, index_of(root), choose=8)
     assert stream.remote is None and stream.name == SET
     assert stream.prepare_shard(shard) == 0
     with pytest.raises(ValueError, match="its shard is missing"):
@@ -104,7 +109,7 @@ def test_a_shard_that_cannot_be_fetched_is_asked_for_once(root: Path, tmp_path: 
     location = DataLocation(str(origin), cache, cached=True)
     (cache / SET).mkdir(parents=True)
     shutil.copy(root / SET / "index.json", cache / SET)
-    stream = SetStream(location, SET, choose=8, keep=lambda shard: True)
+    stream = SetStream(location, SET, index_of(origin), choose=8)
     stream.apply_default(
         {"split": None, "download_retry": 1, "download_timeout": 60, "validate_hash": None, "keep_zip": False}
     )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +19,10 @@ from streaming.base.format.mds.reader import MDSReader
 from streaming.base.shared import prefix
 
 from pretrain.data.loader import Loader
+from pretrain.data.shard_index import ShardIndex
 from pretrain.data.streaming_private import (
     PRIVATE,
+    IndexedStream,
     PositionedDataset,
     ShardFile,
     shared_memory_number,
@@ -44,8 +49,11 @@ KINDS = {
     "MDSReader.zip_data": lambda v: v is None,
     "Stream.apply_default": callable,
     "Stream.get_shards": callable,
+    "Stream.local": lambda v: v.endswith(SET),
     "Stream.prepare_shard": callable,
     "Stream.remote": lambda v: v is None,
+    "Stream.set_up_local": callable,
+    "Stream.split": lambda v: v == "",
     "StreamingDataset._resume": callable,
     "StreamingDataset.get_item": callable,
     "StreamingDataset.num_samples": lambda v: v == 32,
@@ -74,6 +82,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def theirs(two: Path) -> StreamingDataset:
     """streaming's own data set."""
     return StreamingDataset(streams=[Stream(local=f"{two}/{s}/256") for s in "ab"], batch_size=4, shuffle=False)
+
+
+def indexed(folder: Path, **settings: Any) -> IndexedStream:
+    return IndexedStream(ShardIndex.read(folder / "index.json"), ShardFile, local=str(folder), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +155,7 @@ def test_a_number_in_shared_memory(two: Path) -> None:
     """Taken by a data set that is made within it; afterwards numbers count from 0 again, also after an error."""
     number = 7_654_321 + os.getpid()  # another suite may run on this machine
     with shared_memory_number(number):
-        data = PositionedDataset([Stream(local=f"{two}/a/256")], ShardFile, batch_size=4, shuffle=False)
+        data = PositionedDataset([indexed(two / "a/256")], batch_size=4, shuffle=False)
     assert data._shm_prefix_int == number
     with pytest.raises(KeyError), shared_memory_number(number):
         raise KeyError
@@ -162,3 +174,46 @@ def test_a_shards_file(compression: str | None, tmp_path: Path) -> None:
     assert shard.stored_name == (about["zip_data"] or about["raw_data"])["basename"]
     assert shard.stored_name.endswith(".mds.zstd" if compression else ".mds")
     assert len(shard) == 4
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_readers_and_sizes_are_streamings(compression: str | None, tmp_path: Path) -> None:
+    """A data set of indexed streams has the shards, samples and bytes on disk that streaming finds by itself."""
+    root = write_set(tmp_path / "set", {"a": 40, "b": 12}, compression=compression)
+    folders = [root / "a/256", root / "b/256"]
+    local = {"remote": None} if compression is None else {}
+
+    def made(stream: Callable[[Path, dict[str, Any]], Stream], place: str) -> list[Stream]:
+        streams = []
+        for folder in folders:
+            here = folder
+            if compression:
+                here = tmp_path / place / folder.relative_to(root)
+                here.mkdir(parents=True)
+                shutil.copy(folder / "index.json", here)
+            streams.append(stream(here, {"remote": str(folder)} if compression else local))
+        return streams
+
+    settings: dict[str, Any] = {"batch_size": 1, "shuffle": False, "num_canonical_nodes": 1}
+    theirs = StreamingDataset(streams=made(lambda f, more: Stream(local=str(f), **more), "theirs"), **settings)
+    ours = PositionedDataset(made(lambda f, more: indexed(f, **more), "ours"), **settings)
+    assert ours.num_samples == theirs.num_samples and len(ours.shards) == len(theirs.shards) > 3
+    assert ours.samples_per_shard.tolist() == theirs.samples_per_shard.tolist()
+    for mine, its in zip(ours.shards, theirs.shards, strict=True):
+        for name, value in vars(its).items():
+            if name in ("raw_data", "zip_data"):
+                value = value and replace(value, hashes={})
+            if name not in ("dirname", "file_pairs"):
+                assert getattr(mine, name) == value, name
+        assert mine.get_max_size() == its.get_max_size()
+    assert [row["key"] for row in ours] == [row["key"] for row in theirs]
+    assert ours.cache_usage == theirs.cache_usage
+    assert ours.shards[2] is ours.shards[2], "it is kept: what was lost stays lost"
+
+
+def test_shards_that_must_be_unpickled_are_refused(two: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(two / "a/256", tmp_path / "set")
+    index = folder / "index.json"
+    index.write_text(index.read_text().replace('"str"', '"pkl"'))
+    with pytest.raises(ValueError, match="contains an unsafe type: pkl"):
+        PositionedDataset([indexed(folder)], batch_size=4, shuffle=False)

@@ -20,6 +20,8 @@ from pretrain.distributed.world import (
     barrier,
     broadcast,
     exchange,
+    in_each,
+    once,
     once_per_node,
     reduce_scatter,
 )
@@ -45,13 +47,16 @@ def test_one_process_alone() -> None:
     assert all_gather("mine", ALONE) == ["mine"]
     assert broadcast({"a": 1}, ALONE) == {"a": 1}
     assert once_per_node(lambda: 5, ALONE) == 5
+    assert once(lambda: 5, ALONE) == 5
+    assert in_each(lambda: 5, ALONE) == [5]
 
 
 @pytest.mark.parametrize("error", [OSError("gone"), ValueError("wrong"), KeyError("a defect")])
 def test_an_error_of_one_process_is_raised_as_it_is(error: Exception) -> None:
-    with pytest.raises(type(error)) as raised:
-        once_per_node(lambda: raising(error), ALONE)
-    assert raised.value is error
+    for run in (once_per_node, once, in_each):
+        with pytest.raises(type(error)) as raised:
+            run(lambda: raising(error), ALONE)
+        assert raised.value is error
 
 
 def test_the_second_process_of_a_node_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,15 +100,22 @@ said["parts"] = parts.tolist()
 exchange([(parts, 0, 0)], world)
 said["items"] = all_gather({"rank": rank}, world)
 said["first"] = broadcast(f"from {rank}", world)
-said["once"] = once_per_node(lambda: f"done by {rank}", world)
+said["once per node"] = once_per_node(lambda: f"done by {rank}", world)
+said["once"] = once(lambda: f"done by {rank}", world)
+said["in each"] = in_each(lambda: f"done by {rank}", world)
 
 def fail():
     raise OSError(f"no disk on {rank}")
 
-try:
-    once_per_node(fail, world)
-except ValueError as error:
-    said["error"] = str(error)
+def fail_in_1():
+    return rank if rank == 0 else fail()
+
+said["errors"] = []
+for run, action in ((once_per_node, fail), (once, fail), (in_each, fail), (in_each, fail_in_1)):
+    try:
+        run(action, world)
+    except ValueError as error:
+        said["errors"].append(str(error))
 barrier(world)
 print(json.dumps(said))
 """
@@ -127,7 +139,7 @@ def test_two_processes() -> None:
     finally:
         for process in processes:
             process.kill()
-    assert [s.pop("once") for s in said] == ["done by 0", None]
+    assert [s.pop("once per node") for s in said] == ["done by 0", None]
     assert said[0] == said[1]
     assert said[0] == {
         "sum": [3.0, 20.0],
@@ -135,5 +147,7 @@ def test_two_processes() -> None:
         "parts": [3.0, 5.0],
         "items": [{"rank": 0}, {"rank": 1}],
         "first": "from 0",
-        "error": "no disk on 0",
+        "once": "done by 0",
+        "in each": ["done by 0", "done by 1"],
+        "errors": ["no disk on 0", "no disk on 0", "no disk on 0", "no disk on 1"],
     }
