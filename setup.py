@@ -18,6 +18,8 @@ COMMANDS = {
     "import-release": "pretrain.import_release",
     "models": "pretrain.models.__main__",
     "analyze": "pretrain.analyze.__main__",
+    "evaluate": "pretrain.evaluate.__main__",
+    "ablate": "pretrain.ablate.__main__",
     "demo": "pretrain.demo",
 }
 

@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from data_prep.common.files import atomic_write
+from data_prep.common.files import atomic_write, sha256
 from pretrain.distributed.partition import Slot
 from pretrain.distributed.world import World, all_gather, barrier, broadcast
 from pretrain.state import RunState
@@ -168,15 +168,6 @@ def with_hash(state: dict[str, Any]) -> str:
     """The text of `state.json`, which holds the SHA-256 of the rest of itself."""
     digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     return json.dumps(state | {"sha256": digest}) + "\n"
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def file_name(rank: int, world: int) -> str:

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_prep.common.files import atomic_write, permit_as_umask, sync_path
-from pretrain.checkpoint.reader import FOLDER, FORMAT, LATEST, STATE, file_name, sha256, step_name, with_hash
+from data_prep.common.files import atomic_write, permit_as_umask, sha256, sync_path
+from pretrain.checkpoint.reader import FOLDER, FORMAT, LATEST, STATE, file_name, step_name, with_hash
 from pretrain.config import Config
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine

@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common.files import atomic_write
-from pretrain.checkpoint.reader import sha256
+from data_prep.common.files import atomic_write, sha256
 from pretrain.evaluate.metric import NotRun, Record, Scorer
 from pretrain.evaluate.pictures import of_folder
 from pretrain.evaluate.records import Records, fingerprint

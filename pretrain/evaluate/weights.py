@@ -8,8 +8,8 @@ from typing import Any
 
 import transformers
 
+from data_prep.common.files import sha256
 from data_prep.encoders import require_complete
-from pretrain.checkpoint.reader import sha256
 
 
 def read_model(kind: Any, folder: Path, **options: Any) -> Any:

@@ -99,8 +99,8 @@ def test_a_dense_models_weights_start_all_three(data_set: Path, train, tmp_path:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (("model.density=dense",), "blocks.0.self_attention.qkv.weight: there not there, here (384, 128)"),
-        (("model.mediators.numbers=[4]",), "with other settings, whose moments fit this one's parameters in part only"),
+        (("model.density=dense",), "model.density: there flexdit, here dense"),
+        (("model.mediators.numbers=[4]",), "model.mediators: there {'numbers': (4, 16)}, here {'numbers': (4,)}"),
     ],
 )
 def test_a_run_does_not_go_on_as_another_combination(words, problem, together: Path, data_set: Path, train) -> None:

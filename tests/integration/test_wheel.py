@@ -59,12 +59,15 @@ def test_the_first_commands_from_the_wheel(environment: Path, tmp_path: Path) ->
     said = run(environment / "bin/focusdit-train", "demo_256", "--check", "data.path=data", *SMALL)
     assert said.startswith("demo_256: 0 problems\n")
     commands = {
+        "ablate",
         "analyze",
         "convert",
         "demo",
         "encode",
+        "evaluate",
         "export",
         "import-release",
+        "launch",
         "models",
         "prune",
         "sample",

@@ -147,6 +147,7 @@ def test_readmes_experiment_loads(write, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert geometry(deepspeed, 8) == 1
     assert [words.split()[:4] for words in commands.splitlines() if words.startswith("python")] == [
         ["python", "-m", "pretrain.train", "~/experiments/birds.yaml"],
+        ["python", "-m", "pretrain.launch", "~/experiments/birds.yaml"],
         ["python", "-m", "pretrain.train", "runs/birds/config.yaml"],
     ]
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_prep.common.files import sha256
 from data_prep.common.paths import path
-from pretrain.checkpoint.reader import sha256
 from pretrain.evaluate.features import Arrays, Reference, as_records, of_records
 from pretrain.evaluate.metric import NotRun, Picture, Record, Result, Value
 
