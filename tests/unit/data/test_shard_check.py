@@ -7,22 +7,18 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from data_sets import SET, file_of, write_set
+from shard_looks import note_looks
 from support import ended, fork, free_port, launcher
 
 from data_prep import schema
-from pretrain.config import load
 from pretrain.data import shard_check
-from pretrain.data.loader import Loader
 from pretrain.data.location import DataLocation
 from pretrain.data.shard_check import check_shards
 from pretrain.data.shard_index import ShardIndex
 from pretrain.distributed.world import World
-from pretrain.models import preset
 
 ALONE = World.alone()
 
@@ -73,54 +69,13 @@ def test_sizes_on_object_storage_are_listed_once(tmp_path: Path, monkeypatch: py
 # ---- two processes ----
 
 
-def _start(whole: Path, bad: Path, out: Path) -> None:
-    """Notes what this process read and looked at when loaders were made, and what it was told."""
-    rank = int(os.environ["RANK"])
-    torch.distributed.init_process_group("gloo")
-    world = World(rank, 2, torch.device("cpu"))
-    looked: list[str] = []
-    read: list[str] = []
-    stat, scandir, read_index = os.stat, os.scandir, ShardIndex.read
-
-    def count_stat(path: Any, *args: Any, **more: Any) -> Any:
-        if str(path).endswith(".mds"):
-            looked.append(Path(path).name)
-        return stat(path, *args, **more)
-
-    def count_read(path: Path) -> ShardIndex:
-        read.append(str(path))
-        return read_index(path)
-
-    def scan_elsewhere(path: Any = ".") -> Any:
-        assert not str(path).startswith(str(whole)), "streaming looks at the data set again"
-        return scandir(path)
-
-    os.stat, os.scandir = count_stat, scan_elsewhere  # type: ignore[assignment]
-    ShardIndex.read = count_read  # type: ignore[method-assign,assignment]
-    loader = Loader(load("demo_256", [f"data.path={whole}"])[0], preset("focusdit_tiny"), 4, 2, world)
-    said: dict[str, Any] = {"looked": [*looked], "read": [*read]}
-    said["hashes"] = [loader.fingerprint["indexes"] for _ in range(2)]
-    said["read again"] = read[len(said["read"]) :]
-    for name, place in (("shared", bad), ("own", (whole, bad)[rank])):
-        location = DataLocation(str(place), place, cached=False)
-        looked.clear()
-        said[name] = check_shards(location, loader.indexes, 2, world)
-        said[f"{name} looked"] = [*looked]
-        try:
-            check_shards(location, loader.indexes, 1, world)
-        except ValueError as error:
-            said[f"{name} refused"] = str(error)
-    out.write_text(json.dumps(said))
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_share_the_work(root: Path, tmp_path: Path) -> None:
     bad, (log, *outs) = shutil.copytree(root, tmp_path / "bad"), [tmp_path / name for name in ("log", "0", "1")]
     names = [file_of(root, number).name for number in range(3)]
     file_of(bad, 0).unlink()
     os.truncate(file_of(bad, 2), 9)
     port = str(free_port())
-    processes = [fork(log, _start, root, bad, out, **launcher(rank, 2, port)) for rank, out in enumerate(outs)]
+    processes = [fork(log, note_looks, root, bad, out, **launcher(rank, 2, port)) for rank, out in enumerate(outs)]
     assert not any(ended(processes)), log.read_text()
     first, second = (json.loads(out.read_text()) for out in outs)
 
