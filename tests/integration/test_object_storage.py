@@ -75,7 +75,7 @@ def test_from_s3_to_s3_to_a_training(bucket, data_set: Path, shape_tars: Path, t
 
 def test_a_bucket_that_is_not_there(bucket, shape_tars: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=lambda seconds: None))
-    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)  # which waits, too
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore waits, too
     options = ("--work", str(tmp_path / "work"), *OPTIONS, "--resolutions", "64")
     assert encode.main(["--input", "s3://absent/tars/*.tar", "--output", "s3://pictures/data", *options]) == 1
     assert "s3://absent/tars/*.tar" in capsys.readouterr().err
