@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from data_prep.common.words import counted
 from pretrain import training
 from pretrain.bench.gpu.session import Numbers, Session, fits_in
 from pretrain.bench.made import made_batch, made_trainer
@@ -36,7 +37,7 @@ def run(session: Session) -> None:
         session.measure("one step against AdamW in fp64", _against_adamw, world)
         stages = ("demo_256",) if session.settings.small else ("stage1_256", "stage2_512")
         for stage in stages:
-            session.measure(f"{stage}, {world.size} processes", _steps, world, stage, needs=10)
+            session.measure(f"{stage}, {counted(world.size, 'process', 'processes')}", _steps, world, stage, needs=10)
     finally:
         shutdown()
 
