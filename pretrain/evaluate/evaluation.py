@@ -1,7 +1,7 @@
 """An evaluation's stages: pictures are drawn, then judged by each metric, then summed up.
 
 Each stage does what is missing: after a kill the same command goes on, and the figures are the same. Several processes share the
-pictures, each draws and judges its own; the process that finds all judged sums up.
+pictures, each draws and judges its own; the last one to judge by a metric sums it up.
 """
 
 from __future__ import annotations
@@ -29,47 +29,36 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(f"--per-prompt {args.per_prompt}: must be at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
     found = of_folder(args.pictures, args.prompts, args.per_prompt) if args.pictures else draw(args)
-    report, device, problems = Report(args, found), device_of(args.device), []
+    report, device, problems = Report(args, found), device_of(args.device), {}
     for name in args.metrics:
         try:
-            left = judge(name, METRICS[name](), args, found, device, share_of_process()[0], report)
+            judge(name, METRICS[name](), args, device, share_of_process()[0], report)
         except (ValueError, OSError) as error:  # the other metrics go on
-            problems.append(f"{name}: {error}")
-            continue
-        if left or found.missing:
-            return (
-                f"{left + found.missing} of {len(found.pictures) + found.missing} pictures are left to other processes"
-            )
-    text = report.finish()
+            problems[name] = f"{name}: {error}"
+    if pending := report.pending([name for name in args.metrics if name not in problems]):
+        text = f"{', '.join(pending)}: pictures are left to other processes"
+    else:
+        text = report.finish()
     if problems:
         print(text)
-        raise ValueError("; ".join(problems))
+        raise ValueError("; ".join(problems.values()))
     return text
 
 
-def judge(
-    name: str,
-    metric: Metric,
-    args: argparse.Namespace,
-    found: PictureSet,
-    device: torch.device,
-    rank: int,
-    report: Report,
-) -> int:
-    """Judges this process's pictures and, where all are judged, sums up; returns the number of those that are not judged yet."""
+def judge(name: str, metric: Metric, args: argparse.Namespace, device: torch.device, rank: int, report: Report) -> None:
+    """Judges this process's pictures; sums up where all are drawn and judged by now, as the last process finds them."""
     try:
         scorer = metric.build(args, device)
     except NotRun as missing:
         report.not_run(name, str(missing))
-        return 0
+        return
     records = Records(args.out, name, scorer.identity, rank)
-    score(name, scorer, records, found)
+    score(name, scorer, records, report.found)
+    found = report.found = report.found.completed()
     there = records.read(found.pictures)
-    left = len(found.pictures) - len(there)
-    if not left and not found.missing:
+    if not found.missing and len(there) == len(found.pictures):
         result = scorer.summarise(found.pictures, [there[str(p.path)] for p in found.pictures])
         report.add(name, result, scorer.identity)
-    return left
 
 
 def score(name: str, scorer: Scorer, records: Records, found: PictureSet) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,22 @@ class PictureSet:
         mine: the places of those that this process judges.
         missing: the number of those that other processes have still to draw.
         origin: the run or model, and the settings that all were drawn with; {} for pictures of other origin.
+        list_again: makes the set anew where pictures are missing.
     """
 
     pictures: list[Picture]
     mine: Sequence[int]
     missing: int
     origin: Mapping[str, Any]
+    list_again: Callable[[], PictureSet] | None = None
+
+    def completed(self) -> PictureSet:
+        """This set with what other processes have drawn meanwhile."""
+        return self.list_again() if self.missing and self.list_again else self
 
     @property
     def sha256(self) -> str:
-        """Of the pictures' hashes and prompts in order: two metrics with the same are of the same set."""
+        """The hash of the pictures' hashes and prompts in order; metrics with the same one judged the same set."""
         lines = "".join(f"{p.sha256} {p.prompt}\n" for p in self.pictures)
         return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -77,14 +83,19 @@ def draw(args: argparse.Namespace) -> PictureSet:
     entries = [entry for entry in prompts_of(args.prompts) for _ in range(args.per_prompt)]
     folder = args.out / "pictures"
     drawn = draw_share(argparse.Namespace(**vars(args) | {"out": folder}), [entry["prompt"] for entry in entries])
-    there = [job for job in drawn.jobs if job.picture(folder).is_file()]
     rank, processes = share_of_process()
-    return PictureSet(
-        [_picture(job.picture(folder), entries[job.index], job.seed) for job in there],
-        [place for place, job in enumerate(there) if job.index % processes == rank],
-        len(drawn.jobs) - len(there),
-        drawn.origin | drawn.jobs[0].settings,
-    )
+
+    def listed() -> PictureSet:
+        there = [job for job in drawn.jobs if job.picture(folder).is_file()]
+        return PictureSet(
+            [_picture(job.picture(folder), entries[job.index], job.seed) for job in there],
+            [place for place, job in enumerate(there) if job.index % processes == rank],
+            len(drawn.jobs) - len(there),
+            drawn.origin | drawn.jobs[0].settings,
+            listed,
+        )
+
+    return listed()
 
 
 def of_folder(folder: Path, prompts: Path | None, per_prompt: int, option: str = "--pictures") -> PictureSet:

@@ -8,7 +8,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +38,7 @@ class Report:
 
     def __init__(self, args: argparse.Namespace, found: PictureSet):
         self.args, self.found = args, found
+        self._not_run: dict[str, str] = {}
 
     def add(self, name: str, result: Result, identity: Mapping[str, Any]) -> None:
         """Writes a metric's result."""
@@ -48,8 +49,16 @@ class Report:
             put_on_curves(find_run(self.found.origin["run"]) / "evaluate", curves, self.found.origin["step"])
 
     def not_run(self, name: str, reason: str) -> None:
-        """Writes why there is no result."""
-        self._write(name, {"status": "not run", "reason": reason})
+        """Notes why there is no result; `finish` writes it."""
+        self._not_run[name] = reason
+
+    def pending(self, names: Sequence[str]) -> list[str]:
+        """The metrics that have no result of these pictures yet, as other processes have still to draw or judge some."""
+        return [name for name in names if name not in self._not_run and not self._is_done(name)]
+
+    def _is_done(self, name: str) -> bool:
+        path = self.args.out / f"{name}.json"
+        return not self.found.missing and path.is_file() and read(path)["pictures"]["sha256"] == self.found.sha256
 
     def _write(self, name: str, about: Mapping[str, Any]) -> None:
         seeds = [p.seed for p in self.found.pictures if p.seed is not None]
@@ -70,6 +79,8 @@ class Report:
 
     def finish(self) -> str:
         """Writes the table and the plot of all results in OUT, also of earlier commands, and returns the table."""
+        for name, reason in self._not_run.items():
+            self._write(name, {"status": "not run", "reason": reason})
         results = [r for path in sorted(self.args.out.glob("*.json")) if "metric" in (r := read(path))]
         text = table(results, self.found.sha256)
         atomic_write(self.args.out / "table.md", text + "\n")

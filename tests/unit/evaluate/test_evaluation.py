@@ -105,6 +105,44 @@ def test_a_model_is_drawn_and_judged_once(
     assert json.loads(before)["values"] == result(tmp_path / "out")["values"]
 
 
+def test_processes_that_draw_and_judge_beside_each_other_leave_nothing(
+    tiny_pipeline_folder: Path,
+    prompts: Path,
+    tmp_path: Path,
+    counting: Counting,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys,
+) -> None:
+    """The first of two judges by all metrics, though the second has drawn nothing before it ends; the second sums up."""
+    other = Counting()
+    monkeypatch.setitem(METRICS, "other", lambda: other)
+    command = words(
+        "--model", tiny_pipeline_folder, prompts, tmp_path / "out", "--metrics", "counting", "other", *SETTINGS
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    second: list[int] = []
+
+    def beside(pictures: Any) -> list[dict[str, float]]:
+        """While the first judges its last pictures, the second draws and judges all of its own."""
+        found = Counting.score(counting, pictures)
+        if not second:
+            second.append(1)
+            monkeypatch.setenv("RANK", "1")
+            second.append(main(command))
+            monkeypatch.setenv("RANK", "0")
+        return found
+
+    monkeypatch.setattr(counting, "score", beside)
+    monkeypatch.setattr(counting, "batch", 5)
+    monkeypatch.setenv("RANK", "0")
+    assert main(command) == 0 and second == [1, 0]
+    assert len(counting.judged) == len(set(counting.judged)) == len(set(other.judged)) == len(other.judged) == 5
+    assert result(tmp_path / "out")["values"]["brightness"]["count"] == 5
+    assert result(tmp_path / "out", "other")["values"]["brightness"]["count"] == 5
+    first_line, *table = capsys.readouterr().out.split("\n| metric |")
+    assert "counting, other: pictures are left to other processes" in first_line and len(table) == 1
+
+
 def test_pictures_of_a_folder_give_the_same_figures(
     tiny_pipeline_folder: Path, prompts: Path, tmp_path: Path, counting: Counting
 ) -> None:
@@ -115,11 +153,17 @@ def test_pictures_of_a_folder_give_the_same_figures(
     assert result(tmp_path / "a")["pictures"]["sha256"] == result(tmp_path / "b")["pictures"]["sha256"]
 
 
-def test_another_scorer_or_picture_is_judged_anew(tmp_path: Path, counting: Counting) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four pictures."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(4):
         Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_another_scorer_or_picture_is_judged_anew(folder: Path, tmp_path: Path, counting: Counting) -> None:
     command = words("--pictures", folder, None, tmp_path / "out", "--metrics", "counting")
     assert main(command) == 0
     Image.new("RGB", (8, 8), "white").save(folder / "2.png")
@@ -130,11 +174,7 @@ def test_another_scorer_or_picture_is_judged_anew(tmp_path: Path, counting: Coun
     assert counting.judged[5:] == ["0.png", "1.png", "2.png", "3.png"]
 
 
-def test_a_line_that_a_kill_cut_off_is_judged_again(tmp_path: Path, counting: Counting) -> None:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i in range(4):
-        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(folder / f"{i}.png")
+def test_a_line_that_a_kill_cut_off_is_judged_again(folder: Path, tmp_path: Path, counting: Counting) -> None:
     command = words("--pictures", folder, None, tmp_path / "out", "--metrics", "counting")
     assert main(command) == 0
     (path,) = (tmp_path / "out/records").rglob("*.jsonl")
