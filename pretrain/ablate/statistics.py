@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pretrain.evaluate.metric import Value
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -21,9 +23,8 @@ class Difference:
 
 def mean_and_sem(values: Sequence[float]) -> tuple[float, float]:
     """The mean and its standard error, NaN for a single value."""
-    n = len(values)
-    mean = sum(values) / n
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else math.nan
+    found = Value.mean(values)
+    return found.value, math.nan if found.sem is None else found.sem
 
 
 def paired(values: Sequence[float], before: Sequence[float]) -> Difference:

@@ -21,7 +21,7 @@ from data_prep.shapes import check, scenes
 from data_prep.shapes_checker import by_figure, judge, mean_of_tasks
 from pretrain.config import load
 from pretrain.curves import curve
-from pretrain.demo import DATA, PICTURES, PROMPT_SEED, TARS, training_command
+from pretrain.demo import DATA, PROMPT_SEED, data_commands, training_command
 from pretrain.demo import run as run_command
 from pretrain.models.cost import count_flops, grid_of
 
@@ -75,9 +75,8 @@ def run(args: argparse.Namespace) -> str:
 def make_data() -> None:
     """The demo's tars and data set."""
     if not (Path(DATA) / "dataset.json").exists():
-        python = sys.executable
-        run_command([python, "data_prep/shapes.py", "--output", TARS, "--pictures", str(PICTURES)])
-        run_command([python, "data_prep/encode.py", "--input", f"{TARS}/*.tar", "--output", DATA, "--encoders", "tiny"])
+        for command in data_commands():
+            run_command(command)
 
 
 def settings(name: str, args: argparse.Namespace) -> list[str]:

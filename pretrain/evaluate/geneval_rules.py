@@ -113,7 +113,7 @@ def kept(detections: Sequence[Detection], task: str) -> dict[str, list[Detection
 
 
 def faults(spec: Spec, found: Mapping[str, Sequence[Detection]], colours: Colours) -> list[str]:
-    """What is not as the prompt asks; nothing where the picture is right."""
+    """Lists what differs from the prompt, a line each; an empty list where the picture is right."""
     reasons: list[str] = []
     matched: list[Sequence[Detection] | None] = []
     for required in spec.include:

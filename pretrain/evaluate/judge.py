@@ -51,7 +51,7 @@ class Answer:
 
     @property
     def kind(self) -> str:
-        """Of an answer from which nothing could be read: "refused" or "unparsable"."""
+        """Why nothing can be read from the answer: "refused" or "unparsable"."""
         return "refused" if self.refused or _REFUSAL.search(self.conclusion.replace("’", "'")) else "unparsable"
 
 

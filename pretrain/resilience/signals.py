@@ -68,7 +68,7 @@ class StopRequest:
 
 
 def heard_signals() -> list[signal.Signals]:
-    """Those of SIGNALS that ask to stop: all, but for a SIGHUP that nohup has ignored."""
+    """The signals that ask to stop: SIGNALS, without a SIGHUP that nohup has ignored."""
     return [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 

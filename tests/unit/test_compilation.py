@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backbones import build
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
@@ -14,7 +15,7 @@ from pretrain import compilation
 from pretrain.compilation import GRAPHS, compile_for_sampling, compile_for_training, eager_mode
 from pretrain.diffusion import Guidance, generate, start_noise
 from pretrain.distributed.torch_private import compiled_graphs
-from pretrain.models import CachedConditioning, DiT, DiTConfig, PackedText, Prediction, preset
+from pretrain.models import CachedConditioning, DiT, PackedText, Prediction, preset
 from pretrain.models.budget_choices import every_budget
 from pretrain.models.focusdit.mask import dropout_factors
 from pretrain.models.mixers.mediators import MediatorsSection
@@ -38,15 +39,6 @@ def fresh():
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
         yield
     torch._dynamo.reset()
-
-
-def build(config: DiTConfig) -> DiT:
-    torch.manual_seed(0)
-    model = DiT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # a fresh block changes nothing
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 def captions(lengths: list[int]) -> list[Tensor]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backbones import build
 from engines import admit, engine_of, one_process
 from support import ROOT
 from torch import Tensor
@@ -19,7 +20,7 @@ from pretrain.compilation import GRAPHS, compile_for_training
 from pretrain.config import load
 from pretrain.distributed.torch_private import compiled_graphs
 from pretrain.fp8 import fp8_problems, large_maps, use_fp8
-from pretrain.models import DiT, DiTConfig, PackedText, preset
+from pretrain.models import DiT, PackedText, preset
 from pretrain.models.dit import StepConditioning
 from pretrain.models.mixers.flexdit import FlexDiTSection
 from pretrain.models.text import TEXT_MULTIPLE
@@ -46,15 +47,6 @@ def torchao() -> Iterator[None]:
     sys.path.append(str(TORCHAO))
     yield
     sys.path.remove(str(TORCHAO))
-
-
-def build(config: DiTConfig) -> DiT:
-    torch.manual_seed(0)
-    model = DiT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # a fresh block changes nothing
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 def inputs(model: DiT, lengths: tuple[int, ...] = (5, 9, 3)) -> tuple[Tensor, StepConditioning]:

@@ -10,6 +10,7 @@ from pretrain.bench.gpu.session import NotHere, Numbers, Session
 
 
 def run(session: Session) -> None:
+    """Measures copies, products and a launch."""
     session.measure("copy", _copy)
     side = 256 if session.settings.small else 8192
     session.measure(f"product {side}³, {session.dtype}".replace("torch.", ""), _product, side, side, side)

@@ -20,6 +20,7 @@ DEPTH = 8  # blocks: enough bytes to time, and soon written
 
 
 def run(session: Session) -> None:
+    """Measures a checkpoint in the background."""
     world = init_distributed()
     try:
         session.measure(f"{DEPTH} blocks, in the background", _save, world, needs=5)

@@ -29,6 +29,7 @@ BACKENDS = {
 
 
 def run(session: Session) -> None:
+    """Compares passes, random numbers, sampling and attention with their references."""
     torch.backends.cuda.matmul.allow_tf32 = False
     session.measure("pass, eager, against fp64", _pass, "eager")
     session.measure("unequal captions, each against itself alone", _captions)

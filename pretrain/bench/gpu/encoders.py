@@ -18,6 +18,7 @@ CAPTIONS = 256
 
 
 def run(session: Session) -> None:
+    """Measures captions and pictures."""
     session.measure("captions", _captions, needs=5)
     for resolution in session.shapes.micro:
         session.measure(f"{resolution} px, pictures", _pictures, resolution, needs=5)

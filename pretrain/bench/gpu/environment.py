@@ -19,6 +19,7 @@ QUERY = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.m
 
 
 def run(session: Session) -> None:
+    """Records the device, the host and the versions."""
     session.measure("device", _device)
     session.measure("host", _host)
     session.measure("versions", _versions)

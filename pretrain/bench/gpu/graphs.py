@@ -22,6 +22,7 @@ IMAGES = 4
 
 
 def run(session: Session) -> None:
+    """Counts the graphs of each backbone."""
     shapes = session.shapes
     if session.settings.small:  # tests/unit/test_compilation.py counts the others' graphs on CPUs
         session.measure("focusdit, eager", _count, "focusdit", shapes.focusdit, "eager")

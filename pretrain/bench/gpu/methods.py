@@ -12,6 +12,7 @@ from pretrain.models.cost import count_flops, grid_of
 
 
 def run(session: Session) -> None:
+    """Measures each backbone at each of its budgets."""
     shapes, resolution = session.shapes, max(session.shapes.micro)
     images = max(shapes.micro[resolution] // 2, 1)
     dense: dict[str, float] = {}

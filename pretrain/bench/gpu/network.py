@@ -13,6 +13,7 @@ from pretrain.models.cost import count_parameters
 
 
 def run(session: Session) -> None:
+    """Measures both exchanges between the GPUs; with a single one it says so."""
     size = int(os.environ["WORLD_SIZE"])
     if size == 1:
         session.put("", "not run", "there is one GPU" if session.cuda else "a CPU has no network of GPUs")

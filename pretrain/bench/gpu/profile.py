@@ -16,6 +16,7 @@ ATTENTION = ("flash", "cudnn", "fmha", "attention", "sdpa")
 
 
 def run(session: Session) -> None:
+    """Profiles a training pass and a sampling step."""
     for resolution, images in session.shapes.micro.items():
         name = f"{resolution} px, training, micro-batch {images}"
         session.measure(name, _training, resolution, images, needs=5)

@@ -20,6 +20,7 @@ ORDER = ((None, 0), ("graphs", 0), (None, 1), ("blocks", 0), ("blocks", 1))
 
 
 def run(session: Session) -> None:
+    """Measures decoding, then drawing in each way and number."""
     shapes, compiled = session.shapes, "eager"
     pipe = _pipeline(session)
     session.measure("decoding alone", _decoding, pipe)

@@ -63,7 +63,7 @@ class Shapes:
 
     @classmethod
     def of(cls, name: str, small: bool) -> Shapes:
-        """Those of a preset, or small ones that a CPU does in seconds."""
+        """The sizes for a preset, or small ones that a CPU does in seconds."""
         if small:
             split = FlexDiTSection(split=(1, 1, 1, 1))
             dit = replace(preset("dit_tiny_deep"), width=32, heads=2, depth=6, patch=2, flexdit=split)

@@ -15,6 +15,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75)
 
 @torch.no_grad()
 def run(session: Session) -> None:
+    """Measures a step without and with each threshold."""
     config, resolution = session.shapes.focusdit, max(session.shapes.micro)
     model = session.model(config).eval()
     for index in range(config.depth):

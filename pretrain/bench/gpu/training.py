@@ -21,6 +21,7 @@ from pretrain.models.text import TEXT_MULTIPLE
 
 
 def run(session: Session) -> None:
+    """Measures each way at each resolution, then half the micro-batch."""
     for way in ("eager", "compiled", "fp8"):
         for resolution, images in session.shapes.micro.items():
             _largest(session, resolution, images, way)

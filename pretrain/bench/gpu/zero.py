@@ -32,6 +32,7 @@ STEPS, WARM_UP = 6, 3
 
 
 def run(session: Session) -> None:
+    """Measures steps of both stages, and compares one step with AdamW."""
     world = init_distributed()
     try:
         session.measure("one step against AdamW in fp64", _against_adamw, world)

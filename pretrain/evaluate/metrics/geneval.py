@@ -63,7 +63,7 @@ class GenevalScorer:
         }
 
     def score(self, pictures: Sequence[Picture]) -> list[Record]:
-        """What is wrong with each picture, and the objects that count by class."""
+        """Judges pictures: a record lists what differs from the prompt, and the number of objects found by class."""
         return [self._judge(picture) for picture in pictures]
 
     def _judge(self, picture: Picture) -> Record:

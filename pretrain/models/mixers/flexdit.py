@@ -295,6 +295,7 @@ class FlexDiT(Density):
         return [make[role]() for role in roles(self.depth, self.section.split)]
 
     def problems(self) -> list[str]:
+        """Lists why FlexDiT cannot have these settings at this depth, each with the mend."""
         found, section = [], self.section
         try:
             split_of(self.depth, section.split)
