@@ -20,6 +20,7 @@ COMMANDS = {
     "analyze": "pretrain.analyze.__main__",
     "evaluate": "pretrain.evaluate.__main__",
     "ablate": "pretrain.ablate.__main__",
+    "compare": "pretrain.compare.__main__",
     "demo": "pretrain.demo",
 }
 

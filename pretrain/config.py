@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, create_model
 
 from data_prep.encoders import DOWNSAMPLE
-from pretrain.config_files import CONFIGS, ConfigError, read_config
+from pretrain.config_files import CONFIGS, KEPT_CONFIG, ConfigError, read_config, read_yaml
 from pretrain.config_problems import explain, field_of
 from pretrain.deepspeed_config import read_deepspeed
 from pretrain.diffusion import EpsilonPrediction, Objective, RectifiedFlow
@@ -289,6 +289,16 @@ def load(name: str, overrides: list[str] | None = None) -> tuple[Config, dict[st
     if problems:
         raise ConfigError(f"{files.path}:\n" + "\n".join(f"  {p}" for p in problems))
     return config, deepspeed
+
+
+def kept_config(run: Path) -> Config:
+    """The config that a run directory keeps, of this version or an earlier one. Raises ConfigError where it cannot be read."""
+    path = run / KEPT_CONFIG
+    try:
+        return Config.model_validate(upgrade(read_yaml(path)))
+    except ValidationError as error:
+        problems = [explain(e, Config, RENAMED) for e in error.errors()]
+        raise ConfigError(f"{path}:\n" + "\n".join(f"  {p}" for p in problems)) from error
 
 
 def upgrade(content: dict[str, Any]) -> dict[str, Any]:

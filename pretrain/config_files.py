@@ -128,7 +128,7 @@ def _layers(path: Path, upgrade: Callable[[Json], Json], problems: list[str]) ->
         if path.resolve() in seen:
             raise ConfigError(f"{path}: its base leads back to it: {' → '.join(str(p) for p in [*seen, path])}")
         seen.append(path.resolve())
-        content = _read_yaml(path)
+        content = read_yaml(path)
         base, deepspeed = content.pop("base", None), content.pop("deepspeed", None)
         if _is_kept(path):
             content = upgrade(content) | {"run_dir": str(path.parent)}
@@ -151,7 +151,7 @@ def _layers(path: Path, upgrade: Callable[[Json], Json], problems: list[str]) ->
             raise ConfigError(f"{path}: base: {error}") from error
 
 
-def _read_yaml(path: Path) -> Json:
+def read_yaml(path: Path) -> Json:
     """A YAML's content, with `${…}` as it stands there. Raises ConfigError where it is none, or no mapping."""
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def curve(folder: Path, tag: str) -> dict[int, float]:
-    """The values of a curve in folder/tensorboard, by step; of a step that was written again the last. {} where there is none."""
+def curves(folder: Path, tags: Iterable[str]) -> dict[str, dict[int, float]]:
+    """Those of the curves that are in folder/tensorboard, each by step; of a step that was written again the last value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # late: it takes a second
 
     if not (folder / "tensorboard").is_dir():
         return {}
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return {e.step: e.value for e in events.Scalars(tag)} if tag in events.Tags()["scalars"] else {}
+    there = events.Tags()["scalars"]
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in tags if tag in there}
+
+
+def curve(folder: Path, tag: str) -> dict[int, float]:
+    """The values of one curve by step; {} where there is none."""
+    return curves(folder, [tag]).get(tag, {})

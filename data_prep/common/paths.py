@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 # ${name} in small letters is left alone: in a config it is another field's value.
@@ -37,3 +38,13 @@ def path_or_url(text: str) -> str:
         return expand(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Names of folders, no longer than it takes to tell them apart: the last part, or the last two, …; the whole path at most."""
+    parts = [path.absolute().parts for path in paths]
+    for length in range(1, max(map(len, parts), default=0)):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path.absolute()) for path in paths]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from data_prep.common.words import counted
 from pretrain.checkpoint import reader as checkpoint
+from pretrain.config import kept_config
 from pretrain.evaluate import evaluation
 from pretrain.evaluate.report import read
-from pretrain.sampling.trained_run import config_of
 
 
 def follow(args: argparse.Namespace) -> str:
@@ -33,7 +33,7 @@ def follow(args: argparse.Namespace) -> str:
     if args.every < 1 or args.poll <= 0:
         raise ValueError(f"--every {args.every} --poll {args.poll:g}: must be at least 1, and above 0")
     run = checkpoint.find_run(str(args.run), "config.yaml")  # its first checkpoint may be to come
-    between = config_of(run).checkpoint.every
+    between = kept_config(run).checkpoint.every
     if args.every % between:
         raise ValueError(f"--every {args.every}: {run} has checkpoint.every={between}; give a multiple of that")
     evaluated, left = 0, set[int]()
@@ -43,7 +43,7 @@ def follow(args: argparse.Namespace) -> str:
             if _evaluate(args, run, todo[0]):
                 evaluated += 1
             left.add(todo[0])
-        if newest >= config_of(run).steps:
+        if newest >= kept_config(run).steps:
             return (
                 f"{run} is complete at step {newest}: {counted(evaluated, 'checkpoint')} evaluated now, in {args.out}"
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-BAR = "#0072B2"  # the blue of Okabe and Ito's palette, which the colour-blind tell from others
+from pretrain.sampling.plots import COLOURS
 
 
 def plot_results(results: Sequence[Mapping[str, Any]]) -> Figure:
@@ -20,7 +20,7 @@ def plot_results(results: Sequence[Mapping[str, Any]]) -> Figure:
         names, values = list(result["values"]), list(result["values"].values())
         shown = [0.0 if math.isnan(v["value"]) else v["value"] for v in values]
         sems = [v["sem"] or 0.0 for v in values]
-        panel.barh(names, shown, xerr=sems, color=BAR, height=0.7, error_kw={"ecolor": "black", "capsize": 3})
+        panel.barh(names, shown, xerr=sems, color=COLOURS[0], height=0.7, error_kw={"ecolor": "black", "capsize": 3})
         labels = [f"{v['value']:.4g}" + (f" ± {v['sem']:.2g}" if v["sem"] else "") for v in values]
         for row, (at, sem, label) in enumerate(zip(shown, sems, labels, strict=True)):
             panel.text(max(at + sem, 0.0), row, f"  {label}", va="center", fontsize=9)

@@ -14,6 +14,10 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
+# Okabe and Ito's colours, which the colour-blind tell apart, but for their yellow, which white paper swallows.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", ":", "-.")  # beside the colours, for print in grey
+
 
 def to_picture(figure: Figure) -> Image.Image:
     """A figure as an image."""
@@ -33,9 +37,9 @@ def plot_mask_means(means_SK: Tensor, timesteps: Sequence[float], removed: Seque
     heat.set_yticks(rows, [f"{timesteps[row]:.0f}" for row in rows])
     heat.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(shown, ax=heat)
-    colours = ["tab:red" if block in removed else "tab:blue" for block in range(blocks)]
+    colours = [COLOURS[1] if block in removed else COLOURS[0] for block in range(blocks)]
     bars.bar(range(blocks), means_SK.mean(0).tolist(), color=colours)
-    bars.set(title="over all steps (red: FFN removed)", xlabel="block", ylim=(0, 1))
+    bars.set(title="over all steps (orange: FFN removed)", xlabel="block", ylim=(0, 1))
     bars.xaxis.set_major_locator(MaxNLocator(integer=True))
     return to_picture(figure)
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 from data_prep.encoders import TextEncoder, Vae, require_fingerprint
 from data_prep.schema import Card
 from pretrain.checkpoint import reader as checkpoint
-from pretrain.config import Config, upgrade
+from pretrain.config import Config, kept_config
 from pretrain.models import DiT
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
 from pretrain.recipes import Recipe, recipe_of
@@ -30,11 +29,6 @@ class TrainedRun:
     weights: str
     text: TextEncoder
     vae: Vae
-
-
-def config_of(run: Path) -> Config:
-    """The config that a run directory keeps, of this version or an earlier one."""
-    return Config.model_validate(upgrade(OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))))  # type: ignore[arg-type]
 
 
 def load_run(
@@ -58,7 +52,7 @@ def load_run(
     if found is None:
         raise ValueError(f"{run} has no complete checkpoint yet; train it first")
     found.verify()
-    config = config_of(run)
+    config = kept_config(run)
     card = Card.load(run)
     model = DiT(config.model.backbone())
     model.load_state_dict(found.parameters(weights))
