@@ -142,14 +142,18 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """Optimizer. muon: Muon for the matrices inside the blocks, AdamW for all else (docs/choices.md, "Muon")."""
     lr: Annotated[float, Field(gt=0)] = 2e-4
-    """Learning rate of AdamW after warm-up."""
+    """Learning rate after warm-up, of AdamW and of Muon, whose updates are as large as AdamW's."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decays of AdamW's first and second moment."""
+    momentum: Share = 0.95
+    """Decay of Muon's momentum, with name muon."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Constant added to the root of AdamW's second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Weight decay of AdamW for weight matrices; biases, tables and vectors have none."""
+    """Weight decay for weight matrices; biases, tables and vectors have none."""
     warmup_steps: NotNegative = 1000
     """Steps over which the learning rate rises from 0."""
     schedule: Literal["constant", "cosine"] = "constant"

@@ -108,8 +108,11 @@ class Checkpoint:
         return torch.cat(pieces).reshape(slot.shape)
 
     def parameters(self, kind: str) -> dict[str, Tensor]:
-        """The parameters of a kind, by name."""
-        return {name: self.parameter(kind, name) for name in self.slots}
+        """The parameters that have this kind, by name: Muon's matrices have no exp_avg_sq."""
+        shapes = {
+            group: self._file(0).get_slice(f"{kind}.{group}").get_shape() for group in range(len(self.state["shares"]))
+        }
+        return {name: self.parameter(kind, name) for name, slot in self.slots.items() if shapes[slot.group] != [0]}
 
     def _file(self, rank: int) -> Any:
         name = file_name(rank, self.state["world"])

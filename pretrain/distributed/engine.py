@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pretrain.distributed import torch_private
 from pretrain.distributed.deepspeed_private import Zero
 from pretrain.distributed.gradients import GradientReducer
+from pretrain.distributed.muon import Muon
 from pretrain.distributed.partition import Slot
 from pretrain.distributed.world import World, all_gather_into
 
@@ -87,7 +88,9 @@ class Engine:
         self.masters = self._zero.masters
         slots = {p: slot for group in range(len(self.masters)) for p, slot in self._slots_of(group, names).items()}
         self.slots = list(slots.values())
-        self._replace_reduction({p: slots[p] for p in names if p in slots})
+        buffers = self._replace_reduction({p: slots[p] for p in names if p in slots})
+        if isinstance(optimizer, Muon):
+            optimizer.place(self.slots, buffers, world)
         for parameter in reused:
             parameter.grad_dtype = torch.float32  # by default autograd adds them up in the weights' precision
         for master in self.masters:
@@ -102,7 +105,8 @@ class Engine:
             for p in self._zero.parameters(group)
         }
 
-    def _replace_reduction(self, slots: dict[int, Slot]) -> None:
+    def _replace_reduction(self, slots: dict[int, Slot]) -> list[Tensor]:
+        """Reduces in fp32 from now on; returns the buffers in which each group's gradients are summed."""
         sizes = [self._zero.flat_weights(group).numel() for group in range(len(self.masters))]
         zero, world = self._zero, self.world
         reducer = GradientReducer(slots, sizes, zero.bucket_size, zero.overlaps, world)
@@ -110,6 +114,7 @@ class Engine:
         overlaps = [(s, s.overlap(world.rank, len(reducer.partitions[s.group]))) for s in slots.values()]
         # A parameter's part each: one norm over a partition of 10⁹ elements would be summed up in fp32.
         self.gradients = [reducer.partitions[s.group][o.in_partition] for s, o in overlaps if o is not None]
+        return reducer.sums
 
     # ---- a step ----
 
@@ -146,21 +151,22 @@ class Engine:
     # ---- this process's partitions ----
 
     def moments(self) -> dict[str, list[Tensor]]:
-        """AdamW's `exp_avg` and `exp_avg_sq` [n] of each master, zeros before the first step."""
+        """The moments `exp_avg` and `exp_avg_sq` [n] of each master, zeros before the first step; Muon has no second one: [0]."""
         state = self._zero.state
-        fused = bool(self._zero.param_groups[0].get("fused"))
-        for master in self.masters:
+        for master, group in zip(self.masters, self._zero.param_groups, strict=True):
             if not state[master]:
+                on_device = group.get("fused") and not group.get("muon")
                 state[master] = {
-                    "step": torch.zeros((), device=master.device if fused else "cpu"),
+                    "step": torch.zeros((), device=master.device if on_device else "cpu"),
                     "exp_avg": torch.zeros_like(master, requires_grad=False),
-                    "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
                 }
-        return {k: [state[m][k] for m in self.masters] for k in ("exp_avg", "exp_avg_sq")}
+                if not group.get("muon"):
+                    state[master]["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
+        return {k: [state[m].get(k, m.new_empty(0)) for m in self.masters] for k in ("exp_avg", "exp_avg_sq")}
 
     @property
     def updates(self) -> int:
-        """AdamW's own count of updates, by which it corrects its moments' bias."""
+        """The optimizer's own count of updates, by which AdamW corrects its moments' bias."""
         self.moments()
         return int(self._zero.state[self.masters[0]]["step"].item())
 

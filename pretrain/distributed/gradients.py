@@ -42,6 +42,7 @@ class GradientReducer:
     """Sums of a step's gradients: `add` for each parameter in each backward pass, `finish` after it.
 
     Attributes:
+        sums: each group's buffer; between `finish` and the next `add`, others may compute in it.
         partitions: this process's part [n] of each group's mean gradient, in fp32; complete after the step's last `finish`.
     """
 
@@ -56,13 +57,13 @@ class GradientReducer:
             overlap: reduce while the last backward pass goes on, not after it; the result is the same.
         """
         self.world, self.overlap = world, overlap
-        self._sums = [torch.zeros(size, device=world.device) for size in sizes]
-        self.partitions = [s.chunk(world.size)[world.rank] for s in self._sums]
-        self._views = {p: self._sums[s.group][s.offset : s.offset + s.numel].view(s.shape) for p, s in slots.items()}
+        self.sums = [torch.zeros(size, device=world.device) for size in sizes]
+        self.partitions = [s.chunk(world.size)[world.rank] for s in self.sums]
+        self._views = {p: self.sums[s.group][s.offset : s.offset + s.numel].view(s.shape) for p, s in slots.items()}
         self._buckets = _buckets(slots, sizes, bucket_size, world.size)
         self._buckets_of = {p: [b for b in self._buckets if p in b.parameters] for p in slots}
         self._pieces = [
-            (self._sums[bucket.group][piece.range.start : piece.range.stop], piece.summed_by, piece.owner)
+            (self.sums[bucket.group][piece.range.start : piece.range.stop], piece.summed_by, piece.owner)
             for bucket in self._buckets
             for piece in cut_into_pieces(bucket.range, world.size, sizes[bucket.group] // world.size)
         ]
@@ -126,7 +127,7 @@ class GradientReducer:
         bucket = self._remaining[0]
         for stream in self._streams:  # compiled code may make gradients on several (DeepSpeed issue 8061)
             torch.cuda.current_stream(self.world.device).wait_stream(stream)
-        part = self._sums[bucket.group][bucket.range.start : bucket.range.stop]
+        part = self.sums[bucket.group][bucket.range.start : bucket.range.stop]
         self._reductions.append(reduce_scatter(part, self.world))
 
 

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the learning rate as a function of the step alone."""
+"""The optimizer's parameter groups, and the learning rate as a function of the step alone."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ import torch
 from torch import nn
 
 from pretrain.config import OptimizerSection
+from pretrain.distributed.muon import Muon
 
 
 def build_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.AdamW:
-    """Makes AdamW over two groups: weight matrices, which decay, and biases, tables and vectors, which do not."""
+    """Makes AdamW over two groups: weight matrices, which decay, and biases, tables and vectors, which do not.
+
+    With `name: muon` the matrices inside the blocks (`DiT.hidden_matrices`) are a third group, which is Muon's.
+    """
+    hidden: list[nn.Parameter] = model.hidden_matrices if config.name == "muon" else []  # type: ignore[assignment]
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     for parameter in model.parameters():
-        (decay if id(parameter) in matrices else rest).append(parameter)
+        if not any(parameter is h for h in hidden):
+            (decay if id(parameter) in matrices else rest).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     fused = next(model.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    groups.append({"params": hidden, "weight_decay": config.weight_decay, "muon": True})
+    return Muon(groups, config.momentum, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def learning_rate(step: int, steps: int, config: OptimizerSection) -> float:

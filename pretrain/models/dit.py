@@ -173,6 +173,15 @@ class DiT(nn.Module):
         """Parameters that several blocks use: their gradient is a sum over the blocks."""
         return [] if self.shared_expert is None else list(self.shared_expert.parameters())
 
+    @property
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """Matrices inside the blocks and of the shared expert, without the query masks': what Muon is for."""
+        inside = [(f"{i}.{n}", m) for i, block in enumerate(self.blocks) for n, m in block.named_modules()]
+        if self.shared_expert is not None:
+            inside += list(self.shared_expert.named_modules())
+        linear = [m for name, m in inside if isinstance(m, nn.Linear) and "query_mask" not in name]
+        return [cast(nn.Parameter, m.weight) for m in linear]
+
     # ---- conditioning: before the forward pass ----
 
     def condition(self, timestep_B: Tensor, text: PackedText) -> StepConditioning:

@@ -45,6 +45,11 @@ def _resume_problems(own: Checkpoint, config: Config, data: dict[str, Any] | Non
             f"run_dir: {own.path} was trained with other settings, by which its weights mean something else; undo the change, "
             "or start another run_dir with init_from:\n" + "\n".join(f"  {line}" for line in changed)
         )
+    if different_optimizer := _optimizer_change(there, config):
+        found.append(
+            f"run_dir: {own.path} holds another optimizer's moments; undo the change, or start another run_dir with init_from: "
+            f"{different_optimizer}"
+        )
     if data is not None and (different := [k for k, v in data.items() if own.state["data"].get(k) != v]):
         lines = [f"  {k}: there {own.state['data'].get(k)}, now {data[k]}" for k in different]
         found.append(
@@ -80,7 +85,17 @@ def _init_problems(config: Config) -> list[str]:
             f"carry_moments: {other.path} is of a model with other settings, whose moments fit this one's parameters in part "
             "only; leave carry_moments out:\n" + "\n".join(f"  {line}" for line in different)
         ]
+    if config.carry_moments and (different_optimizer := _optimizer_change(other.state["config"], config)):
+        return [
+            f"carry_moments: {other.path} holds another optimizer's moments; leave carry_moments out: {different_optimizer}"
+        ]
     return []
+
+
+def _optimizer_change(there: dict[str, Any], config: Config) -> str | None:
+    """The optimizer's name, where a checkpoint's config has another one."""
+    before, now = there.get("optimizer", {}).get("name", "adamw"), config.optimizer.name
+    return None if before == now else f"optimizer.name: there {before}, here {now}"
 
 
 def meaning_changes(there: dict[str, Any], config: Config) -> list[str]:
