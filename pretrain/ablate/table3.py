@@ -41,7 +41,7 @@ STUDY = Study(
     {
         "tiny": Scale(
             "demo_256",
-            ("model.preset=dit_tiny_deep", *PLAIN, "optimizer.lr=1.5e-3", "steps=600"),
+            ("model.preset=dit_tiny_deep", *PLAIN, "optimizer.lr=1.5e-3", "steps=300"),
             {
                 "mask": "adaln_single",
                 "layers_2": "[64]",
@@ -51,7 +51,7 @@ STUDY = Study(
             seeds=(0, 1, 2),
             prune=2,
             prompts=192,
-            about="1.9M parameters on the demo's shapes: all rows and seeds in under three hours on two cores",
+            about="1.9M parameters on the demo's shapes: all rows and seeds in under two hours on two cores",
         ),
         "small": Scale(
             "demo_256",
