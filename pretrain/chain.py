@@ -9,24 +9,8 @@ is encoded before them and need not exist yet. Prints a line for each problem; e
 from __future__ import annotations
 
 import sys
-import tempfile
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 from data_prep.common.command import command_parser
-from pretrain.checkpoint.restore import map_parameters, parameter_shapes
-from pretrain.config import Config, ConfigError, load
-from pretrain.data.loader import check_fits
-from pretrain.data.location import DataLocation, open_card
-from pretrain.distributed.world import World
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """Data set that is encoded before the stages, and the resolutions in pixels that it will hold."""
-
-    data: str
-    resolutions: tuple[int, ...]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,66 +21,20 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"{stage}_overrides", help="section.key=value, blanks between")
     parser.add_argument("--encodes", nargs=2, metavar=("DATA", "RESOLUTIONS"), help="a data set that is encoded before")
     args = parser.parse_args(argv)
+    if args.encodes and not all(side.isdecimal() for side in args.encodes[1].split()):
+        parser.error(
+            f"argument --encodes: RESOLUTIONS must be sides in pixels, such as '256 512', not {args.encodes[1]!r}"
+        )
+    from pretrain.handover import Encoding, problems  # late: the libraries take seconds
+
     encoding = None
     if args.encodes:
-        encoding = Encoding(args.encodes[0], tuple(int(r) for r in args.encodes[1].split()))
+        encoding = Encoding(args.encodes[0], tuple(int(side) for side in args.encodes[1].split()))
     stages = [(args.stage1, args.stage1_overrides.split()), (args.stage2, args.stage2_overrides.split())]
     found = problems(stages, encoding)
     for problem in found:
         print(f"error: {problem}", file=sys.stderr)
     return 2 if found else 0
-
-
-def problems(stages: list[tuple[str, list[str]]], encoding: Encoding | None) -> list[str]:
-    """Lists what keeps two stages, each a config's name and its overrides, from running one after the other."""
-    found: list[str] = []
-    configs: list[Config] = []
-    for name, overrides in stages:
-        try:
-            config, deepspeed = load(name, overrides)
-        except ConfigError as error:
-            first, *rest = str(error).splitlines()
-            found += [f"{name}: {line.strip()}" for line in rest or [first]]
-        else:
-            configs.append(config)
-            found += [f"{name}: {p}" for p in _data_problems(config, deepspeed["train_batch_size"], encoding)]
-    if len(configs) == len(stages):
-        found += [f"{stages[1][0]}: {p}" for p in _handover_problems(*configs)]
-    return found
-
-
-def _data_problems(config: Config, batch: int, encoding: Encoding | None) -> list[str]:
-    """A problem where the stage's data set neither exists nor will exist in its resolution, or does not fit the stage."""
-    data = config.data
-    if encoding and data.path == encoding.data:
-        if data.resolution in encoding.resolutions:
-            return []
-        made = " ".join(str(r) for r in encoding.resolutions)
-        return [
-            f"data.resolution: {data.resolution} is not among RESOLUTIONS ({made}), in which {data.path} is encoded"
-        ]
-    try:
-        place = DataLocation.of(data)
-        with tempfile.TemporaryDirectory() as folder:  # the cache is for the nodes' own disks
-            card = open_card(replace(place, root=Path(folder)) if place.cached else place, World.alone())
-        check_fits(card, config, config.model.backbone(), batch)
-    except (ValueError, OSError) as error:
-        return [f"data: {' '.join(str(error).split())}"]
-    return []
-
-
-def _handover_problems(first: Config, second: Config) -> list[str]:
-    """Problems where the second stage does not start from the first one's run, or would overwrite it."""
-    found = []
-    runs = [Path(second.init_from), Path("runs") / second.init_from] if second.init_from else []
-    if first.run_dir.resolve() not in [run.resolve() for run in runs]:
-        found.append(f"init_from: {second.init_from} is not the stage before it, whose run_dir is {first.run_dir}")
-    if first.run_dir.resolve() == second.run_dir.resolve():
-        found.append(f"run_dir: {second.run_dir} is the stage before it, too; give each its own")
-    if odd := map_parameters(*(parameter_shapes(config.model.backbone()) for config in (second, first))).problems:
-        more = f", and {len(odd) - 1} more" if len(odd) > 1 else ""
-        found.append(f"model: cannot start from the stage's before it: {odd[0]}{more}")
-    return found
 
 
 if __name__ == "__main__":

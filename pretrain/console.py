@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import logging
+import sys
 import warnings
 from collections.abc import Mapping
-from typing import Protocol
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 from data_prep.common.command import command_parser, run_action
 
@@ -37,20 +41,29 @@ def add_local_rank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
-class Subcommand(Protocol):
-    """Module of one subcommand: its docstring's first paragraph is the help, `run` returns the text to print."""
+def run_one_of(program: str, description: str, modules: Mapping[str, str], argv: list[str] | None) -> int:
+    """Runs the subcommand that `argv` names; ValueError and OSError become one line. Returns the exit code.
 
-    def arguments(self, parser: argparse.ArgumentParser) -> None: ...
-    def run(self, args: argparse.Namespace) -> str: ...
-
-
-def run_one_of(program: str, description: str, modules: Mapping[str, Subcommand], argv: list[str] | None) -> int:
-    """Runs the subcommand that `argv` names; ValueError and OSError become one line. Returns the exit code."""
+    `modules`: each subcommand's module by its name. The first paragraph of its docstring is the help; `arguments` adds its
+    options to a parser; `run` takes the arguments and returns the text to print. Only the module that is asked for is
+    imported, as its libraries take seconds.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    silence_libraries()
     parser = command_parser(description)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in modules.items():
-        about = " ".join((module.__doc__ or "").split("\n\n")[0].split())
-        module.arguments(commands.add_parser(name, help=about, description=about))
-    args = parser.parse_args(argv)
-    silence_libraries()
-    return run_action(program, lambda: modules[args.command].run(args))
+        about = _purpose(module)
+        command = commands.add_parser(name, help=about, description=about)
+        if words[:1] == [name]:
+            import_module(module).arguments(command)
+    args = parser.parse_args(words)
+    return run_action(program, lambda: import_module(modules[args.command]).run(args))
+
+
+def _purpose(module: str) -> str:
+    """First paragraph of the module's docstring, read from its file."""
+    spec = find_spec(module)
+    assert spec and spec.origin, f"{module} has no file"
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split())

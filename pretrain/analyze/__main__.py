@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from pretrain.analyze import switching as mediators
 from pretrain.console import run_one_of
 
-ANALYSES = {"mediators": mediators}
+ANALYSES = {"mediators": "pretrain.analyze.switching"}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,34 +17,28 @@ python -m pretrain.bench shapes      how far the checker of the captioned shapes
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any
 
 from pretrain.console import run_one_of
 
-# Each is imported where it is asked for alone: `roofline` runs where other benchmarks' libraries are missing.
-BENCHMARKS: dict[str, Callable[[], Any]] = {
-    "step": lambda: import_module("pretrain.bench.step"),
-    "sample": lambda: import_module("pretrain.bench.sample"),
-    "picture": lambda: import_module("pretrain.bench.picture"),
-    "skip": lambda: import_module("pretrain.bench.skip"),
-    "loader": lambda: import_module("pretrain.bench.loader"),
-    "start": lambda: import_module("pretrain.bench.start"),
-    "checkpoint": lambda: import_module("pretrain.bench.checkpoint"),
-    "neighbours": lambda: import_module("pretrain.bench.neighbours"),
-    "encode": lambda: import_module("pretrain.bench.encode"),
-    "roofline": lambda: import_module("pretrain.bench.roofline"),
-    "gpu": lambda: import_module("pretrain.bench.gpu.command"),
-    "shapes": lambda: import_module("pretrain.bench.shapes"),
+BENCHMARKS = {
+    "step": "pretrain.bench.step",
+    "sample": "pretrain.bench.sample",
+    "picture": "pretrain.bench.picture",
+    "skip": "pretrain.bench.skip",
+    "loader": "pretrain.bench.loader",
+    "start": "pretrain.bench.start",
+    "checkpoint": "pretrain.bench.checkpoint",
+    "neighbours": "pretrain.bench.neighbours",
+    "encode": "pretrain.bench.encode",
+    "roofline": "pretrain.bench.roofline",
+    "gpu": "pretrain.bench.gpu.command",
+    "shapes": "pretrain.bench.shapes",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    asked = [name for name in argv[:1] if name in BENCHMARKS] or list(BENCHMARKS)
-    return run_one_of("bench", "Times things side by side.", {name: BENCHMARKS[name]() for name in asked}, argv)
+    return run_one_of("bench", "Times things side by side.", BENCHMARKS, argv)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 from data_prep.common.command import command_parser, run_action
 from data_prep.common.paths import path
 from pretrain.console import add_local_rank, run_one_of, silence_libraries
-from pretrain.evaluate import judge, pairwise
+from pretrain.evaluate import judge
 from pretrain.evaluate.metrics import METRICS
 from pretrain.sampling.options import add_drawing_arguments
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["pairwise"]:
-        return run_one_of("evaluate", "Judging by people.", {"pairwise": pairwise}, words)
+        return run_one_of("evaluate", "Judging by people.", {"pairwise": "pretrain.evaluate.pairwise"}, words)
     args = parse(words)
     silence_libraries()
     from pretrain.evaluate.evaluation import run  # late: the libraries take seconds

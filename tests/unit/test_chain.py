@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.chain import Encoding, main, problems
+from pretrain.chain import main
+from pretrain.handover import Encoding, problems
 
 MADE = Encoding("/made", (256, 512))
 
@@ -73,3 +74,10 @@ def test_the_command_tells_every_problem_and_fails(capsys: pytest.CaptureFixture
         "error: stage1_256: x: unknown field",
         "error: stage2_512: y: unknown field",
     ]
+
+
+def test_resolutions_that_are_no_numbers_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["stage1_256", "", "stage2_512", "", "--encodes", "/made", "256,512"])
+    assert ended.value.code == 2
+    assert "RESOLUTIONS must be sides in pixels, such as '256 512', not '256,512'" in capsys.readouterr().err

@@ -16,14 +16,22 @@ from data_prep import encode, schema
 from data_prep.common.paths import expand
 from pretrain.config import PreviewSection
 from pretrain.config_files import known
+from pretrain.models import __main__ as models_command
+from pretrain.models.cost import CAPTION
 from pretrain.recipes import RECIPES
 from pretrain.sampling.export_writer import DTYPES
 from pretrain.sampling.options import add_export_arguments
 from pretrain.schedulers import SAMPLERS
 
-MODULES = re.findall(r'^    "[\w-]+": "([\w.]+)",$', (ROOT / "setup.py").read_text(), re.MULTILINE)
-# `pretrain.models` imports torch with its package, and an analysis brings its own options.
-LATE = [name for name in MODULES if name not in ("pretrain.models.__main__", "pretrain.analyze.__main__")]
+# Every module that is a command: it makes its parser by `command_parser` or `run_one_of`, and may be started.
+MODULES = sorted(
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for package in ("data_prep", "pretrain")
+    for file in (ROOT / package).rglob("*.py")
+    if re.search(
+        r"\b(command_parser|run_one_of)\(.*^if __name__ == ", file.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+)
 HEAVY = ("torch", "deepspeed", "streaming", "diffusers", "transformers", "tensorboard", "matplotlib", "webdataset")
 SCRIPT = """
 import contextlib, importlib, io, json, sys
@@ -41,17 +49,17 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def helps() -> dict[str, tuple[str, list[str]]]:
     """Help of each command, and the heavy libraries that were imported when it was shown; all in one process."""
-    command = [sys.executable, "-c", SCRIPT, json.dumps(HEAVY), *LATE]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(HEAVY), *MODULES]
     return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
-def test_there_are_commands() -> None:
-    assert {"data_prep.encode", "data_prep.verify", "pretrain.train", "pretrain.sample", "pretrain.demo"} <= set(
-        MODULES
-    )
+def test_the_commands_are_found() -> None:
+    installed = set(re.findall(r'^    "[\w-]+": "([\w.]+)",$', (ROOT / "setup.py").read_text(), re.MULTILINE))
+    assert {"data_prep.encode", "pretrain.train", "pretrain.analyze.__main__"} <= installed
+    assert installed | {"pretrain.bench.__main__", "pretrain.chain"} <= set(MODULES)
 
 
-@pytest.mark.parametrize("module", LATE)
+@pytest.mark.parametrize("module", MODULES)
 def test_help_waits_for_no_library(module: str, helps) -> None:
     said, imported = helps[module]
     assert said.startswith(f"usage: focusdit-{module.split('.')[1]} ")
@@ -87,6 +95,7 @@ def test_options_that_wait_for_no_library_are_the_librarys() -> None:
         assert parse(["--run=x", "--prompt=y", "--out=z", f"--sampler={sampler}"]).sampler == sampler
     for recipe in RECIPES:
         assert parse(["--run=x", "--prompt=y", "--out=z", f"--recipe={recipe}"]).recipe == recipe
+    assert models_command.parse([]).text_tokens == CAPTION
     parser = argparse.ArgumentParser()
     add_export_arguments(parser)
     for dtype in DTYPES:

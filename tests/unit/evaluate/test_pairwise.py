@@ -50,7 +50,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def command(*words: Any) -> int:
-    return run_one_of("evaluate", "", {"pairwise": pairwise}, ["pairwise", *map(str, words)])
+    return run_one_of("evaluate", "", {"pairwise": pairwise.__name__}, ["pairwise", *map(str, words)])
 
 
 def page_of(html: str) -> dict[str, Any]:
