@@ -10,6 +10,7 @@ COMMANDS = {
     "verify": "data_prep.verify",
     "convert": "data_prep.convert",
     "shapes": "data_prep.shapes",
+    "plan": "pretrain.plan.__main__",
     "train": "pretrain.train",
     "launch": "pretrain.launch",
     "sample": "pretrain.sample",

@@ -137,6 +137,28 @@ def columns(resolutions: Iterable[int], card: Card) -> dict[str, str]:
     }
 
 
+def sample_bytes(
+    resolutions: Iterable[int],
+    channels: int,
+    downsample: int,
+    text_width: int,
+    tokens: float,
+    text_dtype: str = "bfloat16",
+    posterior: str = "mean_std",
+) -> float:
+    """Size of a stored sample in bytes: its latents and its text, without key, caption and checksum.
+
+    Args:
+        resolutions: the sides in pixels of the square pictures that it holds.
+        channels, downsample: the VAE's latent channels, and its pixels per latent pixel.
+        text_width, tokens: the text encoder's width, and the number of the caption's tokens (a mean may be a fraction).
+        text_dtype, posterior: as in the card.
+    """
+    kinds = 2 if posterior == "mean_std" else 1
+    token = text_width + 4 if text_dtype in EIGHT_BITS else 2 * text_width  # 4: its scale
+    return sum(2 * kinds * channels * (side // downsample) ** 2 for side in resolutions) + tokens * token
+
+
 def to_row(record: Record, card: Card) -> dict[str, Any]:
     """Returns a record in its stored form, still without its checksum."""
     row: dict[str, Any] = {

@@ -24,7 +24,7 @@ from pretrain.distributed.world import World, exchange, reduce_scatter
 
 
 @dataclass
-class _Bucket:
+class Bucket:
     """A range of a group's buffer that is summed over the processes at once.
 
     Attributes:
@@ -60,7 +60,7 @@ class GradientReducer:
         self.sums = [torch.zeros(size, device=world.device) for size in sizes]
         self.partitions = [s.chunk(world.size)[world.rank] for s in self.sums]
         self._views = {p: self.sums[s.group][s.offset : s.offset + s.numel].view(s.shape) for p, s in slots.items()}
-        self._buckets = _buckets(slots, sizes, bucket_size, world.size)
+        self._buckets = cut_into_buckets(slots, sizes, bucket_size, world.size)
         self._buckets_of = {p: [b for b in self._buckets if p in b.parameters] for p in slots}
         self._pieces = [
             (self.sums[bucket.group][piece.range.start : piece.range.stop], piece.summed_by, piece.owner)
@@ -119,7 +119,7 @@ class GradientReducer:
         self._begin()
 
     @property
-    def _remaining(self) -> list[_Bucket]:
+    def _remaining(self) -> list[Bucket]:
         """Buckets that are not being reduced yet; the order is the same on all processes."""
         return self._buckets[len(self._reductions) :]
 
@@ -131,7 +131,7 @@ class GradientReducer:
         self._reductions.append(reduce_scatter(part, self.world))
 
 
-def _buckets(slots: Mapping[int, Slot], sizes: Sequence[int], bucket_size: int, processes: int) -> list[_Bucket]:
+def cut_into_buckets(slots: Mapping[int, Slot], sizes: Sequence[int], bucket_size: int, processes: int) -> list[Bucket]:
     """Cuts the groups' buffers into buckets, in the order in which the backward pass completes them."""
     unit = 4 * processes  # so that shards begin at multiples of 16 bytes
     length = max(1, bucket_size // unit) * unit
@@ -142,7 +142,7 @@ def _buckets(slots: Mapping[int, Slot], sizes: Sequence[int], bucket_size: int, 
             inside = [
                 p for p, s in slots.items() if s.group == group and s.offset < stop and start < s.offset + s.numel
             ]
-            buckets.append(_Bucket(group, range(start, stop), inside, len(inside)))
+            buckets.append(Bucket(group, range(start, stop), inside, len(inside)))
     order = {p: i for i, p in enumerate(slots)}
     # The backward pass comes to the parameters in reverse; the first one of a bucket completes it.
     return sorted(buckets, key=lambda b: -min((order[p] for p in b.parameters), default=len(order)))

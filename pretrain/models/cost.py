@@ -85,6 +85,11 @@ def count_parameters(c: DiTConfig) -> Parameters:
     return Parameters(**counts)
 
 
+def count_hidden_matrices(c: DiTConfig) -> int:
+    """The parameters that are Muon's where a config asks for it (`DiT.hidden_matrices`)."""
+    return sum(matrix.numel() for matrix in _on_meta(c).hidden_matrices)
+
+
 def grid_of(c: DiTConfig, resolution: int, downsample: int) -> Grid:
     """Rows and columns of tokens at a square resolution in pixels, for a VAE of `downsample` pixels per latent pixel.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,28 @@ from data_prep.encoders import DOWNSAMPLE
 from pretrain.checkpoint.reader import FOLDER
 from pretrain.config import Config
 from pretrain.data.location import DataLocation
-from pretrain.models.cost import CAPTION, count_activations, count_parameters, grid_of
+from pretrain.models.cost import CAPTION, count_activations, count_hidden_matrices, count_parameters, grid_of
 
 GIB = 1 << 30
 UNITS = {"mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}  # of data.cache_limit, as streaming reads them
 
 
 def checkpoint_bytes(config: Config) -> int:
+    """Size of one checkpoint: weights, moments and average in fp32, 16 bytes a parameter of AdamW's."""
+    return 4 * (2 * count_parameters(config.model.backbone()).total + _moments(config))
+
+
+def kept_checkpoint_bytes(config: Config) -> int:
     """Largest size of a run's checkpoints: the newest, those kept for ever, and the one that is being written."""
     keep = config.checkpoint
     for_ever = config.steps // lcm(keep.every, keep.keep_every) if keep.keep_every else 0
-    return 16 * count_parameters(config.model.backbone()).total * (keep.keep_last + for_ever + 1)
+    return checkpoint_bytes(config) * (keep.keep_last + for_ever + 1)
 
 
 def run_dir_problems(config: Config) -> list[str]:
     """A problem where the disk of the run directory cannot take the checkpoints still to come."""
     there = sum(_bytes_in(folder) for folder in (config.run_dir / FOLDER).glob("step_*"))
-    needed = checkpoint_bytes(config) - there
+    needed = kept_checkpoint_bytes(config) - there
     return disk_problems(
         "run_dir", config.run_dir, needed, "for its checkpoints; free some, or keep fewer (checkpoint)"
     )
@@ -83,10 +89,39 @@ def memory_problems(config: Config, deepspeed: dict[str, Any], processes: int, t
     return [f"GPU memory: {gib(there)} on a GPU, but {needed}; {more}"]
 
 
+@dataclass(frozen=True)
+class States:
+    """Bytes of ZeRO-2 on each process: weights and fp32 gradients whole, a share of all else in fp32; without padding."""
+
+    weights: int
+    gradients: int
+    masters: int
+    moments: int
+    average: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.masters + self.moments + self.average
+
+
+def states(config: Config, deepspeed: dict[str, Any], processes: int) -> States:
+    """A stage's states on each of `processes` GPUs."""
+    parameters = count_parameters(config.model.backbone()).total
+    weights = (2 if deepspeed.get("bf16", {}).get("enabled") else 4) * parameters
+    share = 4 * parameters // processes
+    return States(weights, 4 * parameters, share, 4 * _moments(config) // processes, share)
+
+
 def state_bytes(config: Config, deepspeed: dict[str, Any], processes: int) -> int:
-    """Bytes of ZeRO-2 on each GPU: all weights and fp32 gradients, and a share of the masters, both moments and average."""
-    weight = 2 if deepspeed.get("bf16", {}).get("enabled") else 4
-    return count_parameters(config.model.backbone()).total * ((weight + 4) * processes + 16) // processes
+    """Bytes of a stage's states on each GPU."""
+    return states(config, deepspeed, processes).total
+
+
+def _moments(config: Config) -> int:
+    """Elements of the optimizer's moments: two for each parameter, one for Muon's."""
+    shape = config.model.backbone()
+    single = count_hidden_matrices(shape) if config.optimizer.name == "muon" else 0
+    return 2 * count_parameters(shape).total - single
 
 
 def activation_bytes(config: Config, micro: int) -> int:

@@ -34,8 +34,8 @@ from pretrain.fp8 import fp8_problems
 from pretrain.resilience.capacity import (
     activation_bytes,
     cache_problems,
-    checkpoint_bytes,
     gib,
+    kept_checkpoint_bytes,
     memory_problems,
     run_dir_problems,
     shared_memory_problems,
@@ -219,7 +219,7 @@ def _data(
 def _run_dir(report: Report, config: Config) -> None:
     """Checks the disk of the run directory."""
     report.problems += run_dir_problems(config)
-    report.passed.append(f"run_dir: {config.run_dir}, checkpoints take up to {gib(checkpoint_bytes(config))}")
+    report.passed.append(f"run_dir: {config.run_dir}, checkpoints take up to {gib(kept_checkpoint_bytes(config))}")
 
 
 def port_problems(port: int) -> list[str]:

@@ -120,7 +120,7 @@ FLOORS: list[set[str]] = [
         "pretrain/sample.py",
     },
     {"pretrain/loss.py", "pretrain/resilience"},
-    {"pretrain/training.py"},
+    {"pretrain/plan", "pretrain/training.py"},
     {"pretrain/launch.py", "pretrain/train.py"},
     {"pretrain/ablate", "pretrain/bench"},
 ]

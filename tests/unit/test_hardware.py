@@ -10,12 +10,14 @@ from dataclasses import replace
 from itertools import product
 
 from support import ROOT
+from tables import with_tables
 
 from data_prep.encoders import DOWNSAMPLE
+from data_prep.schema import sample_bytes
 from pretrain.config import load
 from pretrain.models import PRESETS
 from pretrain.models.cost import CAPTION, count_activations, count_parameters, grid_of
-from pretrain.resilience.capacity import GIB, activation_bytes, checkpoint_bytes, state_bytes
+from pretrain.resilience.capacity import GIB, activation_bytes, kept_checkpoint_bytes, state_bytes
 
 PAGE = ROOT / "docs/hardware.md"
 MODELS = ("focusdit_1b_shared2d", "focusdit_1b", "focusdit_release", "dit_1b", "dit_xl2", "dit_b2", "dit_s2")
@@ -52,14 +54,9 @@ def stages() -> Iterator[str]:
         config, deepspeed = load(name)
         micro = deepspeed["train_micro_batch_size_per_gpu"]
         states, activations = state_bytes(config, deepspeed, 32), activation_bytes(config, micro)
-        sums = [gib(states), gib(activations), gib(states + activations), gib(checkpoint_bytes(config))]
+        sums = [gib(states), gib(activations), gib(states + activations), gib(kept_checkpoint_bytes(config))]
         recompute = ", recompute" if config.model.recompute else ""
         yield f"| `{name}` on 32 GPUs | {micro}{recompute} | {' | '.join(sums)} |"
-
-
-def sample_bytes(side: int, channels: int, width: int, text_bytes: int = 2) -> int:
-    """Bytes of a sample: the posterior's mean and standard deviation in fp16, and a caption of CAPTION tokens."""
-    return 2 * 2 * channels * (side // DOWNSAMPLE) ** 2 + CAPTION * width * text_bytes
 
 
 def disk() -> Iterator[str]:
@@ -71,27 +68,19 @@ def disk() -> Iterator[str]:
         ("flan-t5-xl + mochi", FLAN_T5_XL, MOCHI),
         ("flan-t5-xxl + sd-ft-mse", FLAN_T5_XXL, SD),
     )
-    for (name, width, channels), (dtype, size) in product(rows, (("bfloat16", 2), ("int8", 1))):
-        one, two = (sample_bytes(side, channels, width, size) for side in (256, 512))
-        both = one + two - CAPTION * width * size
-        yield f"| {name} | {dtype} | {' | '.join(f'{n / 1e6:.2f} TB' for n in (one, two, both))} |"
+    for (name, width, channels), dtype in product(rows, ("bfloat16", "int8")):
+        sizes = [
+            sample_bytes(sides, channels, DOWNSAMPLE, width, CAPTION, dtype) for sides in ((256,), (512,), (256, 512))
+        ]
+        yield f"| {name} | {dtype} | {' | '.join(f'{n / 1e6:.2f} TB' for n in sizes)} |"
 
 
 TABLES = {"memory": memory, "stages": stages, "disk": disk}
 
 
-def with_tables(text: str) -> str:
-    for name, rows in TABLES.items():
-        before, begin, rest = text.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition(f"<!-- /{name} -->")
-        assert begin and end, name
-        text = before + begin + "\n".join(rows()) + "\n" + end + after
-    return text
-
-
 def test_the_tables_are_those_of_the_functions() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert text == with_tables(text)
+    assert text == with_tables(text, TABLES)
     assert f"captions of {CAPTION} tokens" in text
 
 
@@ -102,4 +91,4 @@ def test_the_widths_are_the_presets() -> None:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), TABLES), encoding="utf-8")

@@ -71,6 +71,20 @@ def test_a_record_comes_back(dtype: str, step: float) -> None:
     assert schema.stored_size("é") == 2
 
 
+@pytest.mark.parametrize("posterior", ["mean_std", "mean"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+def test_the_size_of_a_sample_is_that_of_its_row(dtype: str, posterior: str) -> None:
+    latents = {
+        side: schema.Latent(torch.zeros(4, side // 8, side // 8), torch.zeros(4, side // 8, side // 8))
+        for side in (256, 512)
+    }
+    if posterior == "mean":
+        latents = {side: schema.Latent(latent.mean, None) for side, latent in latents.items()}
+    row = schema.to_row(schema.Record("a", "b", torch.ones(7, 16).bfloat16(), latents, 1, 1), card(text_dtype=dtype))
+    stored = sum(schema.stored_size(value) for name, value in row.items() if name.startswith(("text", "latent")))
+    assert stored == schema.sample_bytes((256, 512), 4, 8, 16, 7, dtype, posterior)
+
+
 def test_a_read_only_row_is_not_written_through() -> None:
     row = schema.to_row(schema.Record("k", "c", torch.ones(1, 16).bfloat16(), {}, 1, 1), card())
     row["text"].flags.writeable = False

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_prep.schema import Card
 from pretrain.config import Config, load
+from pretrain.models import DiT
 from pretrain.resilience import capacity
 
 PAPERS = Card({"width": 4096}, {"channels": 12, "downsample": 8}, 300, "mean", [256])
@@ -43,15 +45,15 @@ def test_the_run_directory_must_hold_the_checkpoints(small_disk: Path, tmp_path:
     there = small_disk / "a/run/checkpoints/step_1/rank"
     there.parent.mkdir(parents=True)
     with there.open("wb") as file:
-        file.truncate(capacity.checkpoint_bytes(config))  # a hole: it takes no space
+        file.truncate(capacity.kept_checkpoint_bytes(config))  # a hole: it takes no space
     assert capacity.run_dir_problems(config) == []
     assert capacity.run_dir_problems(demo(f"run_dir={tmp_path}")) == []
 
 
 def test_checkpoints_that_are_kept_for_ever_count() -> None:
-    last = capacity.checkpoint_bytes(demo("checkpoint.keep_every=0"))
+    last = capacity.kept_checkpoint_bytes(demo("checkpoint.keep_every=0"))
     # of 930 steps there are checkpoints at 310, 620, 930
-    assert capacity.checkpoint_bytes(demo("checkpoint.keep_every=620")) == last * 5 // 4
+    assert capacity.kept_checkpoint_bytes(demo("checkpoint.keep_every=620")) == last * 5 // 4
 
 
 def test_a_run_directory_that_cannot_be(tmp_path: Path) -> None:
@@ -87,6 +89,15 @@ def test_states_that_no_gpu_of_this_size_holds() -> None:
     assert capacity.memory_problems(config, deepspeed, 8, 16 << 30) == []
     (problem,) = capacity.memory_problems(config, deepspeed, 1, 16 << 30)
     assert problem.startswith("GPU memory: 16.0 GiB on a GPU, but ") and "take 21.1 GiB with 1 process" in problem
+
+
+def test_muon_has_one_moment_for_its_matrices() -> None:
+    (adamw, deepspeed), (muon, _) = (load("stage1_256", [f"optimizer.name={name}"]) for name in ("adamw", "muon"))
+    with torch.device("meta"):
+        matrices = sum(matrix.numel() for matrix in DiT(muon.model.backbone()).hidden_matrices)
+    spared = capacity.states(adamw, deepspeed, 1).total - capacity.states(muon, deepspeed, 1).total
+    assert spared == 4 * matrices > 2e9
+    assert capacity.checkpoint_bytes(adamw) == 16 * 1027902120 == capacity.checkpoint_bytes(muon) + spared
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_recomputing() -> None:

@@ -1,0 +1,1 @@
+"""Plans: what a run takes, before it is paid for."""
