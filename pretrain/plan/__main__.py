@@ -2,10 +2,8 @@
 
     python -m pretrain.plan stage1_256 stage2_512 --nodes 4 --gpus-per-node 8 --gpu h100 --samples 140e6 --price 2.5
     python -m pretrain.plan stage1_256 model.recompute=true --gpu h100 --samples 140e6 --measured runs/stage1_256
-    python -m pretrain.plan stage1_256 stage2_512 --gpu h100 --samples 140e6 --price 2.5 --sweep
 
-Nothing is trained and no GPU is needed. Each figure says how it is computed; docs/planning.md has the assumptions. --sweep
-simulates 1 to 1024 GPUs event by event.
+Nothing is trained and no GPU is needed. Each figure says how it is computed; docs/planning.md has the assumptions.
 """
 
 from __future__ import annotations

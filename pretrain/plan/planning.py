@@ -127,7 +127,7 @@ def _time(stage: Stage) -> Iterator[Row]:
         "hours",
         stage.hours,
         "h",
-        "steps × seconds of a step; no failures, checkpoints, previews (--sweep has failures)",
+        "steps × seconds of a step; without failures, checkpoints and previews",
     )
     yield "GPU-days", stage.gpu_hours / 24, "", f"hours × {setting.cluster.gpus} GPUs / 24"
     if setting.price is not None:
