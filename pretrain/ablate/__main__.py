@@ -1,7 +1,8 @@
 """Ablations: rows that differ from one baseline by a few settings, trained with several seeds and judged, in one table.
 
     python -m pretrain.ablate table3 --scale tiny --jobs 2
-    python -m pretrain.ablate table3 --scale small --cell 3          one cell alone, as a task of a SLURM array does
+    python -m pretrain.ablate table3 --scale small --cell 3          one training alone, as slurm/ablate.sh does
+    python -m pretrain.ablate neighbours --jobs 2                    FlexDiT and mediators, at equal images and FLOPs
     python -m pretrain.ablate table3 --scale paper --list            the commands of each cell, to be submitted
 
 Stopped, the same command goes on. docs/ablation.md has what came out.
@@ -14,10 +15,11 @@ import sys
 
 from data_prep.common.command import command_parser, run_action
 from data_prep.common.paths import path
+from pretrain.ablate.neighbours import STUDY as NEIGHBOURS
 from pretrain.ablate.table3 import STUDY as TABLE3
 from pretrain.console import silence_libraries
 
-STUDIES = {"table3": TABLE3}
+STUDIES = {"table3": TABLE3, "neighbours": NEIGHBOURS}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the scale's")
     parser.add_argument("--jobs", type=int, default=1, help="cells at the same time")
     parser.add_argument("--processes", type=int, default=1, help="processes of a cell's training, one a GPU")
-    parser.add_argument("--cell", type=int, help="do this one alone, by its number in --list")
+    parser.add_argument("--cell", type=int, help="do the cells of one training alone, by its number in --list")
     parser.add_argument("--list", action="store_true", help="print the cells with their commands, and do nothing")
     parser.add_argument("--prompts", type=path, help="file of prompts (default: the scale's captioned shapes)")
     parser.add_argument("--metrics", nargs="+", default=["shapes"], help="of pretrain.evaluate")

@@ -77,7 +77,18 @@ class Cell:
     @cached_property
     def settings(self) -> list[str]:
         """The overrides of the training."""
-        return [*self.study.settings(self.trained.name, self.scale, self.seed), *self.more]
+        own = [*self.study.settings(self.trained.name, self.scale, self.seed), *self.more]
+        if self.trained.row.equal == "images":
+            return own
+        first = [*self.study.settings(next(iter(self.study.rows)), self.scale, self.seed), *self.more]
+        steps = load(self.scale.config, own)[0].steps
+        return [*own, f"steps={round(steps * self._flops(first) / self._flops(own))}"]
+
+    def _flops(self, settings: Sequence[str]) -> float:
+        """Forward FLOPs of an image."""
+        config = load(self.scale.config, list(settings))[0]
+        backbone = config.model.backbone()
+        return count_flops(backbone, grid_of(backbone, config.data.resolution, DOWNSAMPLE), CAPTION).total
 
     @property
     def finished(self) -> Mapping[str, Any] | None:
@@ -149,7 +160,8 @@ class Cell:
             "settings": self.settings,
             "figures": figures,
             "parameters": count_parameters(backbone).total,
-            "flops": count_flops(backbone, grid_of(backbone, config.data.resolution, DOWNSAMPLE), CAPTION).total,
+            "flops": self._flops(self.settings),
+            "steps": config.steps,
             "step_s": step_s[len(step_s) // 2] if step_s else None,
             "seconds": seconds,
         }

@@ -32,7 +32,17 @@ def table(study: Study, cells: Cells) -> str:
     """Means ± SEM over seeds; below, each row against the one that it builds on, paired by seed."""
     names = figures_of(cells)
     papers = list(dict.fromkeys(key for row in study.rows.values() for key in row.paper))
-    head = ["row", "", "parameters", "FLOPs", "step", *names, *(f"paper's {key}" for key in papers)]
+    steps = any(row.equal != "images" for row in study.rows.values())
+    head = [
+        "row",
+        "",
+        "parameters",
+        "FLOPs",
+        "step",
+        *(["steps"] if steps else []),
+        *names,
+        *(f"paper's {key}" for key in papers),
+    ]
     lines = [_line(head), _line(["---"] * len(head))]
     base = next((c for name in study.rows for c in cells.get(name, {}).values()), None)
     for name, row in study.rows.items():
@@ -41,6 +51,7 @@ def table(study: Study, cells: Cells) -> str:
         cell = next(iter(cells[name].values()))
         assert base is not None
         costs = [f"{cell['parameters'] / 1e6:.2f}M", f"{cell['flops'] / base['flops']:.2f}", _ratio(cells, name, study)]
+        costs += [str(cell["steps"])] if steps else []
         found = [_mean(list(values(cells, name, figure).values())) for figure in names]
         lines.append(_line([name, row.label, *costs, *found, *(_paper(row.paper, key) for key in papers)]))
     return "\n".join([*lines, "", *_comparisons(study, cells, names)])

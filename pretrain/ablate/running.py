@@ -29,17 +29,17 @@ def run(study: Study, args: argparse.Namespace) -> str:
     out = args.out or Path(f"runs/{args.study}_{args.scale}")
     cells = cells_of(study, scale, args, out)
     judging = judging_of(scale, args, out)
+    trainings = list(dict.fromkeys(cell.trained.folder for cell in cells))
     if args.list:
-        return "\n".join(listed(number, cell, judging, args.processes) for number, cell in enumerate(cells))
-    if args.cell is not None and not 0 <= args.cell < len(cells):
-        raise ValueError(f"--cell {args.cell}: there are 0 to {len(cells) - 1}; --list names them")
+        return "\n".join(listed(trainings.index(cell.trained.folder), cell, judging, args.processes) for cell in cells)
+    if args.cell is not None and not 0 <= args.cell < len(trainings):
+        raise ValueError(f"--cell {args.cell}: there are 0 to {len(trainings) - 1}; --list names them")
     out.mkdir(parents=True, exist_ok=True)
     if args.prompts is None:
         shapes_prompts(judging.prompts, scale.prompts)
     if "data.path" not in " ".join(args.set) and scale.config.startswith("demo"):
         make_data()
-    chosen = cells if args.cell is None else [cells[args.cell]]
-    run_all(chosen, judging, args)
+    run_all([c for c in cells if args.cell in (None, trainings.index(c.trained.folder))], judging, args)
     return write(study, done(cells), out)
 
 

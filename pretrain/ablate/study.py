@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Row:
         trained_as: the row whose training it takes, with other ways of drawing; None trains its own.
         drawing: options of `pretrain.evaluate`.
         prune: draw without the scale's number of FFNs that the masks weigh least.
+        equal: images: as many steps as the first row; flops: as many forward and backward FLOPs.
         paper: what the source reports, by figure.
     """
 
@@ -30,6 +32,7 @@ class Row:
     trained_as: str | None = None
     drawing: tuple[str, ...] = ()
     prune: bool = False
+    equal: Literal["images", "flops"] = "images"
     paper: Mapping[str, float] = field(default_factory=dict)
 
 

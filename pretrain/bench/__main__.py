@@ -7,7 +7,6 @@ python -m pretrain.bench skip        leaving FFNs out by their query masks
 python -m pretrain.bench loader      reading: the training loader against bare reading and other layouts
 python -m pretrain.bench start       the loader's start on a data set of many shards: seconds and memory of each process
 python -m pretrain.bench checkpoint  what checkpoints, spike guard and watchdog cost
-python -m pretrain.bench neighbours  FocusDiT, FlexDiT and mediators trained on the shapes, at equal images and FLOPs
 python -m pretrain.bench encode      data prep's pipeline against its bare encoders
 python -m pretrain.bench roofline    a training step's FLOPs, bytes and time at a GPU's rates, computed
 python -m pretrain.bench gpu         first contact with a machine that has GPUs: what is true there, in nine minutes
@@ -28,7 +27,6 @@ BENCHMARKS = {
     "loader": "pretrain.bench.loader",
     "start": "pretrain.bench.start",
     "checkpoint": "pretrain.bench.checkpoint",
-    "neighbours": "pretrain.bench.neighbours",
     "encode": "pretrain.bench.encode",
     "roofline": "pretrain.bench.roofline",
     "gpu": "pretrain.bench.gpu.command",

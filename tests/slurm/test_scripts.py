@@ -252,6 +252,37 @@ def test_the_tasks_of_an_evaluation_share_its_pictures(cluster, recorder):
     assert [n["arguments"] for n in recorder.notes()] == [[*HANDED_ON, "out"]] * 2
 
 
+# --- studies
+
+
+def test_an_array_does_a_study_a_training_each(cluster, recorder):
+    env = {"PYTHON": recorder.path, "STUDY": "table3", "SCALE": "small", "OVERRIDES": "--seeds 0 1"}
+    job = cluster.sbatch("slurm/ablate.sh", "--array=0,8", *SMALL_WORKER, env=env)
+    expect(cluster.wait(job))
+    study = ["-m", "pretrain.ablate", "table3", "--scale", "small"]
+    expected = [[*study, "--cell", cell, "--processes", "1", "--seeds", "0", "1"] for cell in ("0", "8")]
+    assert sorted(n["arguments"] for n in recorder.notes()) == expected
+
+
+def test_a_study_runs_without_slurm_and_needs_a_name(cluster, recorder):
+    done = cluster.command("bash", "slurm/ablate.sh", env={"PYTHON": recorder.path}, check=False)
+    assert (done.returncode, recorder.notes()) == (2, [])
+    assert done.stderr == "error: STUDY is not set: a study of pretrain.ablate, such as table3\n"
+    cluster.command("bash", "slurm/ablate.sh", env={"PYTHON": recorder.path, "STUDY": "neighbours", "OUT": "out"})
+    (note,) = recorder.notes()
+    assert note["arguments"] == [
+        "-m",
+        "pretrain.ablate",
+        "neighbours",
+        "--scale",
+        "tiny",
+        "--out",
+        "out",
+        "--processes",
+        "1",
+    ]
+
+
 # --- the chain
 
 

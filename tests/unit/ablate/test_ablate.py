@@ -13,15 +13,17 @@ from PIL import Image
 from support import ended, fork_command
 
 from pretrain.ablate import cells as cells_module
+from pretrain.ablate import running
 from pretrain.ablate.__main__ import main
-from pretrain.ablate.cells import Cell
+from pretrain.ablate.cells import CAPTION, Cell
+from pretrain.ablate.neighbours import STUDY as NEIGHBOURS
 from pretrain.ablate.report import plot, table
 from pretrain.ablate.statistics import mean_and_sem, paired, student_p
 from pretrain.ablate.study import Row, Scale, Study
 from pretrain.ablate.table3 import STUDY
 from pretrain.config import load
 from pretrain.models import DiTConfig
-from pretrain.models.cost import count_parameters
+from pretrain.models.cost import count_flops, count_parameters
 
 # ---- the rows ----
 
@@ -145,6 +147,9 @@ def test_the_list_names_each_cells_commands(capsys: pytest.CaptureFixture[str], 
     said = capsys.readouterr().out.splitlines()
     numbered = [line for line in said if line[0].isdigit()]
     assert len(numbered) == 3 * len(STUDY.rows) and numbered[0] == "0  A, seed 0: DiT baseline"
+    numbers = [int(line.split()[0]) for line in numbered]
+    # What is drawn from a training has the training's number: one task of an array does all of it.
+    assert numbers[: len(STUDY.rows)] == [*range(9), 8, 8] and set(numbers) == set(range(27))
     assert "torch.distributed.run --nproc-per-node=8 -m pretrain.train demo_256" in said[1]
     assert not (tmp_path / "x").exists()
 
@@ -155,12 +160,41 @@ def test_the_list_names_each_cells_commands(capsys: pytest.CaptureFixture[str], 
         (["--scale", "paper"], "--scale paper needs --prompts and --metrics"),
         (["--rows", "A", "Z"], "--rows Z: the rows are A, B1, "),
         (["--jobs", "0"], "--jobs and --processes must be at least 1"),
-        (["--cell", "99"], "--cell 99: there are 0 to "),
+        (["--cell", "99"], "--cell 99: there are 0 to 26; --list names them"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], line: str, tmp_path: Path, capsys) -> None:
     assert main(["table3", "--out", str(tmp_path / "x"), *words]) == 1
     assert line in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_one_number_does_a_training_and_what_is_drawn_from_it(small: list[str], tmp_path: Path, monkeypatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(Cell, "run", lambda cell, *_: done.append(cell.name))
+    monkeypatch.setattr(running, "write", lambda *_: "")
+    assert main(["table3", "--cell", "8", *small[1:]]) == 0
+    assert done == ["VR3", "skip", "prune"]
+
+
+# ---- neighbours ----
+
+
+def test_rows_of_equal_flops_take_more_steps_by_what_a_step_costs_less(tmp_path: Path) -> None:
+    scale = NEIGHBOURS.scales["tiny"]
+    cells = {row: Cell(NEIGHBOURS, scale, row, 0, tmp_path) for row in NEIGHBOURS.rows}
+
+    def cost(row: str) -> tuple[int, float]:
+        config = load(scale.config, cells[row].settings)[0]
+        model = config.model.backbone()
+        return config.steps, count_flops(model, (8, 8), CAPTION).total
+
+    base_steps, base_flops = cost("baseline")
+    for row in ("FlexDiT", "mediators", "FocusDiT", "both"):
+        steps, flops = cost(row)
+        assert steps == base_steps
+        more, same = cost(f"{row}_flops")
+        assert same == flops and more * flops == pytest.approx(base_steps * base_flops, rel=0.5 / more)
+    assert cost("FlexDiT_flops")[0] > 1.4 * base_steps
 
 
 # ---- figures ----
@@ -196,3 +230,6 @@ def test_the_table_and_its_figure(tmp_path: Path) -> None:
     plot(study, cells, tmp_path / "table.png")
     with Image.open(tmp_path / "table.png") as image:
         assert image.height > 200
+    flops = Study("a study", rows | {"C": Row("other", "A", equal="flops")}, study.scales)
+    steps = {row: {seed: c | {"steps": 300} for seed, c in seeds.items()} for row, seeds in cells.items()}
+    assert table(flops, steps).splitlines()[3] == "| B | other | 2.50M | 1.00 | 1.50 | 300 | 0.9000 ± 0.4000 |  |"
