@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data_prep.common.paths import path
 from data_prep.common.progress import Progress
+from pretrain.analyze.subject import drawing_arguments, relative_distance
 from pretrain.diffusion import Guidance, start_noise
 from pretrain.diffusion.switching import REFERENCE, change
 from pretrain.models.budget_choices import default_budget
@@ -44,12 +45,6 @@ SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of steps and pictures, that the default gr
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("--run", type=path, required=True, help="run directory of a model with attention: mediators")
-    parser.add_argument("--prompts", type=path, required=True, help="file of captions, one a line")
-    parser.add_argument(
-        "--pictures", type=int, default=16, help="the number of prompts, from the first on, that are drawn"
-    )
-    parser.add_argument("--steps", type=int, help="sampling steps (default: the config's preview.steps)")
-    parser.add_argument("--guidance", type=float, help="guidance scale (default: the config's preview.guidance)")
     parser.add_argument("--sampler", choices=tuple(SAMPLERS), help="flow: ode (the default), or sde")
     parser.add_argument("--shift", type=float, help="shift of the times (default: the config's preview.shift)")
     parser.add_argument(
@@ -58,10 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance", type=float, help="largest relative distance of the latents (default: half that of the fewest)"
     )
-    parser.add_argument("--weights", choices=("ema", "master"), default="ema")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures drawn together")
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; each next prompt has the next seed")
-    parser.add_argument("--device", help="default: the GPU, or the CPU")
+    drawing_arguments(parser, pictures=16)
 
 
 @dataclass(frozen=True)
@@ -177,12 +169,13 @@ def run(args: argparse.Namespace) -> str:
         for name, schedule in schedules.items():
             drawn = subject.draw(progress, **schedule)
             share = subject.flops(drawn.numbers_BS) / whole
-            rows.append(Row(name, schedule.get("mediator_rho"), drawn, share, distance(drawn, reference)))
+            apart = relative_distance(drawn.latents, reference.latents)
+            rows.append(Row(name, schedule.get("mediator_rho"), drawn, share, apart))
     fewest = next(row for row in rows if row.name == f"{config.mediators.numbers[0]} at all steps")
     tolerance = fewest.distance / 2 if args.tolerance is None else args.tolerance
     proposed = propose(rows, tolerance)
-    out = args.run / "analyze"
-    out.mkdir(exist_ok=True)
+    out = args.out or args.run / "analyze"
+    out.mkdir(parents=True, exist_ok=True)
     verdict = "\n".join(conclude(rows, proposed, tolerance))
     settings = {
         "pictures": len(subject.captions),
@@ -247,12 +240,6 @@ def default_grid(reference: Drawn) -> list[float]:
     least_BS = reference.ratios_BS[:, REFERENCE.stop : -1].cummin(1).values  # the last change decides nothing
     values = least_BS.flatten().quantile(1 - torch.tensor(SHARES)).tolist()
     return sorted({float(f"{value:.3g}") for value in values}, reverse=True)
-
-
-def distance(drawn: Drawn, reference: Drawn) -> float:
-    """Relative distance of the latents, ‖x − reference‖ / ‖reference‖, in the mean over the pictures."""
-    apart_B = (drawn.latents - reference.latents).flatten(1).norm(dim=1)
-    return (apart_B / reference.latents.flatten(1).norm(dim=1)).mean().item()
 
 
 def propose(rows: Sequence[Row], tolerance: float) -> Row | None:

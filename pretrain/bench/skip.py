@@ -1,15 +1,17 @@
 """Skipping FFNs by their query masks (FocusDiT, Fig. 9): time, FLOPs saved and deviation over the threshold.
 
-With `--run`, the pictures of a trained model; without, a backbone of random weights at any size, whose masks are spread over
-0..1, which serves to measure time. The FFNs' own time is what is saved when every token is left out (a threshold of 1).
+The backbone has random weights, any size, and masks that are spread over 0..1: it serves to measure time; `python -m
+pretrain.analyze skip` is for trained runs. The FFNs' own time is what is saved when every token is left out (a threshold of 1).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,6 @@ from pretrain.models.focusdit.ffn import Vocabulary
 from pretrain.models.focusdit.mask import MaskLinear, QueryMask
 from pretrain.models.focusdit.skip import UNITS
 from pretrain.sampling.plots import SkipPoint, plot_skip
-from pretrain.sampling.prompts import read_prompts
 from pretrain.schedulers import build_scheduler, set_timesteps
 
 
@@ -36,42 +37,23 @@ class Subject:
     text: TextCache
     null: TextCache
     noise: Tensor
-    objective: str
-    shift: float
+    scheduler: Any
     guidance: float
+    steps: int
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser, preset="focusdit_1b_shared2d", batch=1, rounds=5)
-    parser.add_argument("--run", type=Path, help="run directory of a trained model; instead of random weights")
-    parser.add_argument("--prompts", type=Path, help="with --run: file of captions (the first --batch are drawn)")
     parser.add_argument("--steps", type=int, default=1, help="sampling steps")
-    parser.add_argument(
-        "--thresholds", type=float, nargs="+", help="default: 0 to 1; random weights: by quantiles of the masks"
-    )
+    parser.add_argument("--thresholds", type=float, nargs="+", help="default: by quantiles of the masks, from 0 to 1")
     parser.add_argument("--out", type=Path, help="folder for skip.png and skip.json (FLOPs saved by step and block)")
 
 
 def run(args: argparse.Namespace) -> str:
     """The table; writes plot and counts where asked."""
-    device = torch.device(args.device)
-    with torch.no_grad():
-        subject = _trained(args, device) if args.run else _random(args, device)
-        plain = _sample(subject, args.steps, None, keep_masks=True)
-        curves = {}
-        for unit in UNITS:
-            thresholds = args.thresholds or _thresholds(plain.masks_BSKN, bool(args.run), unit)
-            curves[unit] = _curve(subject, args, unit, thresholds, plain, device)
-    lines = [f"{subject.name}; {args.steps} steps, guidance {subject.guidance}, {device.type}"]
-    for unit, points in curves.items():
-        none, every = points[0], points[-1]
-        lines.append(
-            f"  {unit:<7}{'threshold':>10}{'seconds':>10}{'FFN FLOPs saved':>17}{'FFN time saved':>16}{'deviation':>11}"
-        )
-        for p in points:
-            time_saved = (none.seconds - p.seconds) / max(none.seconds - every.seconds, 1e-9)
-            saved = f"{100 * p.saved:>16.1f}%{100 * time_saved:>15.1f}%"
-            lines.append(f"  {'':<7}{p.threshold:>10.3f}{p.seconds:>10.3f}{saved}{p.deviation:>11.4f}")
+    subject = random_subject(args, torch.device(args.device))
+    curves = measure(subject, args.rounds, lambda masks, unit: args.thresholds or _quantiles(masks, unit))
+    lines = [table(subject, curves)]
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         plot_skip(curves).save(args.out / "skip.png")
@@ -81,23 +63,23 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _trained(args: argparse.Namespace, device: torch.device) -> Subject:
-    from pretrain.sampling.trained_run import load_run  # imports DeepSpeed
+def table(subject: Subject, curves: Mapping[str, Sequence[SkipPoint]]) -> str:
+    """A line for each threshold of each unit."""
+    lines = [f"{subject.name}; {subject.steps} steps, guidance {subject.guidance}, {subject.noise.device.type}"]
+    for unit, points in curves.items():
+        none, every = points[0], points[-1]
+        lines.append(
+            f"  {unit:<7}{'threshold':>10}{'seconds':>10}{'FFN FLOPs saved':>17}{'FFN time saved':>16}{'deviation':>11}"
+        )
+        for p in points:
+            time_saved = (none.seconds - p.seconds) / max(none.seconds - every.seconds, 1e-9)
+            saved = f"{100 * p.saved:>16.1f}%{100 * time_saved:>15.1f}%"
+            lines.append(f"  {'':<7}{p.threshold:>10.3f}{p.seconds:>10.3f}{saved}{p.deviation:>11.4f}")
+    return "\n".join(lines)
 
-    if args.prompts is None:
-        raise ValueError("--run needs --prompts, a file of captions")
-    trained = load_run(args.run, "ema", device)
-    pipe, prompts = trained.pipeline, read_prompts(args.prompts)[: args.batch]
-    model = pipe.transformer.dit
-    dtype = model.final.proj.weight.dtype
-    text, null = (model.encode_text(PackedText.pack(pipe.encode_prompt(p)).to(device, dtype)) for p in (prompts, [""]))
-    noise = start_noise(range(len(prompts)), (model.config.latent_channels, *pipe.latent_size())).to(device)
-    p = trained.config.preview
-    name = f"{args.run}, step {trained.step}, {len(prompts)} pictures of {pipe.config.resolution} px"
-    return Subject(name, model, text, null, noise, trained.config.objective.name, p.shift, p.guidance)
 
-
-def _random(args: argparse.Namespace, device: torch.device) -> Subject:
+@torch.no_grad()
+def random_subject(args: argparse.Namespace, device: torch.device) -> Subject:
     dtype = working_dtype(device)
     config = replace(preset(args.preset), depth=args.depth) if args.depth else preset(args.preset)
     torch.manual_seed(0)
@@ -111,7 +93,7 @@ def _random(args: argparse.Namespace, device: torch.device) -> Subject:
         f"{args.preset}, random weights: width {config.width}, depth {config.depth}, {args.tokens_per_side**2} tokens, "
         f"{args.batch} pictures"
     )
-    return Subject(name, model, text, null, noise, "flow", 3.0, 5.5)
+    return Subject(name, model, text, null, noise, build_scheduler("flow", 3.0), 5.5, args.steps)
 
 
 def spread_masks(model: DiT, latent: Tensor, text: TextCache) -> None:
@@ -140,40 +122,43 @@ def spread_masks(model: DiT, latent: Tensor, text: TextCache) -> None:
         hook.remove()
 
 
-def _thresholds(masks_BSKN: Tensor | None, trained: bool, unit: str) -> list[float]:
-    """Round numbers for a trained model, as in the paper; else what leaves out a tenth, a quarter, half, … of the work."""
-    if masks_BSKN is None:
-        raise ValueError("this model has no query masks, so there is nothing to skip by")
-    if trained:
-        return [0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
+def _quantiles(masks_BSKN: Tensor, unit: str) -> list[float]:
+    """Thresholds that leave out a tenth, a quarter, half, … of the work."""
     judged = masks_BSKN if unit == "token" else masks_BSKN.mean(-1)
     return [0.0, *judged.flatten().quantile(torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])).tolist(), 1.0]
 
 
-def _sample(subject: Subject, steps: int, skip: Skip | None, keep_masks: bool = False) -> Generated:
-    scheduler = build_scheduler(subject.objective, subject.shift)
-    set_timesteps(scheduler, steps, subject.noise.device)
+@torch.no_grad()
+def measure(
+    subject: Subject, rounds: int, thresholds: Callable[[Tensor, str], Sequence[float]]
+) -> dict[str, list[SkipPoint]]:
+    """The points of each unit, at the thresholds that are given for the masks [B, S, K, N] of the pictures without skipping.
+
+    Raises:
+        ValueError: the model has no query masks.
+    """
+    plain = _sample(subject, None, keep_masks=True)
+    if plain.masks_BSKN is None:
+        raise ValueError("this model has no query masks, so there is nothing to skip by")
+    return {unit: _curve(subject, rounds, unit, thresholds(plain.masks_BSKN, unit), plain) for unit in UNITS}
+
+
+def _sample(subject: Subject, skip: Skip | None, keep_masks: bool = False) -> Generated:
     s, dtype = subject, subject.model.final.proj.weight.dtype
-    times = s.model.embed_times(scheduler.timesteps)
-    return generate(s.model, s.text, s.null, times, s.noise, scheduler, Guidance(s.guidance), dtype, skip, keep_masks)
+    set_timesteps(s.scheduler, s.steps, s.noise.device)
+    times = s.model.embed_times(s.scheduler.timesteps)
+    return generate(s.model, s.text, s.null, times, s.noise, s.scheduler, Guidance(s.guidance), dtype, skip, keep_masks)
 
 
-def _curve(
-    subject: Subject,
-    args: argparse.Namespace,
-    unit: str,
-    thresholds: list[float],
-    plain: Generated,
-    device: torch.device,
-) -> list[SkipPoint]:
+def _curve(subject: Subject, rounds: int, unit: str, thresholds: Sequence[float], plain: Generated) -> list[SkipPoint]:
     """Every threshold, timed in turn."""
     skips = {t: Skip(t, unit) for t in thresholds}
-    runs = {str(t): lambda skip=skip: _sample(subject, args.steps, skip) for t, skip in skips.items()}
-    took = side_by_side(runs, args.rounds, device)
+    runs = {str(t): lambda skip=skip: _sample(subject, skip) for t, skip in skips.items()}
+    took = side_by_side(runs, rounds, subject.noise.device)
     config = subject.model.config
     points = []
     for t, skip in skips.items():
-        drawn = _sample(subject, args.steps, skip)
+        drawn = _sample(subject, skip)
         assert drawn.work is not None
         saved_SK = saved_flops(config, drawn.work.kept_SK, drawn.work.tokens_SK)
         whole = saved_flops(config, torch.zeros(1), drawn.work.tokens_SK).sum().item()

@@ -62,14 +62,15 @@ def plot_skip(curves: Mapping[str, Sequence[SkipPoint]]) -> Image.Image:
     """Time, saved FFN FLOPs and deviation over the threshold, by unit (FocusDiT, Fig. 9)."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     panels = figure.subplots(1, 3)
-    for unit, points in curves.items():
+    for number, (unit, points) in enumerate(curves.items()):
         thresholds = [p.threshold for p in points]
         columns = ([p.seconds for p in points], [100 * p.saved for p in points], [p.deviation for p in points])
+        style = {"color": COLOURS[number], "linestyle": LINES[number], "marker": "os"[number], "label": f"by {unit}"}
         for panel, values in zip(panels, columns, strict=True):
-            panel.plot(thresholds, values, marker="o", label=unit)
-    titles = ("seconds", "FFN FLOPs saved, %", "relative deviation of the latents")
-    for panel, title in zip(panels, titles, strict=True):
-        panel.set(title=title, xlabel="threshold")
+            panel.plot(thresholds, values, **style)
+    labels = ("time (s)", "FLOPs of the FFNs saved (%)", "relative deviation of the latents")
+    for panel, label in zip(panels, labels, strict=True):
+        panel.set(ylabel=label, xlabel="threshold of the query mask")
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
     panels[0].legend()

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.common.progress import Progress
 from pretrain.checkpoint.export_folder import new_folder
 from pretrain.models import DiT, DiTConfig
 from pretrain.models.cost import count_parameters
-from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput, FocusDiTTransformer2DModel
+from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
+from pretrain.sampling.batches import draw_batches
 from pretrain.sampling.device import device_of
 from pretrain.sampling.export_writer import DTYPES, write_export
 from pretrain.sampling.options import require_at_least
@@ -44,24 +44,14 @@ def measure_masks(
     pipeline: FocusDiTPipeline, prompts: Sequence[str], steps: int | None, batch: int, seed: int
 ) -> MaskMeans:
     """Draws the prompts and averages their query masks; prompt number i starts from seed + i."""
-    total, pictures = None, []
-    with Progress(len(prompts), "prompt") as progress:
-        for i in range(0, len(prompts), batch):
-            some = prompts[i : i + batch]
-            output = pipeline(
-                list(some),
-                num_inference_steps=steps,
-                generator=[torch.Generator().manual_seed(seed + i + k) for k in range(len(some))],
-                output_type="pil" if i < SHOWN else "latent",
-                output_query_masks=True,
-            )
-            assert isinstance(output, FocusDiTPipelineOutput)
-            assert output.query_masks is not None
-            sums_SK = output.query_masks.mean(-1).sum(0)
-            total = sums_SK if total is None else total + sums_SK
-            if i < SHOWN:
-                pictures += list(output.images)[: SHOWN - i]
-            progress.update(len(some))
+    total, pictures = None, list[Image.Image]()
+    drawn = draw_batches(pipeline, prompts, batch, seed, SHOWN, num_inference_steps=steps, output_query_masks=True)
+    for output in drawn:
+        assert output.query_masks is not None
+        sums_SK = output.query_masks.mean(-1).sum(0)
+        total = sums_SK if total is None else total + sums_SK
+        if len(pictures) < SHOWN:
+            pictures += list(output.images)[: SHOWN - len(pictures)]
     assert total is not None
     return MaskMeans(total / len(prompts), pipeline.scheduler.timesteps.tolist(), pictures)
 

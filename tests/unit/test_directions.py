@@ -110,7 +110,6 @@ FLOORS: list[set[str]] = [
     {"pretrain/chain.py"},
     {"pretrain/sampling"},
     {
-        "pretrain/analyze",
         "pretrain/compare",
         "pretrain/evaluate",
         "pretrain/export.py",
@@ -123,6 +122,7 @@ FLOORS: list[set[str]] = [
     {"pretrain/plan", "pretrain/training.py"},
     {"pretrain/launch.py", "pretrain/train.py"},
     {"pretrain/ablate", "pretrain/bench"},
+    {"pretrain/analyze"},
 ]
 # The command `python -m pretrain.models` takes the parser of all commands and the VAE's downsampling, which stand in data_prep.
 MODELS_COMMAND = {"pretrain/models/__main__.py", "pretrain/models/compare.py", "pretrain/models/table.py"}
