@@ -33,12 +33,12 @@ STUDY = Study(
             "demo_256",
             (
                 *("model.preset=dit_tiny_deep", "model.mask=none", "model.ffn=uniform", "preview.every=0", HELD_OUT),
-                *("optimizer.lr=1.5e-3", "steps=300"),
+                *("optimizer.name=muon", "optimizer.lr=3e-3", "steps=250"),
             ),
             words={},
             seeds=(0, 1, 2),
             prune=0,
-            prompts=192,
+            prompts=128,
             about="1.9M parameters on the demo's shapes: all rows and seeds in under two hours on two cores (planned)",
         ),
         "large": Scale(

@@ -41,7 +41,7 @@ STUDY = Study(
     {
         "tiny": Scale(
             "demo_256",
-            ("model.preset=dit_tiny_deep", *PLAIN, "optimizer.lr=1.5e-3", "steps=300"),
+            ("model.preset=dit_tiny_deep", *PLAIN, "optimizer.name=muon", "optimizer.lr=3e-3", "steps=250"),
             {
                 "mask": "adaln_single",
                 "layers_2": "[64]",
@@ -50,7 +50,7 @@ STUDY = Study(
             },
             seeds=(0, 1, 2),
             prune=2,
-            prompts=192,
+            prompts=128,
             about="1.9M parameters on the demo's shapes: all rows and seeds in under two hours on two cores",
         ),
         "small": Scale(
