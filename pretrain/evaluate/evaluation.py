@@ -27,20 +27,29 @@ def run(args: argparse.Namespace) -> str:
     check_numbers(args)
     if args.per_prompt < 1:
         raise ValueError(f"--per-prompt {args.per_prompt}: must be at least 1")
-    args.out.mkdir(parents=True, exist_ok=True)
-    found = of_folder(args.pictures, args.prompts, args.per_prompt) if args.pictures else draw(args)
-    report, device, problems = Report(args, found), device_of(args.device), {}
+    problems = {}
     for name in args.metrics:
         try:
-            judge(name, METRICS[name](), args, device, share_of_process()[0], report)
+            METRICS[name]().check_prompts(args)
         except (ValueError, OSError) as error:  # the other metrics go on
+            problems[name] = f"{name}: {error}"
+    if len(problems) == len(args.metrics):
+        raise ValueError("; ".join(problems.values()))
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = of_folder(args.pictures, args.prompts, args.per_prompt) if args.pictures else draw(args)
+    report, device = Report(args, found), device_of(args.device)
+    for name in [name for name in args.metrics if name not in problems]:
+        try:
+            judge(name, METRICS[name](), args, device, share_of_process()[0], report)
+        except (ValueError, OSError) as error:
             problems[name] = f"{name}: {error}"
     if pending := report.pending([name for name in args.metrics if name not in problems]):
         text = f"{', '.join(pending)}: pictures are left to other processes"
     else:
         text = report.finish()
     if problems:
-        print(text)
+        if len(problems) < len(args.metrics):
+            print(text)
         raise ValueError("; ".join(problems.values()))
     return text
 

@@ -117,6 +117,10 @@ class Metric(Protocol):
         """Adds its options, whose names begin with the metric's."""
         ...
 
+    def check_prompts(self, args: argparse.Namespace) -> None:
+        """Raises ValueError for prompts that it cannot take. Called first, so that no pictures are drawn in vain."""
+        ...
+
     def build(self, args: argparse.Namespace, device: torch.device) -> Scorer:
-        """The metric, ready. Raises NotRun where it cannot be had here, ValueError for options that are wrong."""
+        """The metric, ready. Raises NotRun where it cannot be had here, ValueError for other options that are wrong."""
         ...

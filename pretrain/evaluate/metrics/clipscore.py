@@ -21,6 +21,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clipscore-model", type=path_or_url, help="CLIP: folder or name on the hub")
 
 
+def check_prompts(args: argparse.Namespace) -> None:
+    """It takes any prompts."""
+
+
 def build(args: argparse.Namespace, device: torch.device) -> ClipScorer:
     """The CLIP."""
     return ClipScorer(Clip(args.clipscore_model, "--clipscore-model", device))

@@ -36,6 +36,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cmmd-reference", type=path, help="folder of pictures, or .npz or .npy of embeddings")
 
 
+def check_prompts(args: argparse.Namespace) -> None:
+    """It looks at no prompts."""
+
+
 def build(args: argparse.Namespace, device: torch.device) -> CmmdScorer:
     """The CLIP, and the reference."""
     return CmmdScorer(Clip(args.cmmd_model, "--cmmd-model", device), args.cmmd_reference, args.out, device)

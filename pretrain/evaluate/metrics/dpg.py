@@ -22,15 +22,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """It has no options but its judge's."""
 
 
-def build(args: argparse.Namespace, device: torch.device) -> DpgScorer:
-    """The scorer. Raises NotRun without a judge, ValueError for prompts without questions."""
-    interview = interview_of(args, device)
+def check_prompts(args: argparse.Namespace) -> None:
+    """Raises ValueError for prompts without questions."""
     if args.prompts is None:
         raise ValueError("--prompts: dpg needs a file of prompts with their questions (docs/evaluation.md)")
-    entries = prompts_of(args.prompts)
-    for entry in entries:
+    for entry in prompts_of(args.prompts):
         questions_of(entry, entry["prompt"])
-    return DpgScorer(interview, fingerprint(entries))
+
+
+def build(args: argparse.Namespace, device: torch.device) -> DpgScorer:
+    """The scorer. Raises NotRun without a judge."""
+    return DpgScorer(interview_of(args, device), fingerprint(prompts_of(args.prompts)))
 
 
 class DpgScorer:

@@ -32,6 +32,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fid-reference", type=path, help="folder of pictures, or .npz with mu and sigma")
 
 
+def check_prompts(args: argparse.Namespace) -> None:
+    """It looks at no prompts."""
+
+
 def build(args: argparse.Namespace, device: torch.device) -> FidScorer:
     """The network, and the reference."""
     if find_spec("torch_fidelity") is None:

@@ -27,15 +27,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--geneval-clip", type=path_or_url, help="CLIP of the colours: folder or name on the hub")
 
 
+def check_prompts(args: argparse.Namespace) -> None:
+    """Raises ValueError for prompts that are not GenEval's."""
+    if args.prompts is None:
+        raise ValueError("--prompts: geneval needs GenEval's evaluation_metadata.jsonl")
+    for entry in prompts_of(args.prompts):
+        spec_of(entry, entry["prompt"])
+
+
 def build(args: argparse.Namespace, device: torch.device) -> GenevalScorer:
-    """The scorer. Raises NotRun without detector or CLIP, ValueError for prompts that are not GenEval's."""
+    """The scorer. Raises NotRun without detector or CLIP."""
     from pretrain.evaluate.clip import Clip
     from pretrain.evaluate.geneval_models import ClipColours, Mask2Former
 
     if args.geneval_detector is None:
         raise NotRun("no detector; give --geneval-detector FOLDER, a Mask2Former that was trained on COCO's instances")
-    if args.prompts is None:
-        raise ValueError("--prompts: geneval needs GenEval's evaluation_metadata.jsonl")
     entries = prompts_of(args.prompts)
     specs = [spec_of(entry, entry["prompt"]) for entry in entries]
     colours = ClipColours(Clip(args.geneval_clip, "--geneval-clip", device))

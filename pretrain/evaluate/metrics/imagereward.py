@@ -34,6 +34,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_prompts(args: argparse.Namespace) -> None:
+    """It takes any prompts."""
+
+
 def build(args: argparse.Namespace, device: torch.device) -> ImageRewardScorer:
     """The scorer, started. It chooses its device itself."""
     if args.imagereward_command is None:

@@ -33,6 +33,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """It has no options but its judge's."""
 
 
+def check_prompts(args: argparse.Namespace) -> None:
+    """It takes any prompts."""
+
+
 def build(args: argparse.Namespace, device: torch.device) -> SctfScorer:
     """The scorer. Raises NotRun without a judge."""
     return SctfScorer(interview_of(args, device))

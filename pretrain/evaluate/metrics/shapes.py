@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.shapes import Scene, check, scene_of
 from data_prep.shapes_checker import by_figure, judge, mean_of_tasks
 from pretrain.evaluate.metric import Picture, Record, Result, Value
-from pretrain.evaluate.pictures import with_prompts
+from pretrain.evaluate.pictures import prompts_of, with_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """It has no options."""
+
+
+def check_prompts(args: argparse.Namespace) -> None:
+    """Raises ValueError for prompts that are no captions of shapes."""
+    for entry in [] if args.prompts is None else prompts_of(args.prompts):
+        scene_of(entry["prompt"])
 
 
 def build(args: argparse.Namespace, device: torch.device) -> ShapesScorer:

@@ -32,6 +32,9 @@ class Counting:
     def arguments(self, parser: Any) -> None:
         pass
 
+    def check_prompts(self, args: Any) -> None:
+        pass
+
     def build(self, args: Any, device: Any) -> Counting:
         if self.missing:
             raise NotRun(self.missing)
@@ -200,7 +203,9 @@ def test_a_metric_that_fails_leaves_the_others(
     tmp_path: Path, counting: Counting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
-    failing = SimpleNamespace(arguments=lambda parser: None, build=lambda args, device: raising())
+    failing = SimpleNamespace(
+        arguments=lambda p: None, check_prompts=lambda args: None, build=lambda args, device: raising()
+    )
     monkeypatch.setitem(METRICS, "failing", lambda: failing)
 
     def raising() -> None:
@@ -210,6 +215,27 @@ def test_a_metric_that_fails_leaves_the_others(
     said = capsys.readouterr()
     assert said.err.splitlines()[-1] == "evaluate: failing: no endpoint answers"
     assert "| counting | brightness | 0.0000 |" in said.out
+
+
+def test_prompts_that_no_metric_takes_are_told_before_anything_is_drawn(
+    tmp_path: Path, counting: Counting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cup of coffee on a wooden table")
+    asked = words("--run", tmp_path / "no_run", prompts, tmp_path / "out")  # a run that is not there is not looked for
+    assert main([*asked, "--metrics", "shapes", "geneval", "dpg"]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and not (tmp_path / "out").exists()
+    (line,) = said.err.splitlines()
+    assert line.startswith(
+        "evaluate: shapes: no caption of a scene of shapes: 'a cup of coffee on a wooden table'; such as"
+    )
+    assert "; geneval: the prompt 'a cup of coffee on a wooden table' is no line of GenEval" in line
+    assert "; dpg: the prompt 'a cup of coffee on a wooden table'" in line
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    asked = words("--pictures", tmp_path, prompts, tmp_path / "out")
+    assert main([*asked, "--metrics", "shapes", "counting"]) == 1
+    assert "| counting | brightness |" in capsys.readouterr().out, "the other metrics go on"
 
 
 def test_results_of_other_pictures_are_named_not_shown(
