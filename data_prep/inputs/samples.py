@@ -139,9 +139,10 @@ def make_sample(
     caption = captions.pick(key, texts, fields)
     if caption is None:
         return Reject(key, "no_caption", f"{_wanted(captions)}; {_there(members, fields)}")
-    if not caption.text.strip():
+    text = caption.text.strip()  # files end with a line break, which is no part of a caption
+    if not text:
         return Reject(key, "empty_caption", f"only white space in {caption.field}")
-    return Sample(key, image, caption.text, fields, caption.field)
+    return Sample(key, image, text, fields, caption.field)
 
 
 def _wanted(captions: CaptionChoice) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -17,12 +18,19 @@ def to_image(picture_3HW: Tensor) -> Image.Image:
     return Image.fromarray(bytes_HW3.cpu().numpy())
 
 
+def label_font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans of matplotlib: it has Latin with all accents, Greek and Cyrillic, where Pillow's own font has ASCII alone."""
+    from matplotlib import get_data_path  # late, as it takes half a second
+
+    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
 def labelled_grid(
     images: Sequence[Image.Image], labels: Sequence[str], side: int = 256, columns: int | None = None
 ) -> Image.Image:
     """Draws pictures in rows, each `side` pixels wide with its label below; `columns` is about the root of their number."""
     columns = columns or min(len(images), max(1, math.ceil(math.sqrt(len(images)))))
-    font = ImageFont.load_default(size=max(11, side // 20))
+    font = label_font(max(11, side // 20))
     line = max(11, side // 20) + 3
     lines = [textwrap.wrap(label, width=max(16, int(side / (line * 0.42))))[:3] for label in labels]
     below = line * max((len(w) for w in lines), default=0) + 8

@@ -37,7 +37,7 @@ def test_pictures_with_texts_beside_them(tmp_path: Path) -> None:
     about = json.dumps({"caption": "from json", "aesthetic": 6})
     write(
         tmp_path,
-        {"a.jpg": b"i", "a.txt": "\ufeffa dog", "sub/b.v2.PNG": b"j", "sub/b.v2.json": about, "README.md": "x"},
+        {"a.jpg": b"i", "a.txt": "\ufeffa dog \r\n", "sub/b.v2.PNG": b"j", "sub/b.v2.json": about, "README.md": "x"},
     )
     contents = Contents()
     assert read(tmp_path, contents=contents) == [

@@ -179,7 +179,7 @@ def json_only(tar_path: Path, text: str | bytes) -> Sample | Reject:
     [
         ('{"caption": "a dog"}', "a dog"),
         ('\ufeff{"caption": "a dog"}', "a dog"),
-        ('{"caption": " a\\n\\u00e9 "}', " a\né "),
+        ('{"caption": " a\\n\\u00e9 "}', "a\né"),
         ('{"caption": 42}', "42"),
         ('{"caption": 4.5}', "4.5"),
         ('{"caption": ["a dog"]}', "a dog"),

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_prep.pictures.grids import labelled_grid, to_image
+from data_prep.pictures.grids import label_font, labelled_grid, to_image
 
 COLOURS = ["red", "lime", "blue", "yellow", "cyan"]
 
@@ -41,3 +41,11 @@ def test_a_wide_picture_keeps_its_aspect_ratio() -> None:
     dark = np.argwhere(grid[:72, :, 0] < 128)
     assert np.ptp(dark[:, 1]) + 1 == 64 and np.ptp(dark[:, 0]) + 1 == 16
     assert grid.shape[1] == 2 * 72 + 8
+
+
+def test_labels_have_more_than_ascii() -> None:
+    """Each letter has a shape of its own, which the box of a letter that is missing is not."""
+    font = label_font(20)
+    shapes = {letter: bytes(font.getmask(letter)) for letter in "aäàåüèñçßøŁžğαяЖ–“…"}
+    assert len(set(shapes.values())) == len(shapes)
+    assert bytes(font.getmask("\uffff")) not in shapes.values()
