@@ -21,7 +21,12 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
     # More loader processes than cores are the user's choice.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
+    # Of a compiled training on a CPU, where a CUDA toolkit is installed.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: "No CUDA runtime" not in record.getMessage()
+    )
     logging.getLogger("DeepSpeed").addFilter(_is_error)  # a level would be set anew when the library is imported
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # says where its cache is, in a home that cannot be written
     logging.getLogger("diffusers.quantizers").setLevel(logging.ERROR)  # says that it does not know this torchao
     logging.getLogger("streaming").setLevel(logging.ERROR)  # a filter would not see what its modules' loggers write
 

@@ -18,6 +18,7 @@ from data_prep.checks.data_set import check_data_set, parts_in_report, read_card
 from data_prep.checks.part import PartCheck, check_part
 from data_prep.common import mds
 from data_prep.common.progress import LOG_SECONDS, Progress
+from data_prep.common.words import counted
 from data_prep.encoders import Vae, default_device, require_fingerprint
 from data_prep.pictures.grids import labelled_grid, to_image
 from data_prep.worker import report as reports
@@ -103,7 +104,7 @@ def table(result: Result) -> str:
     )
     lines = [f"  {name:<8} {number:>11,}   {what}" for name, number, what in rows]
     strays = [
-        f"warning: {folder or '.'}/: {n} files that belong to no whole part; nothing reads them"
+        f"warning: {folder or '.'}/: {counted(n, 'file')} of no whole part; nothing reads {'it' if n == 1 else 'them'}"
         for folder, n in result.strays.items()
     ]
     if len(strays) > STRAYS_SHOWN:

@@ -177,10 +177,11 @@ def check_fits(card: schema.Card, config: Config, backbone: DiTConfig, global_ba
     if not card.complete:
         raise ValueError(f"{path} is not finished: parts are missing; run data_prep/encode.py on it again")
     wrong = [
-        f"  {what}: the data set has {there}, the model ({config.model.preset}) takes {here}"
-        for what, there, here in (
-            ("text width", card.text_encoder["width"], backbone.text_width),
-            ("latent channels", card.vae["channels"], backbone.latent_channels),
+        f"  {name.replace('_', ' ')}: the data set has {there}, the model ({config.model.preset}) takes {here}; "
+        f"model.{name}={there} takes the data set's"
+        for name, there, here in (
+            ("text_width", card.text_encoder["width"], backbone.text_width),
+            ("latent_channels", card.vae["channels"], backbone.latent_channels),
         )
         if there != here
     ]

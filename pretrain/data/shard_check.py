@@ -11,6 +11,7 @@ import numpy as np
 from data_prep import schema
 from data_prep.common.progress import LOG_SECONDS, Progress
 from data_prep.common.storage import Remote, is_remote
+from data_prep.common.words import counted
 from pretrain.data.location import DataLocation, file_size
 from pretrain.data.shard_index import ShardIndex
 from pretrain.distributed.world import World, in_each
@@ -39,7 +40,7 @@ def check_shards(location: DataLocation, indexes: dict[str, ShardIndex], budget:
         listed = "".join(f"\n  {line}" for line in lines[:10])
         more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise ValueError(
-            f"{location.origin}: {len(bad)} shards are missing or cut, data.damaged_shards allows {budget}; "
+            f"{location.origin}: {counted(len(bad), 'shard')} missing or cut, data.damaged_shards allows {budget}; "
             f"data_prep/verify.py --repair makes them again:{listed}{more}"
         )
     return [f"data: {line}; other samples stand in for its own" for line in lines]

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+from data_prep.common.words import counted
 from pretrain.checkpoint import reader as checkpoint
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.restore import restore_weights, resume
@@ -157,9 +158,9 @@ class Recovery:
         """Logs the step that was just skipped, and lists it with its samples."""
         self.guard.record_skipped(self.config.run_dir, state.step)
         history, file = state.history, self.config.run_dir / SKIPPED
-        counted = f"{history.in_a_row} in a row, {history.skipped} in all"
+        so_far = f"{history.in_a_row} in a row, {history.skipped} in all"
         fault = self.guard.verdict.fault
-        self.log(f"WARNING: step {state.step} was skipped: {fault} ({counted}; its samples: {file})")
+        self.log(f"WARNING: step {state.step} was skipped: {fault} ({so_far}; its samples: {file})")
 
     def count_damaged_shards(self, batches: list[Batch]) -> None:
         """Logs the shards that proved damaged in this step on any process.
@@ -177,7 +178,7 @@ class Recovery:
             self.log(f"WARNING: {shard}: {what} ({count} of {limit} damaged shards)")
         if count > limit:
             raise RuntimeError(
-                f"{count} shards of {self.config.data.path} are damaged, data.damaged_shards allows {limit}: "
+                f"{counted(count, 'damaged shard')} in {self.config.data.path}, data.damaged_shards allows {limit}: "
                 f"{', '.join(sorted(self.damaged))}; run data_prep/verify.py --repair on the data set"
             )
 

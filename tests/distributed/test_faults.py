@@ -276,7 +276,7 @@ def test_more_damaged_shards_than_allowed_stop_the_run(words, flipped, train, tm
     finished = train("demo_256", *words, processes=2, check=False)
     assert finished.codes == [1, 1]
     name = flipped.relative_to(tmp_path / "set")
-    assert f"1 shards of {tmp_path / 'set'} are damaged, data.damaged_shards allows 0: {name}" in finished.output
+    assert f"1 damaged shard in {tmp_path / 'set'}, data.damaged_shards allows 0: {name}" in finished.output
 
 
 def test_a_missing_shard_is_named_and_its_samples_replaced(words, flipped, train, tmp_path: Path) -> None:

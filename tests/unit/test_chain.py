@@ -58,7 +58,10 @@ def test_without_encoding_the_data_set_must_be_there_and_fit(data_set: Path) -> 
         f"{stage}: data: /nowhere is no data set: dataset.json is missing" for stage in ("stage1_256", "stage2_512")
     ]
     one, two = of(encoding=None, data=str(data_set))  # of the tiny encoders
-    assert "text width: the data set has" in one and one.startswith("stage1_256: data: ")
+    assert (
+        "text width: the data set has 128, the model (focusdit_1b_shared2d) takes 4096; model.text_width=128" in one
+        and one.startswith("stage1_256: data: ")
+    )
     assert two.startswith("stage2_512: data: ")
     words = [(name, [f"data.path={data_set}"]) for name in ("demo_256", "demo_512")]
     assert problems(words, None) == []

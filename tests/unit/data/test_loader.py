@@ -204,7 +204,7 @@ def test_the_order_for_any_processes_and_workers(bucketed: Path, tmp_path: Path)
     next(broken.rglob("*.mds")).unlink()
     jobs.append({"words": [f"data.path={broken}", "data.damaged_shards=0"]})
     one, two = orders(jobs, 1, tmp_path), orders(jobs, 2, tmp_path)
-    assert all("1 shards are missing or cut" in said[-1] for said in (*one, *two)), "no process waits for the others"
+    assert all("1 shard missing or cut" in said[-1] for said in (*one, *two)), "no process waits for the others"
     for i, (name, (_, per_epoch)) in enumerate(cases.items()):
         whole = joined([one[0][3 * i]])
         assert one[0][3 * i]["steps_per_epoch"] == per_epoch, name

@@ -30,7 +30,7 @@ def test_refusals(tmp_path: Path) -> None:
     shard.write_bytes(content[:-1])
     with pytest.raises(
         ValueError,
-        match=rf"1 shards are missing or cut, data\.damaged_shards .*\n  {shard}: {len(content) - 1} bytes, expected",
+        match=rf"1 shard missing or cut, data\.damaged_shards .*\n  {shard}: {len(content) - 1} bytes, expected",
     ):
         loader_of(root, "data.damaged_shards=0")
     shard.unlink()
@@ -48,9 +48,7 @@ def test_refusals(tmp_path: Path) -> None:
 def test_the_budget_at_the_start(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in (0, 2):
         file_of(root, number).unlink()
-    said = (
-        r"2 shards are missing or cut, data\.damaged_shards allows 1; data_prep/verify\.py --repair makes them again:\n"
-    )
+    said = r"2 shards missing or cut, data\.damaged_shards allows 1; data_prep/verify\.py --repair makes them again:\n"
     with pytest.raises(ValueError, match=said):
         loader_of(root, "data.damaged_shards=1")
     assert not capsys.readouterr().out

@@ -37,7 +37,7 @@ def test_what_is_no_file_is_missing(root: Path) -> None:
     file_of(root, 1).symlink_to("nowhere")
     said = check_shards(location, indexes, 2, ALONE)
     assert len(said) == 2 and all(": missing, expected" in line for line in said)
-    with pytest.raises(ValueError, match=r"2 shards are missing or cut, data\.damaged_shards allows 1"):
+    with pytest.raises(ValueError, match=r"2 shards missing or cut, data\.damaged_shards allows 1"):
         check_shards(location, indexes, 1, ALONE)
 
 
@@ -45,7 +45,7 @@ def test_only_ten_are_listed(root: Path) -> None:
     index = indexes_of(root)[SET]
     shutil.rmtree(root / SET / "00000")
     sets = {f"{n}/256": index for n in "abcd"}
-    with pytest.raises(ValueError, match=r"12 shards are missing(.|\n)*\n  and 2 more$") as raised:
+    with pytest.raises(ValueError, match=r"12 shards missing(.|\n)*\n  and 2 more$") as raised:
         check_shards(DataLocation(str(root), root, cached=False), sets, 3, ALONE)
     assert str(raised.value).count("missing, expected") == 10
 
@@ -89,10 +89,10 @@ def test_two_processes_share_the_work(root: Path, tmp_path: Path) -> None:
     for said in (first, second):
         missing, cut = said["shared"]
         assert f"{file_of(bad, 0)}: missing, expected" in missing and f"{file_of(bad, 2)}: 9 bytes, expected" in cut
-        assert "2 shards are missing or cut, data.damaged_shards allows 1" in said["shared refused"]
+        assert "2 shards missing or cut, data.damaged_shards allows 1" in said["shared refused"]
 
     # Each has a folder of its own, as on two nodes' disks: both look at all shards, and hear of the other's.
     assert first["own looked"] == second["own looked"] == names
     for said in (first, second):
         assert [line.split(": ")[2].split(",")[0] for line in said["own"]] == ["missing", "9 bytes"]
-        assert "2 shards are missing or cut" in said["own refused"]
+        assert "2 shards missing or cut" in said["own refused"]

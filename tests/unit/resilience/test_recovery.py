@@ -235,7 +235,7 @@ def test_each_damaged_shard_is_told_of_once(make, lines) -> None:
 def test_more_damaged_shards_than_allowed_are_named_in_an_error(make) -> None:
     r = make("data.damaged_shards=1")
     r.count_damaged_shards([batch("b")])
-    with pytest.raises(RuntimeError, match=r"^2 shards of /set are damaged, data.damaged_shards allows 1: a, b; run "):
+    with pytest.raises(RuntimeError, match=r"^2 damaged shards in /set, data.damaged_shards allows 1: a, b; run "):
         r.count_damaged_shards([batch("a")])
 
 
