@@ -85,7 +85,7 @@ def read_config(
     for word in overrides:
         key, equals, _ = word.partition("=")
         if not (equals and key.strip()):
-            problems.append(f"{word}: an override is section.key=value")
+            problems.append(f"{word}: an override is section.key=value, without blanks")
             continue
         try:
             change = OmegaConf.to_container(OmegaConf.from_dotlist([word]))
@@ -114,7 +114,8 @@ def _find(name: str, folder: Path) -> Path:
     if path.is_file():
         return path
     if is_file:
-        raise ConfigError(f"no config file {path}")
+        more = f"; did you mean the stage {path.stem}?" if path.stem in known() else ""
+        raise ConfigError(f"no config file {path}{more}")
     near = [p for p in (folder / name / KEPT_CONFIG, folder / f"{name}.yaml") if p.is_file()]
     more = f"; did you mean {near[0]}?" if near else ", or give a YAML file's path"
     raise ConfigError(f"no config {name!r}; there are {', '.join(known())}{more}")
@@ -155,7 +156,9 @@ def read_yaml(path: Path) -> Json:
     """A YAML's content, with `${…}` as it stands there. Raises ConfigError where it is none, or no mapping."""
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is no text in UTF-8 ({error}); save it as UTF-8") from error
+    except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold fields (`steps: 1000`), not a list")

@@ -42,6 +42,8 @@ def explain(error: Any, config: type[BaseModel], renamed: Mapping[str, str]) -> 
     if error["type"] == "model_type":
         fields = ", ".join(f"{where}.{name}" for name in _section(error["loc"], config).model_fields)
         return f"{where}: is a section, not {error['input']!r}; set its fields: {fields}"
+    if error["type"] == "path_type":
+        return f"{where}: must be a path, not {error['input']!r}"
     if error["type"] == "missing":
         return f"{where}: missing; set it in the YAML or as {where}=value"
     return f"{where}: {error['msg']}, not {error['input']!r}"
@@ -59,6 +61,9 @@ def _hint(location: Sequence[Any], config: type[BaseModel]) -> str:
     """Where an unknown field may be: a near name in its section, the same name in another, or the known ones."""
     *sections, name = location
     section = _section(sections, config)
+    first, dot, rest = str(name).partition(".")
+    if dot and first in section.model_fields:
+        return f"in a YAML a section is nested: {first}: {{{rest}: …}}"
     if near := difflib.get_close_matches(name, section.model_fields, n=1):
         return f"did you mean {near[0]!r}?"
     if name in ELSEWHERE:

@@ -127,12 +127,16 @@ def main(argv: list[str] | None = None) -> int:
         "--address", metavar="HOST[:PORT]", help=f"of node 0, with several nodes (port {PORT} by default)"
     )
     parser.add_argument("training", nargs=argparse.REMAINDER, metavar="CONFIG ...", help="as for pretrain.train")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized: {' '.join(unknown)}; after its own options comes CONFIG, without a module's name")
     processes = count_gpus() if args.processes is None else args.processes
-    own = {f"--{name.replace('_', '-')}" for name in vars(args) if name != "training"}
-    behind = [word for word in args.training if word.partition("=")[0] in own]
+    training = args.training[1:] if args.training[:1] == ["--"] else args.training
+    own = {"-h", "--help", *(f"--{name.replace('_', '-')}" for name in vars(args) if name != "training")}
+    behind = [word for word in training if word.partition("=")[0] in own]
     wrong = [
-        ("CONFIG is missing: a stage's name, or the path of a YAML file", not args.training),
+        ("pretrain.train is what it starts; give CONFIG alone", training[:1] == ["pretrain.train"]),
+        ("CONFIG is missing: a stage's name, or the path of a YAML file", not training),
         (f"{', '.join(behind)}: must stand before CONFIG", bool(behind)),
         ("--processes must be 1 or more", processes < 1),
         ("--restarts must be 0 or more", args.restarts < 0),
@@ -141,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if problems := [problem for problem, found in wrong if found]:
         parser.error("; ".join(problems))
-    command = [sys.executable, "-u", "-m", "pretrain.train", *args.training]
+    command = [sys.executable, "-u", "-m", "pretrain.train", *training]
     return Launcher(command, processes, args.nodes, args.node_rank, args.address).run(args.restarts)
 
 

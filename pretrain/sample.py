@@ -16,7 +16,7 @@ import argparse
 import sys
 
 from data_prep.common.command import command_parser, run_action
-from data_prep.common.paths import path
+from data_prep.common.paths import folder, path
 from pretrain.console import add_local_rank, silence_libraries
 from pretrain.sampling.options import add_drawing_arguments
 
@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--model", type=path, help="folder made by pretrain.export")
     parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
     parser.add_argument("--prompts", type=path, help="file of captions, one a line")
-    parser.add_argument("--out", type=path, required=True, help="folder for the pictures")
+    parser.add_argument("--out", type=folder, required=True, help="folder for the pictures")
     add_drawing_arguments(parser)
     args = parser.parse_args(argv)
     if not args.prompt and not args.prompts:

@@ -29,7 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="check all that the training needs, and do not train")
     parser.add_argument("--processes", type=int, help="with --check on a login node: the planned number of processes")
     add_local_rank(parser)
-    args = parser.parse_intermixed_args(argv)
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        parser.error(f"unrecognized: {' '.join(unknown)}; a field is set without dashes: optimizer.lr=1e-4")
+    if args.processes is not None and args.processes < 1:
+        parser.error(f"argument --processes: must be 1 or more, not {args.processes}")
     silence_libraries()
     try:
         adopt_launcher()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,13 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def command_parser(description: str, **more: Any) -> argparse.ArgumentParser:
-    """A parser for a command's `main`."""
+    """A parser for a command's `main`.
+
+    From here on output has `?` for a sign that its encoding lacks, such as × where it is ASCII: the sign would end a training.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     return argparse.ArgumentParser(prog=program(), description=description, formatter_class=_Help, **more)
 
 

@@ -32,6 +32,14 @@ def path(text: str) -> Path:
     return Path(path_or_url(text))
 
 
+def folder(text: str) -> Path:
+    """The type of an argument that is a folder to write into, which may be there."""
+    found = path(text)
+    if found.exists() and not found.is_dir():
+        raise argparse.ArgumentTypeError(f"{found} is a file; give a folder")
+    return found
+
+
 def path_or_url(text: str) -> str:
     """The type of an argument that is a path, a pattern of them, or a URL."""
     try:

@@ -14,7 +14,7 @@ import argparse
 import sys
 
 from data_prep.common.command import command_parser, run_action
-from data_prep.common.paths import path
+from data_prep.common.paths import folder, path
 from pretrain.ablate.neighbours import STUDY as NEIGHBOURS
 from pretrain.ablate.table3 import STUDY as TABLE3
 from pretrain.console import silence_libraries
@@ -38,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--scale", choices=sorted({s for study in STUDIES.values() for s in study.scales}), default="tiny"
     )
-    parser.add_argument("--out", type=path, help="folder for runs, results and table (default: runs/STUDY_SCALE)")
+    parser.add_argument("--out", type=folder, help="folder for runs, results and table (default: runs/STUDY_SCALE)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the scale's")
     parser.add_argument("--jobs", type=int, default=1, help="cells at the same time")

@@ -161,10 +161,13 @@ def newest_first(folder: Path) -> list[Path]:
 
 def find_run(name: str, holds: str = FOLDER) -> Path:
     """A run directory, which `holds` a file or folder, from its path or its name under runs/. Raises FileNotFoundError."""
-    for path in (Path(name), Path("runs") / name):
+    places = [Path(name)] if Path(name).is_absolute() else [Path(name), Path("runs") / name]
+    for path in places:
         if (path / holds).exists():
             return path
-    raise FileNotFoundError(f"no run at {name} or runs/{name}: a run directory holds {holds}; train it first")
+    above = [run for path in places for run in list(path.parents)[:2] if path.exists() and (run / holds).exists()]
+    mend = f"did you mean {above[0]}?" if above else "train it first"
+    raise FileNotFoundError(f"no run at {' or '.join(map(str, places))}: a run directory holds {holds}; {mend}")
 
 
 def with_hash(state: dict[str, Any]) -> str:

@@ -12,14 +12,14 @@ from __future__ import annotations
 import sys
 
 from data_prep.common.command import command_parser, run_action
-from data_prep.common.paths import path
+from data_prep.common.paths import folder, path
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = command_parser("Says what differs between runs, and their loss at equal images, FLOPs and hours.")
     parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="run directories, two at least")
-    parser.add_argument("--out", type=path, help="folder for compare.md and compare.png")
+    parser.add_argument("--out", type=folder, help="folder for compare.md and compare.png")
     args = parser.parse_args(argv)
     from pretrain.compare.report import run  # late: torch and matplotlib take seconds
 

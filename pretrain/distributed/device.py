@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 import torch
 
@@ -18,7 +19,9 @@ def choose_device(local_rank: int) -> torch.device:
     """
     gpus = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if not gpus and named.startswith((*"0123456789", "GPU-", "MIG-")):
+    # DeepSpeed's launcher, which sets CROSS_SIZE, names as many as --num_gpus says, on a machine without any, too.
+    unasked = "CROSS_SIZE" in os.environ and not _has_gpu_files()
+    if not gpus and named.startswith((*"0123456789", "GPU-", "MIG-")) and not unasked:
         # Training would go on on the CPU, or wait for the other processes, which do have GPUs.
         raise ValueError(
             f"CUDA_VISIBLE_DEVICES={named} names GPUs, but torch finds none on {socket.gethostname()}: see nvidia-smi there; "
@@ -30,6 +33,11 @@ def choose_device(local_rank: int) -> torch.device:
     if gpus and local_rank >= gpus:
         raise ValueError(f"local rank {local_rank} has no GPU: this node shows {gpus}; start one process per GPU")
     return torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+
+
+def _has_gpu_files() -> bool:
+    """Whether this node has a GPU of NVIDIA's or AMD's, whether torch finds it or not."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
 def idle_gpus(local_size: int) -> str | None:

@@ -17,7 +17,7 @@ import argparse
 import sys
 
 from data_prep.common.command import command_parser, run_action
-from data_prep.common.paths import path
+from data_prep.common.paths import folder, path
 from pretrain.console import add_local_rank, run_one_of, silence_libraries
 from pretrain.evaluate import judge
 from pretrain.evaluate.metrics import METRICS
@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=path, help="file of prompts: one a line, or .jsonl with an object a line")
     parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each prompt")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, required=True)
-    parser.add_argument("--out", type=path, required=True, help="folder for pictures, records and results")
+    parser.add_argument("--out", type=folder, required=True, help="folder for pictures, records and results")
     parser.add_argument(
         "--every", type=int, metavar="STEPS",
         help="follow the training of --run: evaluate its checkpoints of these steps' multiples as they come",

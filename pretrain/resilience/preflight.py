@@ -218,8 +218,10 @@ def _data(
 
 def _run_dir(report: Report, config: Config) -> None:
     """Checks the disk of the run directory."""
-    report.problems += run_dir_problems(config)
-    report.passed.append(f"run_dir: {config.run_dir}, checkpoints take up to {gib(kept_checkpoint_bytes(config))}")
+    problems = run_dir_problems(config)
+    report.problems += problems
+    if not problems:
+        report.passed.append(f"run_dir: {config.run_dir}, checkpoints take up to {gib(kept_checkpoint_bytes(config))}")
 
 
 def port_problems(port: int) -> list[str]:

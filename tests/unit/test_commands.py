@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -147,3 +148,23 @@ def test_a_variable_that_is_not_set_is_wrong_usage(
     with pytest.raises(SystemExit):
         parse(["--run=$NOWHERE/run", "--prompt=x", "--out=out"])
     assert "argument --run: $NOWHERE/run: $NOWHERE is not set; set it, or write the path out" in capsys.readouterr().err
+
+
+def test_a_file_is_no_folder_to_write_into(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pretrain.sample import parse
+
+    (tmp_path / "out").touch()
+    with pytest.raises(SystemExit):
+        parse(["--run=runs/x", "--prompt=x", f"--out={tmp_path}/out"])
+    assert f"argument --out: {tmp_path}/out is a file; give a folder" in capsys.readouterr().err
+
+
+# ---- output ----
+
+
+def test_a_terminal_without_unicode_ends_no_command() -> None:
+    """In the middle of a training a sign that its encoding lacks would be a traceback."""
+    script = "from data_prep.common.command import command_parser; command_parser('x'); print('2 × 4 → 8')"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2 ? 4 ? 8\n", "")

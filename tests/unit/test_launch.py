@@ -102,6 +102,11 @@ def test_wrong_usage_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None
         (["--processes", "0", "demo_256"], "--processes must be 1 or more"),
         (["demo_256", "--processes", "2", "--restarts=3"], "--processes, --restarts=3: must stand before CONFIG"),
         (["--processes", "1"], "CONFIG is missing: "),
+        (["--processes", "2", "-m", "pretrain.train", "demo_256"], "unrecognized: -m; after its own options comes CONFIG, wi"),
+        (["--nproc-per-node=2", "demo_256"], "unrecognized: --nproc-per-node=2; after its own options comes CONFIG"),
+        (["--processes", "2", "pretrain.train", "demo_256"], "pretrain.train is what it starts; give CONFIG alone"),
+        (["demo_256", "--help"], "--help: must stand before CONFIG"),
+        (["--processes", "1", "--"], "CONFIG is missing: "),
         (["--processes", "1", "--nodes", "2", "--node-rank", "2", "demo_256"], "--node-rank must be from 0 to 1; --address is"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as ended:

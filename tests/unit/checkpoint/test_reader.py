@@ -249,6 +249,13 @@ def test_find_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_run(str(tmp_path / "runs/one")) == tmp_path / "runs/one"
     with pytest.raises(FileNotFoundError, match=r"no run at two or runs/two: .*train it first"):
         find_run("two")
+    (tmp_path / "runs/one" / FOLDER / "step_00000012").mkdir()
+    (tmp_path / "runs/one/config.yaml").touch()
+    for inside in (FOLDER, f"{FOLDER}/step_00000012", "config.yaml"):
+        with pytest.raises(FileNotFoundError, match=rf"no run at one/{inside} or .*; did you mean runs/one\?$"):
+            find_run(f"one/{inside}")
+    with pytest.raises(FileNotFoundError, match=rf"no run at {tmp_path}/two: a run directory"):
+        find_run(f"{tmp_path}/two")
 
 
 def test_config_changes() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.distributed import device as devices
 from pretrain.distributed import engine
 from pretrain.distributed.device import choose_device, idle_gpus, shared_gpu
 from pretrain.distributed.world import World
@@ -51,6 +52,18 @@ def test_gpus_that_are_not_there(gpus, visible, local_rank, said, monkeypatch: p
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(ValueError, match=said):
         choose_device(local_rank)
+
+
+def test_gpus_that_deepspeeds_launcher_names_on_a_machine_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`deepspeed --num_gpus 2` sets CUDA_VISIBLE_DEVICES=0,1 there; with GPUs that torch does not find that is wrong."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("CROSS_SIZE", "1")
+    monkeypatch.setattr(devices, "_has_gpu_files", lambda: False)
+    assert choose_device(1) == torch.device("cpu")
+    monkeypatch.setattr(devices, "_has_gpu_files", lambda: True)
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=0,1 names GPUs, but torch finds none"):
+        choose_device(1)
 
 
 def test_gpus_that_no_process_has_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

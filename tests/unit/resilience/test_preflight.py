@@ -130,6 +130,7 @@ def test_a_check_tells_all_problems_at_once(capsys, monkeypatch, data_set: Path,
     assert "demo_256: 4 problems\n" in out
     starts = [line.split()[1] for line in out.splitlines() if line.startswith("  problem")]
     assert starts == ["batch:", "data:", "run_dir:", "MASTER_PORT:"]
+    assert "  ok  " not in out, "nothing is both"
     assert f"{shard.relative_to(broken)}: " in out
 
 
