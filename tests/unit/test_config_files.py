@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,11 @@ def test_named_sources_are_replaced_not_merged(write) -> None:
     [
         ("base: stage9\n", "/mine.yaml: base: no config 'stage9'; there are demo_256, "),
         ("base: nowhere.yaml\n", "/mine.yaml: base: no config file "),
+        ("base: demo_256.yaml\n", "/demo_256.yaml; did you mean the stage demo_256?"),
+        (
+            "base: demo_256\noptimizer.lr: 1e-3\n",
+            "optimizer.lr: unknown field; in a YAML a section is nested: optimizer: {lr: …}",
+        ),
         ("base: mine.yaml\n", "its base leads back to it: "),
         ("base: $NOWHERE/x.yaml\n", "$NOWHERE is not set"),
         ("base: [stage1_256]\n", "base: ['stage1_256'] must be a stage's name, or a YAML file's path"),
@@ -104,6 +110,23 @@ def test_a_base_that_is_none_is_one_line(write, yaml: str, line: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         load(write("mine.yaml", yaml))
     assert line in str(refusal.value)
+
+
+def test_a_yaml_in_another_encoding_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes("base: demo_256  # Zürich\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"mine.yaml: is no text in UTF-8 \(.* 0xfc .*\); save it as UTF-8"):
+        load(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(("words", "lines"), [
+    (["optimizer.lr", "=", "1e-4"], 3 * ["an override is section.key=value, without blanks"]),
+    (["run_dir="], ["run_dir: must be a path, not None"]),
+])  # fmt: skip
+def test_overrides_that_are_none(words: list[str], lines: list[str]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load("demo_256", words)
+    found = str(refusal.value).splitlines()[1:]
+    assert len(found) == len(lines) and all(line in there for line, there in zip(lines, found, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -150,6 +173,16 @@ def test_readmes_experiment_loads(write, monkeypatch: pytest.MonkeyPatch, tmp_pa
         ["python", "-m", "pretrain.launch", "~/experiments/birds.yaml"],
         ["python", "-m", "pretrain.train", "runs/birds/config.yaml"],
     ]
+    assert "a copy of this YAML with `base: stage2_512` and `init_from: birds`" in README
+    second = yaml.replace("base: stage1_256", "base: stage2_512\ninit_from: birds\n#")
+    after, deepspeed = load(write("birds_512.yaml", second))
+    assert (after.init_from, after.data.resolution, after.data.path) == ("birds", 512, config.data.path)
+    assert replace(after.model.backbone(), position_scale=1.0) == config.model.backbone()
+    assert deepspeed["train_batch_size"] == 256 and after.preview.file() == Path(prompts)
+    assert "`base: demo_256` and `demo_512`, which neither compile nor compute in bf16" in README
+    for stage in ("demo_256", "demo_512"):
+        config, deepspeed = load(stage)
+        assert not config.model.compile and not deepspeed["bf16"]["enabled"]
 
 
 # ---- paths ----

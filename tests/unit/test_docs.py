@@ -32,6 +32,21 @@ def test_no_test_of_a_fault_is_left_out() -> None:
     assert faults - {name.strip("`") for name in named()} == set()
 
 
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))],
+    ids=lambda page: page.name,
+)
+def test_every_row_belongs_to_a_table(page: Path) -> None:
+    """A blank line would end the table, and the rows after it would be shown as text."""
+    lines = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL).splitlines()
+    firsts = [i for i, line in enumerate(lines) if line.startswith("|") and not lines[i - 1].startswith("|")]
+    assert [lines[i] for i in firsts if not re.match(r"\|( ?:?-+:? ?\|)+$", lines[i + 1])] == []
+    for i in firsts:
+        rows = lines[i : next((k for k in range(i, len(lines)) if not lines[k].startswith("|")), len(lines))]
+        assert {len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", row))) for row in rows} == {rows[0].count("|")}
+
+
 # ---- README's tree ----
 
 README, BEGIN, END = ROOT / "README.md", "<!-- tree -->\n", "<!-- /tree -->"
