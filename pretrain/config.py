@@ -22,6 +22,7 @@ from pretrain.deepspeed_config import read_deepspeed
 from pretrain.diffusion import EpsilonPrediction, Objective, RectifiedFlow
 from pretrain.models import DiTConfig, preset
 from pretrain.models.config import RENAMED_FIELDS, upgrade_fields
+from pretrain.models.routing import Routing
 from pretrain.sections import Section, optional_fields, replace_fields
 
 # Noise levels of validation: 0, 1/8, … 7/8.
@@ -141,6 +142,37 @@ class DataSection(Section):
         return []
 
 
+class RoutingSection(Section):
+    name: Literal["none", "tread", "deferred_masking"] = "none"
+    """Token routing: a part of each sample's tokens skips some blocks while training, and comes back (tread) or is left out to
+    the end and of the loss (deferred_masking; docs/train_for_less.md)."""
+    share: Share = 0.5
+    """Share of the tokens that is left out, drawn for each sample anew in each epoch."""
+    first: NotNegative = 2
+    """Block, counted from 0, before which they are left out."""
+    last: Positive | None = None
+    """Block before which they come back, for tread; by default two blocks before the end."""
+    until: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of the run's steps after which all tokens are computed."""
+
+    def build(self, backbone: DiTConfig) -> Routing | None:
+        """The routing of a run of this backbone; None without one."""
+        if self.name == "none":
+            return None
+        last = backbone.depth if self.name == "deferred_masking" else self.last or backbone.depth - 2
+        return Routing(self.name, self.share, self.first, last, self.until)
+
+    def problems(self, backbone: DiTConfig) -> list[str]:
+        """Lists contradictions between the fields, and with a backbone that has no problems of its own."""
+        found = []
+        if self.name == "deferred_masking" and self.last is not None:
+            found.append(
+                f"last: {self.last} is of tread; deferred_masking leaves tokens out to the end: leave routing.last out"
+            )
+        routing = self.build(backbone)
+        return found + (routing.problems(backbone) if routing else [])
+
+
 class OptimizerSection(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """Optimizer. muon: Muon for the matrices inside the blocks, AdamW for all else (docs/choices.md, "Muon")."""
@@ -238,6 +270,7 @@ class Config(Section):
     model: ModelSection = ModelSection()
     objective: ObjectiveSection = ObjectiveSection()
     data: DataSection
+    routing: RoutingSection = RoutingSection()
     optimizer: OptimizerSection = OptimizerSection()
     checkpoint: CheckpointSection = CheckpointSection()
     guard: GuardSection = GuardSection()
@@ -254,6 +287,8 @@ class Config(Section):
         else:
             problems, unit = backbone.problems(), DOWNSAMPLE * max(1, backbone.patch)
             found += [f"model.{p}" for p in problems]
+            if not problems:
+                found += [f"routing.{p}" for p in self.routing.problems(backbone)]
             if self.data.resolution % unit:
                 found.append(
                     f"data.resolution: {self.data.resolution} must be divisible by {unit} "

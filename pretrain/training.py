@@ -17,7 +17,6 @@ from pretrain.config import Config, geometry, load
 from pretrain.console import log_from_first
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
-from pretrain.diffusion import Objective, step_budget
 from pretrain.distributed import optimizer as optim
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine
@@ -25,7 +24,7 @@ from pretrain.distributed.launcher import LauncherWatch
 from pretrain.distributed.rendezvous import init_distributed, shutdown
 from pretrain.distributed.world import World
 from pretrain.fp8 import use_fp8
-from pretrain.loss import forward
+from pretrain.loss import TrainingLoss
 from pretrain.models import DiT
 from pretrain.monitoring.monitor import Monitor
 from pretrain.monitoring.preview import Preview
@@ -54,7 +53,7 @@ class Trainer:
     model: DiT
     engine: Engine
     ema: Ema
-    objective: Objective
+    loss: TrainingLoss
     guard: SpikeGuard
     watchdog: Watchdog
     monitor: Monitor
@@ -121,10 +120,11 @@ def build(
     ema = Ema(zero, config.optimizer.ema_decay)
     guard = SpikeGuard(config.guard, world, stop)
     monitor = Monitor(config, backbone, zero)
+    loss = TrainingLoss(config, zero, objective, monitor)
     saver = CheckpointWriter(config, zero, ema, {"data": loader.fingerprint, **run_info})
     log = partial(log_from_first, world.rank)
     recovery = Recovery(config, loader, zero, ema, guard, watchdog, monitor, saver, lock, log)
-    parts = (config, deepspeed, loader, model, zero, ema, objective, guard, watchdog, monitor, preview, validation)
+    parts = (config, deepspeed, loader, model, zero, ema, loss, guard, watchdog, monitor, preview, validation)
     return Trainer(*parts, saver, recovery)
 
 
@@ -178,11 +178,11 @@ def train_step(t: Trainer, batches: list[Batch], state: RunState) -> RunState:
     zero, window = t.engine, t.config.guard.window
     lr = optim.learning_rate(state.step, t.config.steps, t.config.optimizer)
     t.watchdog.begin(IN_STEP)
-    budget = step_budget(t.model.config, t.objective, t.config.seed, state.step)
-    t.guard.begin(state.history, budget.group)
+    plan = t.loss.plan(state.step)
+    t.guard.begin(state.history, plan.group)
     for host_batch in batches:
         batch = host_batch.to(zero.world.device, zero.dtype)
-        loss = forward(zero, t.objective, t.monitor, batch, budget)
+        loss = t.loss.compute(batch, plan)
         t.guard.add(batch.keys, loss, len(batch.damaged))
         zero.backward(loss.mean)
         zero.step(lr, t.guard.judge)

@@ -38,6 +38,7 @@ class Run:
 
     Attributes:
         facts: config, DeepSpeed, code and data set, each value by its dotted name.
+        flops_per_image: of a step that computes all tokens; `routed_flops_per_image` of the first `routed_steps`.
         losses: curves of LOSSES that the run has, by step.
         seconds: of training up to a step, at the steps where it is known.
     """
@@ -46,6 +47,8 @@ class Run:
     facts: dict[str, Any]
     batch: int
     flops_per_image: float
+    routed_steps: int
+    routed_flops_per_image: float
     losses: dict[str, dict[int, float]]
     seconds: dict[int, float]
 
@@ -55,7 +58,8 @@ class Run:
         if axis == "images":
             return at * self.batch
         if axis == "FLOPs":
-            return at * self.batch * self.flops_per_image
+            routed = at.clip(max=self.routed_steps)
+            return self.batch * (routed * self.routed_flops_per_image + (at - routed) * self.flops_per_image)
         assert axis == "hours"
         return np.interp(at, [0, *self.seconds], [0, *self.seconds.values()]) / 3600
 
@@ -83,7 +87,7 @@ def read_run(folder: Path, name: str) -> Run:
     config = kept_config(folder)
     deepspeed, environment, card = (read_json(folder / file) for file in (KEPT_DEEPSPEED, ENVIRONMENT, CARD))
     backbone = config.model.backbone()
-    grid = grid_of(backbone, config.data.resolution, DOWNSAMPLE)
+    grid, routing = grid_of(backbone, config.data.resolution, DOWNSAMPLE), config.routing.build(backbone)
     found = curves(folder, (*LOSSES, STEP_S))
     if type(deepspeed.get("train_batch_size")) is not int:
         raise ValueError(f"{folder / KEPT_DEEPSPEED}: train_batch_size must be a whole number, as a training writes it")
@@ -98,6 +102,8 @@ def read_run(folder: Path, name: str) -> Run:
         facts,
         deepspeed["train_batch_size"],
         training_flops(backbone, 1, grid, CAPTION),
+        routing.steps(config.steps) if routing else 0,
+        training_flops(backbone, 1, grid, CAPTION, routing=routing),
         {tag: found[tag] for tag in LOSSES if tag in found},
         seconds_by_step(found[STEP_S]),
     )

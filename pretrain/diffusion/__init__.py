@@ -7,7 +7,7 @@ from pretrain.diffusion.ddpm import EpsilonPrediction
 from pretrain.diffusion.flow import RectifiedFlow
 from pretrain.diffusion.guidance import Guidance, Guided
 from pretrain.diffusion.objective import Loss, NoisySample, Objective, measure
-from pretrain.diffusion.random_numbers import Draw, captions_dropped, draw
+from pretrain.diffusion.random_numbers import Draw, captions_dropped, draw, kept_tokens
 from pretrain.diffusion.sampler import FfnWork, Generated, generate, sample, start_noise
 from pretrain.diffusion.step_budget import StepBudget, step_budget
 from pretrain.diffusion.switching import BudgetRule, Fixed, Switching, choose_rule
@@ -31,6 +31,7 @@ __all__ = [
     "choose_rule",
     "draw",
     "generate",
+    "kept_tokens",
     "measure",
     "sample",
     "start_noise",

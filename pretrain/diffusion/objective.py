@@ -49,8 +49,15 @@ class Objective(Protocol):
         ...
 
 
-def measure(prediction_BCHW: Tensor, sample: NoisySample) -> Loss:
-    """The prediction's squared error against the target, in fp32."""
+def measure(prediction_BCHW: Tensor, sample: NoisySample, judged_BHW: Tensor | None = None) -> Loss:
+    """The prediction's squared error against the target, in fp32.
+
+    Args:
+        judged_BHW: 1 for the pixels that it is the mean of, 0 for the others; by default all are.
+    """
     error = F.mse_loss(prediction_BCHW.float(), sample.target_BCHW, reduction="none")
-    per_sample_B = error.flatten(1).mean(1)
+    if judged_BHW is None:
+        per_sample_B = error.flatten(1).mean(1)
+    else:
+        per_sample_B = (error.mean(1) * judged_BHW).sum((1, 2)) / judged_BHW.sum((1, 2))
     return Loss(per_sample_B.mean(), per_sample_B.detach(), sample.timestep_B)

@@ -46,6 +46,7 @@ class Stream(IntEnum):
 
     TRAINING = 0  # time, posterior, noise, the query masks' dropout
     CAPTION = 1  # whether the caption is dropped
+    ROUTING = 2  # which tokens are kept by token routing
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ def captions_dropped(seeds: Sequence[int], dropout: float) -> list[bool]:
     """Whether each sample's caption is dropped, with this probability."""
     uniform_B = to_uniform(sample_words(seeds, 1, Stream.CAPTION, torch.device("cpu")))[:, 0]
     return (uniform_B < dropout).tolist()
+
+
+def kept_tokens(seeds: Sequence[int], tokens: int, kept: int, device: torch.device) -> Tensor:
+    """Places [B, kept] of each sample's kept tokens among its `tokens`, ascending; each choice is equally likely."""
+    words_BN = sample_words(seeds, tokens, Stream.ROUTING, device)
+    return words_BN.argsort(dim=1, stable=True)[:, :kept].sort(dim=1).values
 
 
 def sample_words(seeds: Sequence[int], count: int, stream: Stream, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ from pretrain.models.embeddings import TimeEmbed
 from pretrain.models.focusdit import ffn, mask
 from pretrain.models.grids import Grid
 from pretrain.models.mixers.base import TokenMixer
+from pretrain.models.routing import Routing
 
 CAPTION = 120  # tokens of a caption, where none is given
 
@@ -102,16 +103,23 @@ def grid_of(c: DiTConfig, resolution: int, downsample: int) -> Grid:
     return side, side
 
 
-def count_flops(c: DiTConfig, grid: Grid, text_tokens: float, budget: ComputeBudget | None = None) -> Flops:
-    """Forward FLOPs of one image of (rows, columns) of tokens with a caption of `text_tokens` (a mean may be a fraction)."""
+def count_flops(
+    c: DiTConfig, grid: Grid, text_tokens: float, budget: ComputeBudget | None = None, routing: Routing | None = None
+) -> Flops:
+    """Forward FLOPs of one image of (rows, columns) of tokens with a caption of `text_tokens` (a mean may be a fraction).
+
+    Args:
+        routing: that of a routed training step; by default all tokens are computed.
+    """
     if budget is None:
         budgets = every_budget(c)
-        each = [count_flops(c, grid, text_tokens, b) for b in budgets]
+        each = [count_flops(c, grid, text_tokens, b, routing) for b in budgets]
         return Flops(*(round(sum(parts) / len(each)) for parts in zip(*map(astuple, each), strict=True)))
     D, L = c.width, text_tokens
     N = math.prod(grid)
-    attention: float = sum(mixer.macs(grid, budget) for mixer in _mixers(c))
-    tokens = block_tokens(c, grid, budget)
+    given = [grid if routing is None else _kept(routing, block, grid) for block in range(c.depth)]
+    attention: float = sum(mixer.macs(g, budget) for mixer, g in zip(_mixers(c), given, strict=True))
+    tokens = [math.prod(mixer.grid(g, budget)) for mixer, g in zip(_mixers(c), given, strict=True)]
     if c.text_width:
         attention += sum(n * 2 * D * D + L * 2 * D * D + 2 * n * L * D for n in tokens)
     query_mask = sum(mask.macs(c.mask, c.width, c.mask_hidden, n) for n in tokens)
@@ -120,6 +128,13 @@ def count_flops(c: DiTConfig, grid: Grid, text_tokens: float, budget: ComputeBud
     if c.text_width:
         rest += L * (c.text_width * D + D * D)
     return Flops(round(2 * attention), ffns, round(2 * query_mask), round(2 * rest))
+
+
+def _kept(routing: Routing, block: int, grid: Grid) -> Grid:
+    """The tokens that a block computes, as one row of them where they are a part of the grid."""
+    N = math.prod(grid)
+    n = routing.tokens(block, N)
+    return grid if n == N else (1, n)
 
 
 def text_flops(c: DiTConfig, text_tokens: float) -> int:
@@ -144,10 +159,15 @@ def saved_flops(c: DiTConfig, kept_SK: Tensor, tokens_SK: Tensor) -> Tensor:
 
 
 def training_flops(
-    c: DiTConfig, images: int, grid: Grid, text_tokens: int, budget: ComputeBudget | None = None
+    c: DiTConfig,
+    images: int,
+    grid: Grid,
+    text_tokens: int,
+    budget: ComputeBudget | None = None,
+    routing: Routing | None = None,
 ) -> float:
     """FLOPs of a training step over `images` images with `text_tokens` tokens of text in all."""
-    return 3.0 * images * count_flops(c, grid, text_tokens / images, budget).total
+    return 3.0 * images * count_flops(c, grid, text_tokens / images, budget, routing).total
 
 
 def count_activations(

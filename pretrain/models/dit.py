@@ -22,7 +22,8 @@ With the last, the tiny DiT's loss stood still for its first 150 steps; with Xav
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -49,12 +50,16 @@ from pretrain.models.focusdit import ffn
 from pretrain.models.focusdit.skip import Skip
 from pretrain.models.grids import Grid, spread
 from pretrain.models.mixers.base import CoarseGrid, Modulation, Positions, TokenState
+from pretrain.models.routing import Route
 from pretrain.models.text import PackedText
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The backbone's output; `masks` has each block's query mask [B, N] with the (rows, columns) that it computed on."""
+    """The backbone's output; `masks` has each block's query mask [B, N] with the (rows, columns) that it computed on.
+
+    With token routing, a block that computes the kept tokens alone has those tokens' mask, [B, n].
+    """
 
     sample_BCHW: Tensor
     masks: tuple[tuple[Tensor, Grid], ...]
@@ -62,10 +67,16 @@ class Prediction:
 
     @property
     def masks_KBN(self) -> Tensor | None:
-        """Each block's query mask on the grid of all tokens; None for `mask: none`."""
-        if not self.masks:
-            return None
-        return torch.stack([spread(m_BN[..., None], grid, self.grid)[..., 0] for m_BN, grid in self.masks])
+        """Each block's query mask on the grid of all tokens; None for `mask: none`. Not of a pass with token routing."""
+        return torch.stack(self._masks()) if self.masks else None
+
+    @property
+    def mask_means_K(self) -> Tensor | None:
+        """Each block's mean query mask over the batch, in fp32: with token routing of the tokens that it computes."""
+        return torch.stack([m_BN.float().mean() for m_BN in self._masks()]) if self.masks else None
+
+    def _masks(self) -> list[Tensor]:
+        return [spread(m_BN[..., None], grid, self.grid)[..., 0] for m_BN, grid in self.masks]
 
 
 @dataclass(frozen=True)
@@ -237,6 +248,7 @@ class DiT(nn.Module):
         skip: Skip | None = None,
         keep_KBN: Tensor | None = None,
         budget: ComputeBudget | None = None,
+        route: Route | None = None,
     ) -> Prediction:
         """Predicts for noisy latents [B, C, H, W].
 
@@ -245,6 +257,7 @@ class DiT(nn.Module):
             skip: leaves the FFN out where the query mask weighs it little.
             keep_KBN: dropout of each block's query mask while training, from `mask.dropout_factors`; none by default.
             budget: the compute budget; by default that of the noise level, which must then be the same for all images.
+            route: token routing, while training; by default every block computes all tokens.
 
         Raises:
             ValueError: the latent's sides are not divisible by the patch or too small for the token mixers; latents and
@@ -266,16 +279,36 @@ class DiT(nn.Module):
         shared = Shared(self._positions(grid, budget, x_BND), self.shared_expert, skip)
         keep_KBN = None if keep_KBN is None else keep_KBN.to(x_BND.dtype)
         state = TokenState(x_BND, grid, x_BND.new_ones(x_BND.shape[0], x_BND.shape[1], 1))
-        masks = []
-        for index in range(len(self.blocks)):
+        masks: list[tuple[Tensor, Grid]] = []
+        run, depth = partial(self._run_blocks, masks, conditioning), len(self.blocks)
+        if route is None:
+            state = run(range(depth), state, shared, keep_KBN)
+        else:
+            state = run(range(route.first), state, shared, keep_KBN)
+            routed = replace(shared, positions=route.positions(shared.positions))
+            kept = run(range(route.first, route.last), route.leave(state), routed, route.dropout(keep_KBN))
+            state = run(range(route.last, depth), route.come_back(kept, state), shared, keep_KBN)
+        sample_BCHW = self.final(state, conditioning.time_BD)
+        return Prediction(sample_BCHW, () if self.config.mask == "none" else tuple(masks), grid)
+
+    def _run_blocks(
+        self,
+        masks: list[tuple[Tensor, Grid]],
+        conditioning: Conditioning,
+        blocks: range,
+        state: TokenState,
+        shared: Shared,
+        keep_KBN: Tensor | None,
+    ) -> TokenState:
+        """The state after these blocks; adds each one's query mask to `masks`."""
+        for index in blocks:
             inputs = (index, state, conditioning, shared, None if keep_KBN is None else keep_KBN[index])
             if self.recompute and torch.is_grad_enabled():
                 state = checkpoint(self._run_block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 state = self._run_block(*inputs)
             masks.append((state.mask_BN1.squeeze(-1), state.grid))
-        sample_BCHW = self.final(state, conditioning.time_BD)
-        return Prediction(sample_BCHW, () if self.config.mask == "none" else tuple(masks), grid)
+        return state
 
     def _run_block(
         self, index: int, state: TokenState, conditioning: Conditioning, shared: Shared, keep_BN: Tensor | None

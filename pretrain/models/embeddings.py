@@ -61,7 +61,8 @@ class TextProjection(nn.Module):
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary positions (arXiv 2104.09864): cosines and signed sines [N, d], for queries and keys [B, h, N, d]."""
+    """Rotary positions (arXiv 2104.09864): cosines and signed sines [N, d] (or [B, 1, N, d], each image's own), for queries
+    and keys [B, h, N, d]."""
 
     cos_Nd: Tensor
     sin_Nd: Tensor
@@ -71,6 +72,10 @@ class Rotary:
         # Rotate-half inside each of the head's parts; the sine's sign is already in the table.
         swapped = rearrange(x_BhNd, "B h N (part two k) -> B h N part two k", part=self.parts, two=2).flip(-2)
         return torch.addcmul(x_BhNd * self.cos_Nd, swapped.flatten(-3), self.sin_Nd)
+
+    def take(self, places_Bn: Tensor) -> Rotary:
+        """The positions of some tokens of each image, by their places among the N."""
+        return Rotary(self.cos_Nd[places_Bn][:, None], self.sin_Nd[places_Bn][:, None], self.parts)
 
 
 # Positions are divided by it: one number, or one for rows and one for columns.

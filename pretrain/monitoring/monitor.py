@@ -27,6 +27,7 @@ from pretrain.distributed.world import all_reduce
 from pretrain.gpus import gpu_of
 from pretrain.models import ComputeBudget, DiTConfig
 from pretrain.models.cost import grid_of, training_flops
+from pretrain.models.routing import Routing
 from pretrain.state import StepVerdict
 
 
@@ -137,19 +138,26 @@ class Monitor:
         self.sums.wait_s += seconds
 
     @torch.no_grad()
-    def record(self, batch: Batch, loss: Loss, masks_KBN: Tensor | None, budget: ComputeBudget) -> None:
-        """Adds one micro-batch, without waiting for the device."""
+    def record(
+        self,
+        batch: Batch,
+        loss: Loss,
+        mask_means_K: Tensor | None,
+        budget: ComputeBudget,
+        routing: Routing | None = None,
+    ) -> None:
+        """Adds one micro-batch, without waiting for the device; `routing` is that of a routed step."""
         s = self.sums
         bins = len(s.bin_loss)
         bin_B = (loss.timestep_B * (bins / 1000)).long().clamp(0, bins - 1)
         s.loss += loss.mean.detach()
         s.bin_loss.index_add_(0, bin_B, loss.per_sample_B)
         s.bin_count.index_add_(0, bin_B, torch.ones_like(loss.per_sample_B))
-        if masks_KBN is not None:
-            s.masks += masks_KBN.detach().float().mean(dim=(1, 2))
+        if mask_means_K is not None:
+            s.masks += mask_means_K.detach()
         s.micro_batches += 1
         s.images += len(batch.keys)
-        s.flops += training_flops(self.backbone, len(batch.keys), self.grid, sum(batch.text.lengths), budget)
+        s.flops += training_flops(self.backbone, len(batch.keys), self.grid, sum(batch.text.lengths), budget, routing)
 
     def step(self, step: int, verdict: StepVerdict, lr: float) -> None:
         """Counts optimizer step number `step` (from 1), and writes at logging steps. All processes call it."""

@@ -13,12 +13,13 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from pretrain import compilation
 from pretrain.compilation import GRAPHS, compile_for_sampling, compile_for_training, eager_mode
-from pretrain.diffusion import Guidance, generate, start_noise
+from pretrain.diffusion import Guidance, generate, kept_tokens, start_noise
 from pretrain.distributed.torch_private import compiled_graphs
 from pretrain.models import CachedConditioning, DiT, PackedText, Prediction, preset
 from pretrain.models.budget_choices import every_budget
 from pretrain.models.focusdit.mask import dropout_factors
 from pretrain.models.mixers.mediators import MediatorsSection
+from pretrain.models.routing import Routing
 from pretrain.models.text import TEXT_MULTIPLE
 from pretrain.pipeline import FocusDiTTransformer2DModel
 from pretrain.schedulers import build_scheduler, set_timesteps
@@ -53,8 +54,8 @@ def preview(model: DiT) -> Tensor:
         return model(start_noise([1, 2, 3], (3, 16, 16)), CachedConditioning(time, model.encode_text(text))).sample_BCHW
 
 
-def train_steps(model: DiT, steps: int) -> list[Tensor]:
-    """Predictions of steps whose captions differ in length, or agree; and gradients of the last."""
+def train_steps(model: DiT, steps: int, routing: Routing | None = None) -> list[Tensor]:
+    """Predictions of steps whose captions differ in length, or agree; and gradients of the last. Half of them are routed."""
     config, rng, found = model.config, random.Random(0), []
     budgets = every_budget(config) if config.open_methods else [None]
     for step in range(steps):
@@ -66,7 +67,10 @@ def train_steps(model: DiT, steps: int) -> list[Tensor]:
             keep = dropout_factors(torch.rand(2, config.depth * 64, generator=generator), config.depth, 0.1)
         timestep, latent = torch.tensor([100.0 + step, 900.0]), start_noise([step, step + 50], (3, 16, 16))
         conditioning = model.condition(timestep, PackedText.pack(captions(lengths), TEXT_MULTIPLE))
-        prediction = model(latent, conditioning, None, keep, budgets[step % len(budgets)])
+        route = None
+        if routing is not None and step < steps // 2:
+            route = routing.route(kept_tokens([step, step + 50], 64, routing.kept(64), latent.device))
+        prediction = model(latent, conditioning, None, keep, budgets[step % len(budgets)], route)
         prediction.sample_BCHW.square().mean().backward()
         found.append(prediction.sample_BCHW.detach())
         if step % 4 == 1:
@@ -83,6 +87,21 @@ def test_few_graphs_in_training_whatever_the_captions_with_previews_among(kind):
     before = compiled_graphs()
     steps = 2 * len(every_budget(config)) if config.open_methods else 6
     for got, expected in zip(train_steps(model, steps), train_steps(eager, steps), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert 0 < compiled_graphs() - before <= GRAPHS[kind]
+    for mine, other in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("kind", ["dit", "focusdit"])
+@pytest.mark.parametrize(("first", "last"), [(2, 10), (0, 12)])
+def test_token_routing_keeps_the_bound(first, last, kind):
+    """Routed steps and then steps of all tokens."""
+    config, routing = replace(BACKBONES[kind], **SMALL, depth=12), Routing("tread", 0.5, first, last, 0.5)
+    eager, model = build(config), build(config)
+    compile_for_training(model, backend="eager")
+    before = compiled_graphs()
+    for got, expected in zip(train_steps(model, 6, routing), train_steps(eager, 6, routing), strict=True):
         torch.testing.assert_close(got, expected)
     assert 0 < compiled_graphs() - before <= GRAPHS[kind]
     for mine, other in zip(model.parameters(), eager.parameters(), strict=True):

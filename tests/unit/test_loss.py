@@ -1,26 +1,42 @@
-"""A micro-batch's loss against the formula, with a prediction that is known."""
+"""A micro-batch's loss against the formula, with a prediction that is known; and token routing by the step's number."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from backbones import build
+from torch import Tensor
 
+from pretrain.config import Config, load
 from pretrain.data.batch import Batch
-from pretrain.diffusion import RectifiedFlow, draw, step_budget
-from pretrain.loss import forward
-from pretrain.models import PackedText, preset
+from pretrain.diffusion import RectifiedFlow, draw
+from pretrain.loss import TrainingLoss
+from pretrain.models import DiT, DiTConfig, PackedText, preset
+from pretrain.models.routing import Routing
 
 SEEDS = (3, 2**50)
+SMALL = replace(preset("focusdit_tiny"), width=32, heads=2, depth=4, text_width=5, mask_hidden=(8, 4))
 
 
 @pytest.fixture
 def batch() -> Batch:
     torch.manual_seed(0)
-    mean, std = torch.randn(2, 4, 8, 8), torch.rand(2, 4, 8, 8)
+    mean, std = torch.randn(2, 4, 16, 16), torch.rand(2, 4, 16, 16)
     return Batch(("a", "b"), SEEDS, PackedText.pack([torch.randn(3, 5), torch.randn(2, 5)]), mean, std)
+
+
+def made(backbone: DiTConfig, module: Any, forward: Any, *words: str, recorded: list[Any] | None = None) -> TrainingLoss:
+    """The loss of a run of 10 steps over a backbone without an engine's machinery."""
+    config: Config = load("demo_256", ["data.path=/set", "steps=10", "optimizer.warmup_steps=0", *words])[0]
+    world = SimpleNamespace(device=torch.device("cpu"))
+    engine: Any = SimpleNamespace(world=world, dtype=torch.float32, module=module, forward=forward)
+    kept = [] if recorded is None else recorded
+    monitor: Any = SimpleNamespace(record=lambda *parts: kept.append(parts))
+    return TrainingLoss(config, engine, RectifiedFlow(), monitor)
 
 
 def test_the_loss_is_the_mean_squared_velocity_where_the_prediction_is_zero(batch: Batch) -> None:
@@ -30,19 +46,12 @@ def test_the_loss_is_the_mean_squared_velocity_where_the_prediction_is_zero(batc
 
     def predict(latent_BCHW: torch.Tensor, conditioning: torch.Tensor, *_: Any) -> Any:
         given.extend([latent_BCHW, conditioning])
-        return SimpleNamespace(sample_BCHW=torch.zeros_like(latent_BCHW), masks_KBN=None)
+        return SimpleNamespace(sample_BCHW=torch.zeros_like(latent_BCHW), mask_means_K=None)
 
     backbone = preset("dit_tiny")
-    world = SimpleNamespace(device=torch.device("cpu"))
-    engine: Any = SimpleNamespace(
-        world=world,
-        dtype=torch.float32,
-        module=SimpleNamespace(config=backbone, condition=lambda timestep_B, text: timestep_B),
-        forward=predict,
-    )
-    monitor: Any = SimpleNamespace(record=lambda *parts: recorded.append(parts))
-    objective = RectifiedFlow()
-    loss = forward(engine, objective, monitor, batch, step_budget(backbone, objective, seed=0, step=0))
+    module = SimpleNamespace(config=backbone, condition=lambda timestep_B, text: timestep_B)
+    training_loss = made(backbone, module, predict, recorded=recorded)
+    loss = training_loss.compute(batch, training_loss.plan(0))
 
     numbers = draw(SEEDS, batch.mean_BCHW.shape, torch.device("cpu"))
     assert batch.std_BCHW is not None
@@ -53,3 +62,50 @@ def test_the_loss_is_the_mean_squared_velocity_where_the_prediction_is_zero(batc
     t = (given[1] / 1000)[:, None, None, None]
     torch.testing.assert_close(given[0], (1 - t) * latent + t * numbers.noise_BCHW)
     assert recorded[0][:2] == (batch, loss)
+
+
+# ---- token routing ----
+
+
+def step(model: DiT, batch: Batch, number: int, *words: str) -> tuple[Tensor, list[Tensor], Any]:
+    """A step's loss, the model's gradients, and what the monitor was told of the routing."""
+    recorded: list[Any] = []
+    training_loss = made(SMALL, model, model, *words, recorded=recorded)
+    loss = training_loss.compute(batch, training_loss.plan(number)).mean
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return loss.detach(), list(torch.autograd.grad(loss, parameters)), recorded[0][-1]
+
+
+@pytest.mark.parametrize("name", ["tread", "deferred_masking"])
+def test_end_points_are_the_plain_step_to_the_bit(name: str, batch: Batch) -> None:
+    """No token left out, no routed step, or a step after `until`."""
+    model, words = build(SMALL), [f"routing.name={name}", "routing.first=1", "model.preset=dit_tiny_deep"]
+    words += ["routing.last=3"] if name == "tread" else []
+    loss, gradients, _ = step(model, batch, 7)
+    for number, change in ((7, "share=0"), (7, "until=0"), (7, "until=0.7")):
+        same, others, told = step(model, batch, number, *words, f"routing.{change}")
+        assert torch.equal(same, loss) and told is None
+        assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
+    routed, others, told = step(model, batch, 6, *words, "routing.until=0.7")
+    assert (routed - loss).abs() > 1e-4 * loss
+    assert told == Routing(name, 0.5, 1, 3 if name == "tread" else 4, 0.7)
+
+
+def test_a_samples_kept_tokens_do_not_depend_on_its_batch(batch: Batch) -> None:
+    """So that the number of processes and the micro-batch's size change nothing."""
+    model, words = build(SMALL), ["routing.name=tread", "routing.first=1", "routing.last=3", "model.preset=dit_tiny_deep"]
+    training_loss = made(SMALL, model, model, *words)
+    whole = training_loss.compute(batch, training_loss.plan(0)).per_sample_B
+    assert batch.std_BCHW is not None
+    for b in range(2):
+        text = PackedText.pack([batch.text.captions()[b]])
+        alone = Batch(batch.keys[b : b + 1], SEEDS[b : b + 1], text, batch.mean_BCHW[[b]], batch.std_BCHW[[b]])
+        torch.testing.assert_close(training_loss.compute(alone, training_loss.plan(0)).per_sample_B, whole[[b]])
+
+
+def test_routed_steps_are_compared_among_each_other_alone() -> None:
+    """The spike guard's group of a step; without routing the group is what it was."""
+    model, words = build(SMALL), ["routing.name=tread", "routing.until=0.3", "model.preset=dit_tiny_deep"]
+    routed, plain = made(SMALL, model, model, *words), made(SMALL, model, model)
+    assert [routed.plan(number).group for number in range(5)] == [-1, -1, -1, 0, 0]
+    assert {plain.plan(number).group for number in range(5)} == {0}

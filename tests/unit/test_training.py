@@ -155,7 +155,7 @@ def test_damaged_data_is_counted(loop) -> None:
 
 
 @pytest.mark.parametrize("applied", [True, False])
-def test_a_step_counts_what_was_tried_and_what_was_applied(applied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_counts_what_was_tried_and_what_was_applied(applied: bool) -> None:
     config = load("demo_256", ["data.path=/set", "steps=20", "optimizer.warmup_steps=10"])[0]
     verdict = StepVerdict(2.0, 3.0, None if applied else "a spike")
     calls: list[Any] = []
@@ -178,12 +178,14 @@ def test_a_step_counts_what_was_tried_and_what_was_applied(applied: bool, monkey
         return SimpleNamespace(keys=keys, damaged=(), to=lambda device, dtype: batch(*keys))
 
     losses = iter([1.0, 3.0])
-    monkeypatch.setattr(module, "forward", lambda *_: Loss(torch.tensor(next(losses)), torch.ones(2), torch.ones(2)))
     t: Any = SimpleNamespace(
         config=config,
         engine=Engine(),
         model=SimpleNamespace(config=config.model.backbone()),
-        objective=config.objective.build(),
+        loss=SimpleNamespace(
+            plan=lambda step: SimpleNamespace(group=0),
+            compute=lambda batch, plan: Loss(torch.tensor(next(losses)), torch.ones(2), torch.ones(2)),
+        ),
         watchdog=SimpleNamespace(begin=lambda activity: None),
         guard=SimpleNamespace(verdict=verdict, begin=lambda *_: None, add=lambda *_: None, judge=None),
         ema=SimpleNamespace(update=lambda step: calls.append(("average", step))),

@@ -139,6 +139,21 @@ def test_losses_at_equal_images_flops_and_hours(table, tmp_path) -> None:
     assert "none yet" in rows["train/loss", "hours", 0], "a quarter of the way of the faster one, no step of the other"
 
 
+def test_flops_of_a_run_with_token_routing(table, tmp_path) -> None:
+    """12 of its 16 steps are routed, and cost less: at equal FLOPs it has gone further."""
+    words = ["model.preset=dit_tiny_deep", "steps=16", "optimizer.warmup_steps=0"]
+    plain = make(tmp_path / "plain", *words)
+    routed = make(tmp_path / "routed", *words, "routing.name=tread", "routing.until=0.75")
+    rows, said = table(plain, routed)
+    config = load("demo_256", [*words, "routing.name=tread"])[0]
+    backbone = config.model.backbone()
+    some, every = (count_flops(backbone, (8, 8), 120, None, r).total for r in (config.routing.build(backbone), None))
+    whole = 3 * BATCH * (12 * some + 4 * every)
+    assert float(rows["train/loss", "FLOPs", 2][0].replace(",", "")) == pytest.approx(whole, rel=1e-3)
+    assert rows["train/loss", "FLOPs", 2][2] == f"{loss(16):.4f}"
+    assert "token routing differs, so that a train/loss of one does not compare" in said
+
+
 def test_validation_lies_between_its_points(table, tmp_path) -> None:
     one, two, three = (make(tmp_path / name) for name in ("one", "two", "three"))
     add(one, "validation/loss", {0: 4.0, 8: 2.0, 16: 1.0})

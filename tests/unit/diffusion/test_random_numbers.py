@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.diffusion import Draw, captions_dropped, draw
+from pretrain.diffusion import Draw, captions_dropped, draw, kept_tokens
 from pretrain.diffusion.random_numbers import (
     WORD,
     Stream,
@@ -67,6 +67,16 @@ def test_words_of_many_samples() -> None:
 
 
 # ---- each sample's own ----
+
+
+def test_kept_tokens_are_each_samples_own_and_any_choice_is_equally_likely() -> None:
+    seeds = [5, 2**40 + 7, *range(100, 4100)]
+    kept = kept_tokens(seeds, 6, 4, CPU)
+    assert kept.shape == (4002, 4) and (kept.diff(dim=1) > 0).all()
+    assert torch.equal(kept_tokens(seeds[1:2], 6, 4, CPU), kept[1:2])
+    choices, counts = kept.unique(dim=0, return_counts=True)
+    assert len(choices) == 15 and 200 < counts.min() and counts.max() < 335  # 267 each, ± 4.3 standard deviations
+    assert torch.equal(kept_tokens([9], 6, 6, CPU), torch.arange(6)[None])
 
 
 def test_numbers_depend_on_the_seed_alone() -> None:
