@@ -16,6 +16,7 @@ from pretrain.distributed import optimizer as optim
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.world import World
+from pretrain.loss import TrainingLoss
 from pretrain.models import DiT, PackedText
 from pretrain.models.text import TEXT_MULTIPLE
 from pretrain.monitoring.monitor import Monitor
@@ -37,7 +38,8 @@ def made_trainer(config: Config, deepspeed: dict[str, Any], world: World, stop: 
     monitor = Monitor(config, backbone, zero)
     monitor.resume(0, [])
     saver = CheckpointWriter(config, zero, ema, {})
-    objective, watchdog = config.objective.build(), Watchdog(world, config.guard.seconds).start()
+    loss = TrainingLoss(config, zero, config.objective.build(), monitor)
+    watchdog = Watchdog(world, config.guard.seconds).start()
     nothing = cast(Any, None)
     parts: Any = (
         config,
@@ -46,7 +48,7 @@ def made_trainer(config: Config, deepspeed: dict[str, Any], world: World, stop: 
         model,
         zero,
         ema,
-        objective,
+        loss,
         guard,
         watchdog,
         monitor,

@@ -122,7 +122,9 @@ def notes(runs: Sequence[Run]) -> list[str]:
     if any(_differs(runs, key) for run in runs for key in run.facts if key.startswith("config.objective.")):
         found.append("the objectives differ, so that a loss of one does not compare with one of another")
     if any(_differs(runs, key) for run in runs for key in run.facts if key.startswith("config.routing.")):
-        found.append("token routing differs, so that a train/loss of one does not compare with one of another; others do")
+        found.append(
+            "token routing differs, so that a train/loss of one does not compare with one of another; others do"
+        )
     if any(_differs(runs, key) for key in ("config.data.resolution", "data set.fingerprint")):
         found.append("resolution or encoders differ, so that a loss of one does not compare with one of another")
     if any(_differs(runs, key) for key in ("code.device", "code.processes")):

@@ -31,9 +31,7 @@ def test_killed_and_resumed_across_until_it_is_bitwise_uninterrupted(
     straight, run, alone = (tmp_path / folder for folder in ("straight", "run", "alone"))
     train("demo_256", *words, f"run_dir={straight}", processes=2)
     log, kill = tmp_path / "log", partial(at_step, 5, 0, "SIGKILL")
-    processes = fork_training(
-        log, "demo_256", *words, f"run_dir={run}", "guard.seconds=30", processes=2, before=kill
-    )
+    processes = fork_training(log, "demo_256", *words, f"run_dir={run}", "guard.seconds=30", processes=2, before=kill)
     assert -signal.SIGKILL in ended(processes), log.read_text()
     assert "step 3, epoch 0" in train("demo_256", *words, f"run_dir={run}", processes=2).output
     assert same_state(run, straight)

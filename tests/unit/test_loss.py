@@ -29,7 +29,9 @@ def batch() -> Batch:
     return Batch(("a", "b"), SEEDS, PackedText.pack([torch.randn(3, 5), torch.randn(2, 5)]), mean, std)
 
 
-def made(backbone: DiTConfig, module: Any, forward: Any, *words: str, recorded: list[Any] | None = None) -> TrainingLoss:
+def made(
+    backbone: DiTConfig, module: Any, forward: Any, *words: str, recorded: list[Any] | None = None
+) -> TrainingLoss:
     """The loss of a run of 10 steps over a backbone without an engine's machinery."""
     config: Config = load("demo_256", ["data.path=/set", "steps=10", "optimizer.warmup_steps=0", *words])[0]
     world = SimpleNamespace(device=torch.device("cpu"))
@@ -93,7 +95,10 @@ def test_end_points_are_the_plain_step_to_the_bit(name: str, batch: Batch) -> No
 
 def test_a_samples_kept_tokens_do_not_depend_on_its_batch(batch: Batch) -> None:
     """So that the number of processes and the micro-batch's size change nothing."""
-    model, words = build(SMALL), ["routing.name=tread", "routing.first=1", "routing.last=3", "model.preset=dit_tiny_deep"]
+    model, words = (
+        build(SMALL),
+        ["routing.name=tread", "routing.first=1", "routing.last=3", "model.preset=dit_tiny_deep"],
+    )
     training_loss = made(SMALL, model, model, *words)
     whole = training_loss.compute(batch, training_loss.plan(0)).per_sample_B
     assert batch.std_BCHW is not None

@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 import torch
 from backbones import build, predict
-from support import complaint
+from support import ROOT, complaint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.config import RoutingSection, load
 from pretrain.diffusion import kept_tokens, measure
 from pretrain.diffusion.objective import NoisySample
-from pretrain.models import ComputeBudget, DiT, DiTConfig, PackedText
+from pretrain.models import ComputeBudget, DiT, DiTConfig, PackedText, preset
 from pretrain.models.block import Shared
-from pretrain.models.cost import count_flops, training_flops
+from pretrain.models.cost import CAPTION, count_flops, training_flops
 from pretrain.models.embeddings import Rotary
 from pretrain.models.focusdit.mask import dropout_factors
 from pretrain.models.mixers.base import Positions, TokenState
@@ -205,6 +205,26 @@ def test_flops_are_those_of_torchs_counter(mask: str, ffn: str, routing: Routing
     counted = training_flops(config, 2, GRID, 10, None, routing)
     assert counter.get_total_flops() == counted - sinusoids
     assert counted < 0.8 * training_flops(config, 2, GRID, 10)
+
+
+@pytest.mark.parametrize(
+    ("row", "routing"),
+    [
+        ("`tread`, half of the tokens, blocks 2 to 25", Routing("tread", 0.5, 2, 26, 0.9)),
+        ("`tread`, three quarters, blocks 2 to 25", Routing("tread", 0.75, 2, 26, 0.9)),
+        ("`deferred_masking`, half, blocks 2 to 27", Routing("deferred_masking", 0.5, 2, 28, 0.9)),
+        ("`deferred_masking`, three quarters, blocks 4 to 27", Routing("deferred_masking", 0.75, 4, 28, 0.9)),
+    ],
+)
+def test_flops_of_docs_train_for_less(row: str, routing: Routing) -> None:
+    backbone = preset("focusdit_1b_shared2d")
+
+    def relative(side: int) -> str:
+        some, every = (count_flops(backbone, (side, side), CAPTION, None, r).total for r in (routing, None))
+        return f"{some / every:.2f}"
+
+    text = (ROOT / "docs/train_for_less.md").read_text(encoding="utf-8")
+    assert f"| {row} | {relative(16)} | {relative(32)} |\n" in text
 
 
 def test_flops_of_a_share_of_0_are_the_plain_ones() -> None:
