@@ -92,14 +92,15 @@ def plot(mean_SK: Tensor, std_SK: Tensor, low_SK: Tensor, timesteps: Sequence[fl
     panels = figure.subplots(1, 3, sharey=True)
     steps = len(timesteps)
     shown = sorted({round(i * (steps - 1) / 7) for i in range(8)})
-    titles = ("mean", "standard deviation over tokens", f"share of tokens under {LOW} (%)")
+    titles = ("mean", "standard deviation over tokens", f"tokens under {LOW} (%)")
     for panel, title, values, top in zip(panels, titles, (mean_SK, std_SK, 100 * low_SK), (1, None, 100), strict=True):
         image = panel.imshow(
             values.numpy(), vmin=0, vmax=top, aspect="auto", cmap=colormaps["cividis"].with_extremes(bad="0.6")
         )
-        panel.set(title=f"query mask, {title}", xlabel="block")
+        panel.set(title=title, xlabel="block")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=panel)
+    figure.suptitle("query mask")
     panels[0].set_ylabel("timestep (1000 is noise)")
     panels[0].set_yticks(shown, [f"{timesteps[step]:.0f}" for step in shown])
     return to_picture(figure)

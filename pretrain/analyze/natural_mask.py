@@ -166,7 +166,7 @@ def plot(first: Masks, means: dict[str, Tensor], step: int, timestep: float) -> 
         for panel, block in zip(row, shown, strict=True):
             map_N = getattr(first, kind)[0, step, block]
             panel.imshow(map_N.unflatten(-1, first.grid), cmap="cividis")
-            panel.set_title(f"{kind}, block {block}\n{map_N.min():.2f} to {map_N.max():.2f}", fontsize=8)
+            panel.set_title(f"{kind}, block {block}\n{map_N.min():.3f} to {map_N.max():.3f}", fontsize=8)
     for panel in panels.ravel():
         panel.set_axis_off()
     left, right = below.subplots(1, 2)

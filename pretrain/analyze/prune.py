@@ -123,7 +123,7 @@ def plot(means_SK: Tensor, removals: Sequence[Removal]) -> Image.Image:
     mean_K = means_SK.mean(0)
     reach = torch.stack([mean_K - means_SK.amin(0), means_SK.amax(0) - mean_K])
     left.bar(range(len(mean_K)), mean_K.tolist(), yerr=reach.tolist(), color=COLOURS[0], ecolor="black", capsize=2)
-    left.set(xlabel="block (line: over the timesteps)", ylabel="mean of the query mask", ylim=(0, 1))
+    left.set(xlabel="block (line: over the timesteps)", ylabel="mean of the query mask", ylim=(0, 1.05))
     whole, numbers = removals[0].parameters, [one.removed for one in removals]
     middle.plot(numbers, [100 * one.parameters / whole for one in removals], color=COLOURS[0], marker="o", markersize=3)
     middle.set(ylabel="parameters left (%)")
