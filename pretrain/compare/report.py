@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from data_prep.common.files import atomic_write
 from data_prep.common.paths import distinct_names
@@ -162,8 +162,9 @@ def plot(runs: Sequence[Run]) -> Figure:
             panel.set_xlabel(f"training, {axis}")
             panel.grid(alpha=0.3)
         row[0].set(ylabel=f"{tag}\n(mean squared error)", yscale="log")
-        row[0].yaxis.set_major_formatter("{x:g}")
-        row[0].yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        row[0].yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter()
+        )
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(runs), 4))
     return figure
 
