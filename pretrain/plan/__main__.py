@@ -2,8 +2,10 @@
 
     python -m pretrain.plan stage1_256 stage2_512 --nodes 4 --gpus-per-node 8 --gpu h100 --samples 140e6 --price 2.5
     python -m pretrain.plan stage1_256 model.recompute=true --gpu h100 --samples 140e6 --measured runs/stage1_256
+    python -m pretrain.plan stage1_256 stage2_512 --gpu h100 --samples 140e6 --price 2.5 --sweep
 
-Nothing is trained and no GPU is needed. Each figure says how it is computed; docs/planning.md has the assumptions.
+Nothing is trained and no GPU is needed. Each figure says how it is computed; docs/planning.md has the assumptions. --sweep
+simulates 1 to 1,024 such GPUs event by event.
 """
 
 from __future__ import annotations
@@ -56,8 +58,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--measured", type=path, metavar="RUN", help="take that share, and others, from this run's curves"
     )
     rates.add_argument("--price", type=_positive, help="of a GPU for an hour, in any currency")
-    parser.add_argument("--out", type=path, default=Path("runs/plan"), help="folder for plan.txt, .json and .csv")
-    args = parser.parse_args(argv)
+    sweep = parser.add_argument_group("the sweep")
+    sweep.add_argument("--sweep", action="store_true", help="simulate 1 to 1,024 GPUs: sweep.csv and sweep.png")
+    sweep.add_argument("--jitter", type=_jitter, help="spread of a GPU's time from step to step (default: 0.02)")
+    sweep.add_argument(
+        "--failure-hours", type=_positive, default=50_000, help="mean hours between the failures of one GPU"
+    )
+    sweep.add_argument("--restart", type=_positive, default=300, help="seconds from a start to its first step")
+    parser.add_argument("--out", type=path, default=Path("runs/plan"), help="folder for the files")
+    args = parser.parse_intermixed_args(argv)
     args.stages = [word for word in args.words if "=" not in word]
     args.overrides = [word for word in args.words if "=" in word]
     if not args.stages:
@@ -82,6 +91,13 @@ def _count(text: str) -> int:
 
 def _samples(text: str) -> int:
     return max(1, round(_positive(text)))
+
+
+def _jitter(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a share, at least 0 and below 1: 0.02 is 2%")
+    return value
 
 
 def _share(text: str) -> float:

@@ -21,14 +21,12 @@ class Measured:
         mfu: median share of its devices' peak.
         step_s: median seconds of a step.
         jitter: relative spread of a single step's time: that of the curve's points, times the root of the steps of each.
-        checkpoint_stop_s: median seconds for which training stood still for a checkpoint; None where it wrote none.
     """
 
     run: Path
     mfu: float
     step_s: float
     jitter: float
-    checkpoint_stop_s: float | None
 
 
 def read_run(run: Path) -> Measured:
@@ -44,13 +42,11 @@ def read_run(run: Path) -> Measured:
     mfu, step_s = (_points(run, tag) for tag in ("speed/mfu_percent", "speed/step_s"))
     steps = sorted(step_s)
     times = list(step_s.values())
-    stops = list(curve(run, "speed/checkpoint_stop_s").values())
     return Measured(
         run,
         statistics.median(mfu.values()) / 100,
         statistics.median(times),
         spread(times) * (steps[1] - steps[0]) ** 0.5,
-        statistics.median(stops) if stops else None,
     )
 
 

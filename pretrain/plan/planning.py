@@ -13,11 +13,11 @@ from pretrain.plan.encoding import encoding_flops
 from pretrain.plan.figures import Figure, to_text, write
 from pretrain.plan.measured import read_run
 from pretrain.plan.setting import Setting, setting_of
-from pretrain.plan.stage import NCCL_GIB, USABLE, MicroBatch, Stage
+from pretrain.plan.stage import HOST_COPY_GBS, NCCL_GIB, USABLE, MicroBatch, Stage
+from pretrain.plan.sweep import sweep
 from pretrain.resilience.capacity import GIB, checkpoint_bytes, kept_checkpoint_bytes
 
 TB, GB = 1e12, 1e9
-HOST_COPY_GBS = 20.0  # assumed: from a GPU to pinned host memory over PCIe
 
 
 def run(args: argparse.Namespace) -> str:
@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> str:
     figures = [figure for stage in stages for figure in of_stage(stage, sides_of(stages))]
     figures += of_all(stages, setting)
     write(figures, asdict(setting), args.out)
-    return f"{to_text(figures)}\n\nwritten: {args.out}/plan.txt, plan.csv, plan.json"
+    text = f"{to_text(figures)}\n\nwritten: {args.out}/plan.txt, plan.csv, plan.json"
+    return f"{text}\n\n{sweep(stages, args.out)}" if args.sweep else text
 
 
 def sides_of(stages: Sequence[Stage]) -> list[int]:
@@ -194,12 +195,11 @@ def _checkpoints(stage: Stage) -> Iterator[Row]:
         "TB",
         f"keep_last {keep.keep_last}, keep_every {keep.keep_every}, one being written",
     )
-    yield "writing one", size / cluster.disk_gbs / GB, "s", f"at {cluster.disk_gbs:g} GB/s in all (--disk)"
-    copy = size / cluster.gpus / HOST_COPY_GBS / GB
+    yield "writing one", stage.checkpoint_write_s, "s", f"at {cluster.disk_gbs:g} GB/s in all (--disk)"
     how = f"1/{cluster.gpus} of it to host memory at {HOST_COPY_GBS:g} GB/s (assumed); the writing goes on in the background"
     yield (
         "training stands still for",
-        copy if keep.background else size / cluster.disk_gbs / GB,
+        stage.checkpoint_stop_s,
         "s",
         how if keep.background else "it is written at once",
     )

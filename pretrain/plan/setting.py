@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pretrain.gpus import GPUS, PCIE_4_GBS, Gpu
 from pretrain.plan.measured import Measured
 
-MFU = 0.4
+MFU, JITTER = 0.4, 0.02
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class Setting:
     Attributes:
         mfu: share of the GPU's bf16 rate that a training step reaches; `mfu_from` says where it comes from.
         price: of a GPU for an hour; None where it is not known.
+        jitter: relative standard deviation of a GPU's computing time from step to step; `jitter_from` says where it comes from.
+        failure_hours: mean hours between the failures of one GPU.
+        restart_s: seconds from a start to its first step.
     """
 
     cluster: Cluster
@@ -60,18 +63,28 @@ class Setting:
     mfu: float
     mfu_from: str
     price: float | None
+    jitter: float
+    jitter_from: str
+    failure_hours: float
+    restart_s: float
 
 
 def setting_of(args: argparse.Namespace, measured: Measured | None) -> Setting:
     """The setting that a command line asks for. Raises ValueError for a GPU that is not known."""
     cluster = Cluster(args.nodes, args.gpus_per_node, gpu_of(args), args.network / 8, args.disk)
-    if args.mfu is not None:
-        mfu, mfu_from = args.mfu, "--mfu"
-    elif measured is not None:
-        mfu, mfu_from = measured.mfu, f"median of speed/mfu_percent in {measured.run}"
-    else:
-        mfu, mfu_from = MFU, "assumed; --measured RUN takes a run's"
-    return Setting(cluster, args.samples, args.caption_tokens, mfu, mfu_from, args.price)
+    mfu = spread = None
+    if measured is not None:
+        mfu = measured.mfu, f"median of speed/mfu_percent in {args.measured}"
+        spread = measured.jitter, f"spread of speed/step_s in {args.measured}"
+    rates = (*_rate(args.mfu, "--mfu", mfu, MFU), args.price, *_rate(args.jitter, "--jitter", spread, JITTER))
+    return Setting(cluster, args.samples, args.caption_tokens, *rates, args.failure_hours, args.restart)
+
+
+def _rate(given: float | None, option: str, measured: tuple[float, str] | None, assumed: float) -> tuple[float, str]:
+    """A rate and where it comes from: the option, else a run, else an assumption."""
+    if given is not None:
+        return given, option
+    return measured or (assumed, "assumed; --measured RUN takes a run's")
 
 
 def gpu_of(args: argparse.Namespace) -> Gpu:

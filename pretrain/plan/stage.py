@@ -15,10 +15,11 @@ from pretrain.models import DiTConfig
 from pretrain.models.cost import count_activations, count_flops, count_parameters, grid_of
 from pretrain.models.grids import Grid
 from pretrain.plan.setting import Cluster, Setting
-from pretrain.resilience.capacity import GIB, States, states
+from pretrain.resilience.capacity import GIB, States, checkpoint_bytes, states
 
 # What states and activations may take; the rest is for NCCL's buffers, the allocator's gaps and workspaces.
 USABLE = 0.8
+HOST_COPY_GBS = 20.0  # assumed: from a GPU to pinned host memory over PCIe
 NCCL_GIB = 1.0  # assumed: its channels' buffers; this project's reductions are done in place
 
 
@@ -113,15 +114,18 @@ class Stage:
         return max(fitting, default=0)
 
     @cached_property
-    def micro(self) -> MicroBatch:
-        """The largest micro-batch; with recomputation only where the config asks for it, or nothing fits without.
-
-        Raises:
-            ValueError: not even one image fits.
-        """
+    def fitting_micro(self) -> MicroBatch | None:
+        """The largest micro-batch; with recomputation only where the config asks for it, or nothing fits without."""
         for recompute in (self.config.model.recompute, True):
             if images := self.largest_micro(recompute):
                 return MicroBatch(images, recompute)
+        return None
+
+    @property
+    def micro(self) -> MicroBatch:
+        """The largest micro-batch. Raises ValueError where not even one image fits."""
+        if self.fitting_micro is not None:
+            return self.fitting_micro
         raise ValueError(
             f"{self.name}: its states take {self.states.total / GIB:.1f} GiB on each of {self.cluster.gpus} GPUs, and with one "
             f"image's activations they do not fit in {USABLE:.0%} of {self.cluster.gpu.memory_gib:g} GiB; take more GPUs, "
@@ -144,3 +148,17 @@ class Stage:
     def gpu_hours(self) -> float:
         """Of all of the setting's GPUs: those that the batch leaves idle are paid for, too."""
         return self.hours * self.setting.cluster.gpus
+
+    # ---- checkpoints ----
+
+    @property
+    def checkpoint_write_s(self) -> float:
+        """Seconds in which one checkpoint is written."""
+        return checkpoint_bytes(self.config) / self.cluster.disk_gbs / 1e9
+
+    @property
+    def checkpoint_stop_s(self) -> float:
+        """Seconds for which training stands still for one: a copy to host memory, or the whole writing."""
+        if not self.config.checkpoint.background:
+            return self.checkpoint_write_s
+        return checkpoint_bytes(self.config) / self.cluster.gpus / HOST_COPY_GBS / 1e9

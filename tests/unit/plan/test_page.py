@@ -16,6 +16,7 @@ from pretrain.plan.figures import number
 from pretrain.plan.planning import of_all, of_stage, sides_of
 from pretrain.plan.setting import setting_of
 from pretrain.plan.stage import Stage
+from pretrain.plan.sweep import point, together
 
 PAGE = ROOT / "docs/planning.md"
 # The commands that the page names.
@@ -65,7 +66,21 @@ def data() -> Iterator[str]:
         yield f"| {f.name} | {number(f.value)} {f.unit} | {f.how} |"
 
 
-TABLES = {"paper": paper, "data": data}
+def sweep() -> Iterator[str]:
+    """Both stages together on some numbers of GPUs, as simulated."""
+    plan = stages(parse(f"{PAPER} {NODES[0]}".split()))
+    yield "| GPUs | hours | GPU-hours | money | efficiency | goodput | step: passes | waiting | reduction | update | gather |"
+    yield "|---" * 11 + "|"
+    for gpus in (32, 256, 1024):
+        found = [point(stage.on(gpus), overlap=True) for stage in plan]
+        p = together(found, [stage.config.steps for stage in plan])
+        parts = (p.compute_s, p.waiting_s, p.reduction_s, p.optimizer_s, p.gather_s)
+        cells = [f"{gpus:,}", f"{p.hours:.2f}", f"{p.gpu_hours:,.0f}", f"{p.money:,.0f}"]
+        cells += [f"{share:.1%}" for share in (p.efficiency, p.goodput, *(part / p.step_s for part in parts))]
+        yield f"| {' | '.join(cells)} |"
+
+
+TABLES = {"paper": paper, "data": data, "sweep": sweep}
 
 
 def test_the_tables_are_the_planners() -> None:
