@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from engines import one_process
 
@@ -68,6 +66,8 @@ def test_times() -> None:
     assert work_of(again, 0.0, overlap=True).compute_s == pytest.approx(4 / 3 * again.step_s)
 
 
-def test_deepspeeds_own_bucket_where_none_is_named(tmp_path: Path) -> None:
+def test_deepspeeds_own_bucket_where_none_is_named() -> None:
+    """It is larger than the demo's model, so each of its two groups is one bucket."""
     small = stage("--nodes", "1", name="demo_256")
-    assert [b.size for b in work_of(small, 0.0, overlap=True).buckets] == pytest.approx([4 * small.parameters], rel=0.5)
+    sizes = [b.size for b in work_of(small, 0.0, overlap=True).buckets]
+    assert len(sizes) == 2 and sum(sizes) == pytest.approx(4 * small.parameters, rel=1e-3)
