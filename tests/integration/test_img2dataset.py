@@ -336,7 +336,10 @@ def fetched(serve: Callable[..., Server], tmp_path_factory: pytest.TempPathFacto
 
 
 def caption_of(row: Row, run: str) -> str | None:
-    return row.recaption if run == "as_sent" else row.caption or ""  # of no caption img2dataset makes an empty one
+    """As it is stored, without white space at its ends; of no caption img2dataset makes an empty one."""
+    if run != "as_sent":
+        return (row.caption or "").strip()
+    return None if row.recaption is None else row.recaption.strip()
 
 
 def reason_of(row: Row, run: str) -> str:
