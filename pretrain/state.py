@@ -6,6 +6,7 @@ older runs resume. Nothing here needs torch or DeepSpeed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -125,3 +126,8 @@ class RunState:
                 rollbacks=health["rollbacks"],
             ),
         )
+
+
+def json_number(value: float) -> float | str:
+    """A number for JSON, which has no nan and no infinity: those as a string."""
+    return value if math.isfinite(value) else str(value)

@@ -50,6 +50,7 @@ class Engine:
     """A model under ZeRO-2.
 
     Attributes:
+        deepspeed: DeepSpeed's config.
         module: the model; its weights are the rounded masters.
         masters: this process's fp32 partition [n] of each optimizer group.
         slots: the place of every parameter; the same for every number of processes.
@@ -70,7 +71,7 @@ class Engine:
             config: DeepSpeed's.
             reused: parameters that a forward pass uses several times; their gradients of each use are added up in fp32, too.
         """
-        self.world = world
+        self.world, self.deepspeed = world, config
         names = {id(p): n for n, p in model.named_parameters()}
         # DeepSpeed makes the masters from weights already rounded to bf16; the exact ones are put back below.
         exact = {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in model.named_parameters()}

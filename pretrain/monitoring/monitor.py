@@ -1,22 +1,21 @@
-"""Curves with their unit in the name, sample grids and mask maps for TensorBoard, and the log line of each logging step.
+"""Figures of a training, each a curve with its unit in its name, and the log line of each logging step.
 
 Between logging steps figures only add up on the device; at a logging step they are summed over the processes and read once.
-Process 0 writes. A resumed run continues the curves at its checkpoint's step; points after it are purged.
+Process 0 writes them (`curve_writer.py`). A resumed run continues the sums of its checkpoint's step.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.encoders import DOWNSAMPLE
 from pretrain.config import Config
@@ -28,6 +27,8 @@ from pretrain.gpus import gpu_of
 from pretrain.models import ComputeBudget, DiTConfig
 from pretrain.models.cost import grid_of, training_flops
 from pretrain.models.routing import Routing
+from pretrain.monitoring.curve_writer import CurveWriter
+from pretrain.monitoring.provenance import config_yaml
 from pretrain.state import StepVerdict
 
 
@@ -85,24 +86,20 @@ class Monitor:
 
     def __init__(self, config: Config, backbone: DiTConfig, engine: Engine):
         self.config, self.backbone, self.world = config, backbone, engine.world
-        self.writer: SummaryWriter | None = None
+        about = {"config": config_yaml(config), "deepspeed": json.dumps(engine.deepspeed, indent=2)}
+        self.curves = CurveWriter(config.run_dir, about, writes=self.world.rank == 0)
         peak = config.logging.peak_tflops or peak_tflops(self.world.device, engine.dtype)
         self.peak = peak * 1e12 * self.world.size
         self.grid = grid_of(backbone, config.data.resolution, DOWNSAMPLE)
-        self._folder = config.run_dir / "tensorboard"
         self.sums, self.since = self._zeros(), time.perf_counter()
 
     def resume(self, step: int, pending_sums: list[float]) -> None:
-        """Continues the curves after a step; later points are purged, at step 0 all of them.
+        """Continues the curves after a step; later points are removed, at step 0 all of them.
 
         Args:
             pending_sums: those of a checkpoint of that step; [] for none.
         """
-        if self.writer is not None:
-            self.close()
-        if self.world.rank == 0:
-            earlier = any(self._folder.glob("events.*"))
-            self.writer = self._open(purge_step=(step + 1 if step else 0) if earlier else None)
+        self.curves.resume(step)
         self.sums, self.since = self._zeros(), time.perf_counter()
         if pending_sums:
             s = self.sums
@@ -120,7 +117,7 @@ class Monitor:
 
         A checkpoint adds them up over all processes, so process 0 alone counts what is the same on all.
         """
-        self._put(lambda writer: writer.flush())
+        self.curves.flush()
         s, first = self.sums, self.world.rank == 0
         common = [float(getattr(s, name)) if first else 0.0 for name in COMMON]
         seconds = time.perf_counter() - self.since if first else 0.0
@@ -207,12 +204,11 @@ class Monitor:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Writes a point of each curve."""
-        for tag, value in values.items():
-            self._put(lambda writer, tag=tag, value=value: writer.add_scalar(tag, value, step))  # type: ignore[misc]
+        self.curves.scalars(values, step)
 
     def image(self, tag: str, image: Image.Image, step: int) -> None:
         """Writes a picture."""
-        self._put(lambda writer: writer.add_image(tag, np.asarray(image), step, dataformats="HWC"))
+        self.curves.image(tag, image, step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -223,28 +219,11 @@ class Monitor:
 
     def record_checkpoint_pause(self, step: int, seconds: float) -> None:
         """Writes for how long training stood still for a checkpoint."""
-        self._put(lambda writer: writer.add_scalar("speed/checkpoint_stop_s", seconds, step))
+        self.scalars({"speed/checkpoint_stop_s": seconds}, step)
 
     def close(self) -> None:
         """Closes the event file."""
-        self._put(lambda writer: writer.close())
-        self.writer = None
-
-    def _open(self, purge_step: int | None = None) -> SummaryWriter:
-        return SummaryWriter(str(self._folder), purge_step=purge_step, flush_secs=10)
-
-    def _put(self, write: Callable[[SummaryWriter], object]) -> None:
-        """Writes on process 0. On a full disk points are lost but training goes on: the next point tries a new file."""
-        if self.world.rank != 0:
-            return
-        try:
-            self.writer = self.writer or self._open()
-            write(self.writer)
-        except OSError as error:
-            print(
-                f"WARNING: TensorBoard's file cannot be written ({error}); its points are lost until it can", flush=True
-            )
-            self.writer = None
+        self.curves.close()
 
 
 def _clock(seconds: float) -> str:

@@ -27,12 +27,17 @@ def save_provenance(config: Config, deepspeed: dict[str, Any], loader: Loader, w
     """Writes the resolved config, DeepSpeed's config, the environment and the data set's card into the run directory."""
     if world.rank == 0:
         run = config.run_dir
-        atomic_write(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+        atomic_write(run / "config.yaml", config_yaml(config))
         atomic_write(run / "ds_config.json", json.dumps(deepspeed, indent=2) + "\n")
         atomic_write(run / "environment.json", json.dumps(environment(world), indent=2) + "\n")
         for name in (CARD, NULL_TEXT):
             shutil.copyfile(loader.root / name, run / name)
     barrier(world)
+
+
+def config_yaml(config: Config) -> str:
+    """The resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
 def environment(world: World) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from pretrain.diffusion import Loss
 from pretrain.distributed.engine import GradientCheck
 from pretrain.distributed.world import World, all_gather, all_reduce
 from pretrain.resilience.signals import StopRequest, reason
-from pretrain.state import StepHistory, StepVerdict
+from pretrain.state import StepHistory, StepVerdict, json_number
 
 SKIPPED = "skipped_steps.jsonl"
 
@@ -103,14 +103,14 @@ class SpikeGuard:
         keys = [key for keys in self._step.keys for key in keys]
         everyone = all_gather(list(zip(keys, losses, strict=True)), self.world)
         if self.world.rank == 0:
-            samples = [{"key": key, "loss": _number(loss)} for some in everyone for key, loss in some]
+            samples = [{"key": key, "loss": json_number(loss)} for some in everyone for key, loss in some]
             v = self.verdict
             line = {
                 "step": step,
                 "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "why": v.fault,
-                "loss": _number(v.loss),
-                "gradient_norm": _number(v.norm),
+                "loss": json_number(v.loss),
+                "gradient_norm": json_number(v.norm),
                 "samples": samples,
             }
             try:
@@ -134,8 +134,3 @@ def bound(values: tuple[float, ...], deviations: float) -> float:
     centre = statistics.median(logs)
     spread = 1.4826 * statistics.median(abs(v - centre) for v in logs)
     return math.exp(centre + max(deviations * spread, math.log(2)))
-
-
-def _number(value: float) -> float | str:
-    """A number for JSON, which has no nan and no infinity."""
-    return value if math.isfinite(value) else str(value)

@@ -37,7 +37,7 @@ LIBRARIES = {
     "torch.utils.tensorboard": {
         "data_prep/worker/monitor.py",
         "pretrain/evaluate/report.py",
-        "pretrain/monitoring/monitor.py",
+        "pretrain/monitoring/curve_writer.py",
     },
     "fsspec": {"data_prep/common/storage.py"},
     "tenacity": {"data_prep/common/storage.py", "pretrain/evaluate/judge_endpoint.py"},

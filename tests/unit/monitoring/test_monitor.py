@@ -45,7 +45,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
 def made(run_dir: Path, *overrides: str, rank: int = 0, size: int = 1) -> Monitor:
     words = [f"run_dir={run_dir}", "data.path=/set", "steps=20", "optimizer.warmup_steps=1", "logging.every=2"]
     config = load("demo_256", [*words, "logging.peak_tflops=0.001", "logging.timestep_bins=4", *overrides])[0]
-    engine: Any = SimpleNamespace(world=World(rank, size, torch.device("cpu")), dtype=torch.float32)
+    engine: Any = SimpleNamespace(
+        world=World(rank, size, torch.device("cpu")), dtype=torch.float32, deepspeed={"gradient_clipping": 1.0}
+    )
     return Monitor(config, config.model.backbone(), engine)
 
 
