@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -52,8 +53,8 @@ class CurveWriter:
             drop_later_lines(self.metrics, step)
 
     def _describe(self, events: SummaryWriter, step: int) -> None:
-        # SummaryWriter.add_custom_scalars takes no step.
-        events.file_writer.add_summary(custom_scalars(LAYOUT), step)
+        files: Any = events.file_writer  # SummaryWriter.add_custom_scalars takes no step
+        files.add_summary(custom_scalars(LAYOUT), step)
         for title, text in self.about.items():
             events.add_text(title, "".join(f"    {line}\n" for line in text.splitlines()), step)
 
