@@ -68,7 +68,9 @@ def _model(stage: Stage) -> Iterator[Row]:
     rows, columns = stage.grid
     tokens = f"{rows * columns:,} image tokens, {stage.setting.caption_tokens:g} of text"
     yield "FLOPs of an image, forward", stage.forward_flops / 1e12, "TFLOP", f"products of {tokens}; 2 a multiply-add"
-    yield "FLOPs of an image, trained", stage.training_flops / 1e12, "TFLOP", "three forward passes"
+    routing = stage.config.routing.name
+    trained = "three forward passes" + ("" if routing == "none" else f", with {routing} in its share of the steps")
+    yield "FLOPs of an image, trained", stage.training_flops / 1e12, "TFLOP", trained
     yield "FLOPs of the stage", stage.flops / 1e18, "EFLOP", "of an image, trained × batch × steps"
 
 
@@ -175,7 +177,13 @@ def _exchange(stage: Stage) -> Iterator[Row]:
             "GB/s a node",
             "all of it passes each node's network once a ring / seconds of a step",
         )
-        last = stage.micro.images * 2 * stage.forward_flops / (stage.cluster.gpu.bf16_tflops * 1e12 * stage.setting.mfu)
+        last = (
+            stage.micro.images
+            * 2
+            / 3
+            * stage.training_flops
+            / (stage.cluster.gpu.bf16_tflops * 1e12 * stage.setting.mfu)
+        )
         there = stage.cluster.network_gbs * stage.cluster.gpus_per_node
         how = f"the reduction within the last backward pass of {last:.3g} s; --network gives {there:g} GB/s a node"
         yield "network, to hide the reduction", reduced / last / GB, "GB/s a node", how

@@ -82,10 +82,19 @@ class Stage:
         """FLOPs of one image's forward pass."""
         return count_flops(self.model, self.grid, self.setting.caption_tokens).total
 
-    @property
-    def training_flops(self) -> int:
-        """FLOPs of one image's training: three forward passes; what `recompute` repeats is not counted, as in MFU."""
-        return 3 * self.forward_flops
+    @cached_property
+    def training_flops(self) -> float:
+        """FLOPs of one image's training: three forward passes, in the mean over all steps where token routing is for some.
+
+        What `recompute` repeats is not counted, as in MFU.
+        """
+        routing = self.config.routing.build(self.model)
+        if routing is None:
+            return 3 * self.forward_flops
+        tokens, steps = self.setting.caption_tokens, self.config.steps
+        routed = count_flops(self.model, self.grid, tokens, routing=routing).total
+        share = routing.steps(steps) / steps
+        return 3 * (share * routed + (1 - share) * self.forward_flops)
 
     @property
     def flops(self) -> float:

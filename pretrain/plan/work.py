@@ -36,7 +36,7 @@ def network_of(cluster: Cluster) -> Network:
 def work_of(stage: Stage, jitter: float, overlap: bool) -> Work:
     """The work of each GPU in one of the stage's steps, at its MFU."""
     gpus, micro, gpu = stage.cluster.gpus, stage.micro, stage.cluster.gpu
-    forward = micro.images * stage.forward_flops / (gpu.bf16_tflops * 1e12 * stage.setting.mfu)
+    forward = micro.images * stage.training_flops / 3 / (gpu.bf16_tflops * 1e12 * stage.setting.mfu)
     bucket_size = int(stage.deepspeed["zero_optimization"].get("reduce_bucket_size", DEEPSPEEDS_BUCKET))
     return Work(
         micro_batches=stage.batch // (gpus * micro.images),

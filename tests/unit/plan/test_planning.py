@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.config import load
 from pretrain.models import DiT, PackedText
+from pretrain.models.cost import count_flops
 from pretrain.plan.__main__ import main, parse
 from pretrain.plan.figures import number
 from pretrain.resilience.capacity import activation_bytes, state_bytes
@@ -84,6 +85,17 @@ def test_the_papers_schedule_on_32_gpus(tmp_path: Path) -> None:
     assert value(figures, "all", "shards") == pytest.approx(140e6 * sample / 1e12)
     reading = value(figures, "stage1_256", "samples") * sample / 1e9
     assert value(figures, "stage1_256", "reading") == pytest.approx(reading)
+
+
+def test_token_routing_spares_flops_in_its_share_of_the_steps(tmp_path: Path) -> None:
+    routed = ["routing.name=tread", "routing.until=0.5"]
+    names = ("FLOPs of an image, forward", "FLOPs of an image, trained")
+    config, _ = load("stage1_256", routed)
+    shape = config.model.backbone()
+    fewer = count_flops(shape, (16, 16), 80, routing=config.routing.build(shape)).total / 1e12
+    forward, trained = (value(plan(tmp_path, "stage1_256", *routed), "stage1_256", name) for name in names)
+    assert fewer < 0.7 * forward
+    assert trained == pytest.approx(3 * (forward + fewer) / 2)
 
 
 def test_a_batch_that_the_gpus_do_not_divide(tmp_path: Path) -> None:
