@@ -75,7 +75,9 @@ class TrainingLoss:
             judged_BHW = routing.judged(route, (rows, columns), backbone.patch)
         latent_BCHW = noisy.noisy_BCHW.to(engine.dtype)
         conditioning = model.condition(noisy.timestep_B, batch.text)
-        prediction = engine.forward(latent_BCHW, conditioning, None, keep_KBN, step.budget, route)
+        with self.monitor.forward():
+            prediction = engine.forward(latent_BCHW, conditioning, None, keep_KBN, step.budget, route)
         loss = measure(prediction.sample_BCHW, noisy, judged_BHW)
-        self.monitor.record(batch, loss, prediction.mask_means_K, step.budget, routing)
+        masks_3KB = prediction.mask_statistics_3KB(backbone.mask_dropout if drops else 0.0)
+        self.monitor.record(batch, loss, masks_3KB, step.budget, routing)
         return loss

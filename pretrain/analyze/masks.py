@@ -21,11 +21,11 @@ from torch import Tensor
 from data_prep.common.paths import path
 from data_prep.encoders import DOWNSAMPLE
 from pretrain.analyze.subject import drawing_arguments, read_subject, write
+from pretrain.models.focusdit.skip import LOW
 from pretrain.sampling.jobs import write_png
 from pretrain.sampling.pictures import mask_map
 from pretrain.sampling.plots import to_picture
 
-LOW = 0.15  # the paper's threshold for skipping an FFN, §6
 HEADER = ("block", "timestep", "mean", "std", "share_under_0.15", "tokens")
 
 

@@ -114,7 +114,7 @@ def _share(t: training.Trainer, batch: Batch, rounds: int) -> list[str]:
     """The guard, the watchdog's notes and the monitor by themselves, 20 steps with one logging step, against a step."""
     zeros = torch.zeros(len(batch.keys), device=t.engine.world.device)
     loss = Loss(zeros.mean() + 1, zeros + 1, zeros + 500)
-    masks = torch.zeros(t.model.config.depth, device=zeros.device)
+    masks = torch.zeros(3, t.model.config.depth, len(batch.keys), device=zeros.device)
     squares = torch.ones((), dtype=torch.float64, device=zeros.device)
     progress = [RunState(step=1)]
 

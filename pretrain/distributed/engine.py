@@ -165,6 +165,19 @@ class Engine:
                     state[master]["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
         return {k: [state[m].get(k, m.new_empty(0)) for m in self.masters] for k in ("exp_avg", "exp_avg_sq")}
 
+    def adamw_update_norm(self, group: int, part: slice) -> Tensor:
+        """The norm of AdamW's last update of a part of this process's partition, divided by lr, without weight decay: [], fp32.
+
+        0 for Muon's matrices.
+        """
+        settings, state = self._zero.param_groups[group], self._zero.state[self.masters[group]]
+        if settings.get("muon") or not state:
+            return torch.zeros((), device=self.world.device)
+        (beta1, beta2), steps = settings["betas"], state["step"]
+        mean = state["exp_avg"][part] / (1 - beta1**steps)
+        deviation = (state["exp_avg_sq"][part] / (1 - beta2**steps)).sqrt_()
+        return torch.linalg.vector_norm(mean / deviation.add_(settings["eps"]))
+
     @property
     def updates(self) -> int:
         """The optimizer's own count of updates, by which AdamW corrects its moments' bias."""

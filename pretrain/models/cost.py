@@ -153,6 +153,14 @@ def ffn_flops(c: DiTConfig) -> list[int]:
     return [4 * c.width * size for size in _vocabulary_sizes(c)]
 
 
+def ffn_shares(c: DiTConfig, grid: Grid, text_tokens: float = CAPTION) -> list[float]:
+    """Each block's FFN's share of a forward pass's FLOPs, the mean over all compute budgets."""
+    tokens = [block_tokens(c, grid, budget) for budget in every_budget(c)]
+    means = [sum(of_block) / len(tokens) for of_block in zip(*tokens, strict=True)]
+    total = count_flops(c, grid, text_tokens).total
+    return [n * flops / total for n, flops in zip(means, ffn_flops(c), strict=True)]
+
+
 def saved_flops(c: DiTConfig, kept_SK: Tensor, tokens_SK: Tensor) -> Tensor:
     """FLOPs that skipping left out of each block's FFN at each step [S, K]: `kept_SK` of `tokens_SK` tokens went through it."""
     return (tokens_SK - kept_SK).double() * torch.tensor(ffn_flops(c), dtype=torch.float64)

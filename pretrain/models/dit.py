@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import cast
 
 import torch
@@ -47,7 +48,7 @@ from pretrain.models.embeddings import (
     sincos_positions,
 )
 from pretrain.models.focusdit import ffn
-from pretrain.models.focusdit.skip import Skip
+from pretrain.models.focusdit.skip import LOW, Skip
 from pretrain.models.grids import Grid, spread
 from pretrain.models.mixers.base import CoarseGrid, Modulation, Positions, TokenState
 from pretrain.models.routing import Route
@@ -70,10 +71,25 @@ class Prediction:
         """Each block's query mask on the grid of all tokens; None for `mask: none`. Not of a pass with token routing."""
         return torch.stack(self._masks()) if self.masks else None
 
-    @property
-    def mask_means_K(self) -> Tensor | None:
-        """Each block's mean query mask over the batch, in fp32: with token routing of the tokens that it computes."""
-        return torch.stack([m_BN.float().mean() for m_BN in self._masks()]) if self.masks else None
+    @torch.no_grad()
+    def mask_statistics_3KB(self, dropout: float = 0.0) -> Tensor | None:
+        """Of each block's query mask for each image, in fp32: mean, variance over the tokens, and share of tokens under LOW.
+
+        With token routing they are of the tokens that a block computes. None for `mask: none`.
+
+        Args:
+            dropout: the masks' dropout in this pass: tokens without a mask are left out, the others' masks taken as before it.
+        """
+        statistics = []
+        for _, alike in groupby(self._masks(), key=lambda mask_BN: mask_BN.shape[1]):
+            mask_KBN = torch.stack(list(alike)).float() * (1 - dropout)
+            kept_KBN = (mask_KBN > 0).float() if dropout else torch.ones_like(mask_KBN)
+            tokens_KB = kept_KBN.sum(2).clamp(min=1)
+            mean_KB = mask_KBN.sum(2) / tokens_KB  # a dropped mask is 0
+            variance_KB = ((mask_KBN - mean_KB[..., None]).square() * kept_KBN).sum(2) / tokens_KB
+            low_KB = ((mask_KBN < LOW) * kept_KBN).sum(2) / tokens_KB
+            statistics.append(torch.stack([mean_KB, variance_KB, low_KB]))
+        return torch.cat(statistics, dim=1) if statistics else None
 
     def _masks(self) -> list[Tensor]:
         return [spread(m_BN[..., None], grid, self.grid)[..., 0] for m_BN, grid in self.masks]

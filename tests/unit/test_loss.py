@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +38,7 @@ def made(
     world = SimpleNamespace(device=torch.device("cpu"))
     engine: Any = SimpleNamespace(world=world, dtype=torch.float32, module=module, forward=forward)
     kept = [] if recorded is None else recorded
-    monitor: Any = SimpleNamespace(record=lambda *parts: kept.append(parts))
+    monitor: Any = SimpleNamespace(record=lambda *parts: kept.append(parts), forward=nullcontext)
     return TrainingLoss(config, engine, RectifiedFlow(), monitor)
 
 
@@ -48,7 +49,7 @@ def test_the_loss_is_the_mean_squared_velocity_where_the_prediction_is_zero(batc
 
     def predict(latent_BCHW: torch.Tensor, conditioning: torch.Tensor, *_: Any) -> Any:
         given.extend([latent_BCHW, conditioning])
-        return SimpleNamespace(sample_BCHW=torch.zeros_like(latent_BCHW), mask_means_K=None)
+        return SimpleNamespace(sample_BCHW=torch.zeros_like(latent_BCHW), mask_statistics_3KB=lambda dropout: None)
 
     backbone = preset("dit_tiny")
     module = SimpleNamespace(config=backbone, condition=lambda timestep_B, text: timestep_B)

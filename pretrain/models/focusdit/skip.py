@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 UNITS = ("token", "layer")
+LOW = 0.15  # the paper's threshold for leaving an FFN out, §6
 
 
 @dataclass(frozen=True)

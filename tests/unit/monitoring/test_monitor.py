@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
@@ -19,9 +20,12 @@ from pretrain.diffusion import Loss
 from pretrain.distributed.world import World
 from pretrain.gpus import GPUS
 from pretrain.models import ComputeBudget
-from pretrain.models.cost import training_flops
-from pretrain.monitoring import monitor as module
+from pretrain.models.cost import ffn_shares, training_flops
+from pretrain.monitoring import monitor as monitor_module
+from pretrain.monitoring import step_times
+from pretrain.monitoring.curve_writer import METRICS
 from pretrain.monitoring.monitor import Monitor, peak_tflops
+from pretrain.monitoring.panels import PANELS
 from pretrain.state import StepVerdict
 
 LENGTHS = (3, 5)
@@ -38,24 +42,35 @@ class HandClock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
     hand = HandClock()
-    monkeypatch.setattr(module, "time", hand)
+    for module in (monitor_module, step_times):
+        monkeypatch.setattr(module, "time", hand)
     return hand
 
 
 def made(run_dir: Path, *overrides: str, rank: int = 0, size: int = 1) -> Monitor:
     words = [f"run_dir={run_dir}", "data.path=/set", "steps=20", "optimizer.warmup_steps=1", "logging.every=2"]
     config = load("demo_256", [*words, "logging.peak_tflops=0.001", "logging.timestep_bins=4", *overrides])[0]
-    engine: Any = SimpleNamespace(
-        world=World(rank, size, torch.device("cpu")), dtype=torch.float32, deepspeed={"gradient_clipping": 1.0}
-    )
-    return Monitor(config, config.model.backbone(), engine)
+    deepspeed = {"gradient_clipping": 4.0, "train_batch_size": 4 * size}
+    world = World(rank, size, torch.device("cpu"))
+    engine: Any = SimpleNamespace(world=world, dtype=torch.float32, deepspeed=deepspeed, slots=[], masters=[])
+    return Monitor(config, config.model.backbone(), engine, steps_per_epoch=8)
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()]
+
+
+def points(run_dir: Path, tag: str) -> dict[int, float]:
+    """A curve of metrics.jsonl, by step."""
+    return {line["step"]: line[tag] for line in lines(run_dir)}
 
 
 def micro_batch(monitor: Monitor, losses: tuple[float, float], timesteps: tuple[float, float]) -> None:
-    """Two samples; every block's mask is its number."""
+    """Two samples; a block's masks have its number as mean, twice its number as spread, a tenth of its number under LOW."""
     per_sample = torch.tensor(losses)
-    depth = monitor.backbone.depth
-    masks = torch.arange(depth, dtype=torch.float32)
+    k = torch.arange(monitor.backbone.depth, dtype=torch.float32)
+    masks = torch.stack([k, 4 * k**2, k / 10])[..., None] * torch.tensor([0.5, 1.5])
     batch: Any = SimpleNamespace(keys=("a", "b"), text=SimpleNamespace(lengths=LENGTHS))
     monitor.record(batch, Loss(per_sample.mean(), per_sample, torch.tensor(timesteps)), masks, ComputeBudget())
 
@@ -88,7 +103,21 @@ def test_curves_equal_figures_computed_by_hand(tmp_path: Path, clock: HandClock)
     assert value("loss_by_timestep/0000_to_0250") == 1.5  # 1, 2
     assert value("loss_by_timestep/0250_to_0500") == 7.5  # 5, 10
     assert value("loss_by_timestep/0750_to_1000") == 7.5  # 3, 7, 6, 14
-    assert value("mask_mean/block_01") == 1
+    assert value("train/steps_clipped_percent") == 0  # the one above the bound was skipped
+    assert value("mask_mean/block_01") == 1  # of 0.5 and 1.5 in each micro-batch
+    assert value("mask_spread/block_01") == 2
+    assert value("mask_under_0.15_percent/block_01") == pytest.approx(10)
+    assert value("mask_mean_by_timestep/block_01_0000_to_0250") == 0.5
+    assert value("mask_mean_by_timestep/block_01_0750_to_1000") == 1.5
+    saved = sum(share * k / 10 for k, share in enumerate(ffn_shares(monitor.backbone, monitor.grid)))
+    assert value("mask_saving/flops_percent_under_0.15") == pytest.approx(100 * saved)
+    assert value("progress/images") == 8
+    assert value("progress/tokens") == 8 * math.prod(monitor.grid)
+    assert value("progress/epochs") == 0.25
+    assert value("progress/hours_to_go") == pytest.approx(18 * 2 / 3600)
+    assert value("progress/gpu_days_so_far") == pytest.approx(4 / 86400)
+    assert value("progress/gpu_days_to_go") == pytest.approx(36 / 86400)
+    assert value("speed/step_p50_s") == value("speed/step_p95_s") == 2
     assert value("speed/images_per_s") == 8 / 4
     assert value("speed/step_s") == 2
     assert value("speed/tokens_per_s") == 2 * math.prod(monitor.grid)
@@ -121,6 +150,7 @@ def test_pauses_do_not_count_into_the_speed(tmp_path: Path, clock: HandClock) ->
 
 def test_a_resumed_monitor_continues_the_curves_of_an_uninterrupted_one(tmp_path: Path, clock: HandClock) -> None:
     tags = ("train/loss", "train/steps_skipped", "loss_by_timestep/0250_to_0500", "mask_mean/block_01", "speed/step_s")
+    tags += ("mask_spread/block_01", "train/steps_clipped_percent", "mask_mean_by_timestep/block_01_0000_to_0250")
     for name in ("straight", "halves"):
         monitor = made(tmp_path / name)
         monitor.resume(0, [])
@@ -130,6 +160,7 @@ def test_a_resumed_monitor_continues_the_curves_of_an_uninterrupted_one(tmp_path
                 step(monitor, clock, 4)  # lost with its point, as the process is killed
                 monitor.close()
                 clock.now += 5000
+                time.sleep(1)  # event files are read in the order of the seconds in their names
                 monitor = made(tmp_path / name)
                 monitor.resume(3, saved)
             step(monitor, clock, number, SKIPPED if number == 3 else APPLIED)
@@ -137,6 +168,55 @@ def test_a_resumed_monitor_continues_the_curves_of_an_uninterrupted_one(tmp_path
     for tag in tags:
         curve = scalars(tmp_path / "straight", tag)
         assert list(curve) == [2, 4] and scalars(tmp_path / "halves", tag) == curve, tag
+
+
+def test_clipped_steps_are_those_applied_with_a_norm_above_the_bound(tmp_path: Path, clock: HandClock) -> None:
+    monitor = made(tmp_path)
+    monitor.resume(0, [])
+    step(monitor, clock, 1, StepVerdict(1.0, 4.0))  # the bound itself
+    step(monitor, clock, 2, StepVerdict(1.0, 4.5))
+    monitor.close()
+    assert scalars(tmp_path, "train/steps_clipped_percent") == {2: 50}
+
+
+def test_gpu_days_go_on_after_a_resume(tmp_path: Path, clock: HandClock) -> None:
+    monitor = made(tmp_path)
+    monitor.resume(0, [])
+    step(monitor, clock, 1)
+    clock.now += 10  # a pause counts
+    saved = monitor.pending_sums()
+    clock.now += 10000
+    monitor.resume(1, saved)
+    step(monitor, clock, 2)
+    monitor.close()
+    assert points(tmp_path, "progress/gpu_days_so_far") == pytest.approx({2: (2 + 10 + 2) / 86400})
+
+
+def test_sums_of_another_version_or_of_other_bins_are_left_out(tmp_path: Path, clock: HandClock) -> None:
+    monitor = made(tmp_path)
+    monitor.resume(0, [])
+    step(monitor, clock, 1)
+    saved = monitor.pending_sums()
+    monitor.close()
+    other = made(tmp_path, "logging.timestep_bins=5")
+    other.resume(1, saved)
+    step(other, clock, 2)
+    other.close()
+    assert points(tmp_path, "train/loss") == {2: 8}  # of step 2 alone: 4, 12
+
+
+def test_each_curve_is_in_a_panel_and_each_panel_has_a_curve(tmp_path: Path, clock: HandClock) -> None:
+    """But for curves that need a GPU, a validation, an evaluation, a checkpoint or the parameters."""
+    monitor = made(tmp_path)
+    monitor.resume(0, [])
+    for number in (1, 2):
+        step(monitor, clock, number)
+    monitor.close()
+    tags = lines(tmp_path)[0].keys() - {"step", "time"}
+    charts = {re.compile(tag): panel for panel, some in PANELS.items() for regexes in some.values() for tag in regexes}
+    assert [tag for tag in tags if not any(chart.match(tag) for chart in charts)] == []
+    empty = {chart.pattern.partition("/")[0] for chart in charts if not any(chart.match(tag) for tag in tags)}
+    assert empty == {"validation", "validation_ema", "memory", "evaluate", "parameter_norm", "update_norm", "speed"}
 
 
 def test_a_run_that_starts_again_from_nothing_starts_its_curves_again(tmp_path: Path) -> None:
@@ -158,10 +238,10 @@ def test_what_is_the_same_on_all_processes_is_counted_by_the_first_alone(tmp_pat
         monitor.resume(0, [])
         step(monitor, clock, 1)
         sums.append(monitor.pending_sums())
-    micro, images, flops, wait, *common = sums[1][-7:]
-    assert (micro, images, wait, common) == (2, 4, 0.5, [0, 0, 0])
-    assert sums[0][-3:] == [0, 1, 2]  # steps skipped, steps, seconds
-    assert sums[0][:-3] == sums[1][:-3] and flops > 0
+    micro, images, flops, wait, *common = sums[1][-9:]
+    assert (micro, images, wait, common) == (2, 4, 0.5, [0, 0, 0, 0, 0])
+    assert sums[0][-5:] == [0, 0, 1, 2, 2]  # steps skipped, clipped, all; seconds, those of all processes
+    assert sums[0][:-5] == sums[1][:-5] and flops > 0
 
 
 def test_a_full_disk_loses_points_but_not_the_training(tmp_path: Path, clock, capsys, monkeypatch) -> None:
@@ -209,5 +289,5 @@ def test_the_peak_is_the_data_sheets_or_measured(monkeypatch: pytest.MonkeyPatch
 def test_a_measured_peak_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five products that seem to take 3, 5, 2, 9 and 4 s."""
     ticks = iter([0, 3, 10, 15, 20, 22, 30, 39, 40, 44])
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(monitor_module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     assert peak_tflops(torch.device("cpu"), torch.float32) == pytest.approx(2 * 2048 * 1024 * 1024 / 2 / 1e12)
