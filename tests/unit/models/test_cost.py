@@ -21,6 +21,7 @@ from pretrain.models.cost import (
     count_flops,
     count_parameters,
     ffn_flops,
+    ffn_shares,
     grid_of,
     text_flops,
     training_flops,
@@ -267,6 +268,15 @@ def test_ffn_flops_of_each_block(ffn, removed):
     counted = [sum(modules[f"DiT.blocks.{b}.ffn"].values()) + shared if b in used else 0 for b in range(config.depth)]
     assert [tokens * flops for flops in ffn_flops(config)] == counted
     assert sum(ffn_flops(config)) == count_flops(config, (4, 6), CAPTION).ffn / (4 * 6)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_shares_of_the_ffns_add_up_to_theirs_of_a_forward_pass(name: str) -> None:
+    config = PRESETS[name]
+    flops = count_flops(config, (16, 16), 30)
+    shares = ffn_shares(config, (16, 16), 30)
+    assert len(shares) == config.depth and min(shares) > 0
+    assert sum(shares) == pytest.approx(flops.ffn / flops.total, rel=1e-6)
 
 
 def test_flops_of_a_mean_caption_length():

@@ -1,9 +1,12 @@
 """Q-MaskGen against a reference that really concatenates the previous mask, and the ways of its dropout and gradients."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
 
+from pretrain.models.dit import Prediction
 from pretrain.models.focusdit.mask import KINDS, QueryMask, dropout_factors
 
 WIDTH, HIDDEN = 24, (16, 12, 8, 4)
@@ -181,3 +184,25 @@ def test_without_the_previous_mask_its_columns_are_0():
 def test_refuses_an_unknown_kind():
     with pytest.raises(ValueError, match=", ".join(KINDS)):
         QueryMask(WIDTH, "hard", HIDDEN)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_statistics_equal_plain_sums_over_the_tokens_that_keep_their_mask(dropout: float) -> None:
+    """Two images; with token routing the block in the middle has fewer tokens."""
+    torch.manual_seed(0)
+    before = [torch.rand(2, tokens) * 0.4 for tokens in (12, 7, 12)]
+    factors = [dropout_factors(torch.rand(2, m.shape[1]), 1, dropout)[0] for m in before]
+    given = tuple((m * f, (3, 4)) for m, f in zip(before, factors, strict=True))
+    prediction = Prediction(torch.zeros(2, 1, 3, 4), given, (3, 4))
+    statistics_3KB = prediction.mask_statistics_3KB(dropout)
+    assert statistics_3KB is not None and statistics_3KB.shape == (3, 3, 2)
+    for k, b in product(range(3), range(2)):
+        kept = [m.item() for m, factor in zip(before[k][b], factors[k][b], strict=True) if factor]
+        mean = sum(kept) / len(kept)
+        variance = sum((m - mean) ** 2 for m in kept) / len(kept)
+        low = sum(m < 0.15 for m in kept) / len(kept)
+        assert statistics_3KB[:, k, b].tolist() == pytest.approx([mean, variance, low], rel=1e-5)
+
+
+def test_there_are_no_statistics_without_query_masks() -> None:
+    assert Prediction(torch.zeros(2, 1, 3, 4), (), (3, 4)).mask_statistics_3KB() is None
