@@ -97,7 +97,8 @@ class Monitor:
         peak = config.logging.peak_tflops or peak_tflops(self.world.device, engine.dtype)
         self.peak = peak * 1e12 * self.world.size
         self.grid = grid_of(backbone, config.data.resolution, DOWNSAMPLE)
-        self.clipping, self.batch = engine.deepspeed["gradient_clipping"], engine.deepspeed["train_batch_size"]
+        self.clipping: float = engine.deepspeed.get("gradient_clipping", 0.0)
+        self.batch: int = engine.deepspeed["train_batch_size"]
         self.steps_per_epoch, self.norms, self.times = steps_per_epoch, PartNorms(engine), StepTimes(self.world)
         self.ffn_shares = ffn_shares(backbone, self.grid)
         self.gpu_s, self.started = 0.0, time.perf_counter()

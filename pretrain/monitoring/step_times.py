@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,8 +80,7 @@ class StepTimes:
         forward_s = self._forward_s + sum(first.elapsed_time(last) for first, last in self._events) / 1000
         cuda = self.world.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-        steps = torch.tensor(self._steps, dtype=torch.float64)
-        own = [*torch.quantile(steps, torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist(), forward_s, peak]
+        own = [*np.percentile(self._steps, [50, 95]), forward_s, peak]
         figures = torch.tensor(own, device=self.world.device)
         everyone = figures.repeat(self.world.size)
         all_gather_into(everyone, figures, self.world)

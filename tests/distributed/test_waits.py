@@ -21,4 +21,4 @@ def test_nothing_waits_for_the_device_between_logging_steps(data_set: Path, trai
         assert reads[step] == verdict, step
     for step in (3, 6):
         more = [read for read in reads[step] if read not in verdict]
-        assert more and all("monitoring/monitor.py" in read for read in more)
+        assert more and all(" in monitoring/" in read for read in more)
