@@ -9,6 +9,7 @@ python -m pretrain.bench start       the loader's start on a data set of many sh
 python -m pretrain.bench checkpoint  what checkpoints, spike guard and watchdog cost
 python -m pretrain.bench encode      data prep's pipeline against its bare encoders
 python -m pretrain.bench roofline    a training step's FLOPs, bytes and time at a GPU's rates, computed
+python -m pretrain.bench plan        the planner's simulation against measured steps of 1, 2 and 4 processes
 python -m pretrain.bench gpu         first contact with a machine that has GPUs: what is true there, in nine minutes
 python -m pretrain.bench shapes      how far the checker of the captioned shapes is right: damaged and wrong pictures
 """
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "checkpoint": "pretrain.bench.checkpoint",
     "encode": "pretrain.bench.encode",
     "roofline": "pretrain.bench.roofline",
+    "plan": "pretrain.bench.plan",
     "gpu": "pretrain.bench.gpu.command",
     "shapes": "pretrain.bench.shapes",
 }

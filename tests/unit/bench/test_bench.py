@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pretrain.bench import methods
+from pretrain.bench import methods, plan
 from pretrain.bench.__main__ import main
 from pretrain.bench.timing import padded, side_by_side
+from pretrain.config import load
 from pretrain.models import PRESETS, preset
-from pretrain.models.cost import count_flops
+from pretrain.models.cost import count_flops, count_parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,3 +124,29 @@ def test_start(capfd, tmp_path):
     assert first.startswith("292 shards, 2 sets, indexes of ")
     assert [row.split()[0] for row in rows] == ["0", "1"]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_simulated_step_is_the_sum_of_its_ingredients() -> None:
+    """One process: passes and optimizer; several: the buckets, the exchange and the gather besides, at the rate of a bucket."""
+    alone = {"passes": 0.3, "optimizer": 0.1}
+    assert plan.simulated_step(1, alone, jitter=0.0) == pytest.approx(plan.MICRO_BATCHES * 0.3 + 0.1)
+    free = alone | {"bucket": 1e-9, "latency": 0.0}
+    assert plan.simulated_step(4, free, jitter=0.0) == pytest.approx(plan.MICRO_BATCHES * 0.3 + 0.1, abs=1e-3)
+    slow = alone | {"bucket": 0.5, "latency": 0.0}
+    buckets = count_parameters(load(plan.STAGE)[0].model.backbone()).total / plan.BUCKET
+    # Reduced, gathered, and exchanged: 1/4 of all, but whole, where a ring moves 3/4.
+    collectives = 0.5 * buckets * (2 + (1 / 4) / (3 / 4))
+    assert plan.simulated_step(4, slow, jitter=0.0) == pytest.approx(
+        plan.MICRO_BATCHES * 0.3 + 0.1 + collectives, rel=1e-3
+    )
+
+
+def test_the_table_of_simulated_steps() -> None:
+    lines = plan.table({1: {"passes": [0.3, 0.3], "optimizer": [0.1], "step": [1.4, 1.4, 9.0]}}).splitlines()
+    assert lines[-1].split() == ["1", "300.0", "100.0", "0.0", "0.0", "1400.0", "700.0", "0.50"]
+
+
+def test_the_planner_beside_measured_steps(capfd):
+    assert main(["plan", "--processes", "1", "--rounds", "1", "--steps", "1"]) == 0
+    measured, simulated, ratio = (float(word) for word in capfd.readouterr().out.splitlines()[-1].split()[-3:])
+    assert ratio == pytest.approx(simulated / measured, abs=0.01)
