@@ -119,8 +119,9 @@ def bad_losses(steps: dict[int, float], rank: int = 0, times: int = 1_000) -> No
     from dataclasses import replace
 
     from pretrain import training
+    from pretrain.loss import TrainingLoss
 
-    whole, forward, now, left = training.train_step, training.forward, 0, times
+    whole, compute, now, left = training.train_step, TrainingLoss.compute, 0, times
 
     def step(t, batches, progress):
         nonlocal now, left
@@ -129,10 +130,10 @@ def bad_losses(steps: dict[int, float], rank: int = 0, times: int = 1_000) -> No
         return whole(t, batches, progress)
 
     def bad(*given):
-        loss, factor = forward(*given), steps.get(now, 1.0) if left >= 0 else 1.0
+        loss, factor = compute(*given), steps.get(now, 1.0) if left >= 0 else 1.0
         return replace(loss, mean=loss.mean * factor, per_sample_B=loss.per_sample_B * torch.tensor(factor))
 
-    training.train_step, training.forward = step, bad
+    training.train_step, TrainingLoss.compute = step, bad  # type: ignore[method-assign]
 
 
 def at_step(step: int, rank: int, what: str) -> None:

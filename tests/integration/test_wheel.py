@@ -61,6 +61,7 @@ def test_the_first_commands_from_the_wheel(environment: Path, tmp_path: Path) ->
     commands = {
         "ablate",
         "analyze",
+        "compare",
         "convert",
         "demo",
         "encode",
@@ -69,6 +70,7 @@ def test_the_first_commands_from_the_wheel(environment: Path, tmp_path: Path) ->
         "import-release",
         "launch",
         "models",
+        "plan",
         "prune",
         "sample",
         "shapes",
