@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def curves(folder: Path, tags: Iterable[str]) -> dict[str, dict[int, float]]:
-    """Those of the curves that are in folder/tensorboard, each by step; of a step that was written again the last value."""
+    """Reads curves from folder/tensorboard: values by step, by tag; tags that are not there are left out.
+
+    A step that was written several times has its last value.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # late: it takes a second
 
     if not (folder / "tensorboard").is_dir():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pretrain.ablate.study import Row, Scale, Study
-from pretrain.demo import HELD_OUT
+from pretrain.ablate.table3 import TINY
 
 MASKED, FLEXDIT = ("model.mask=adaln_single", "model.ffn=shared"), ("model.density=flexdit",)
 METHODS = {
@@ -31,22 +31,15 @@ STUDY = Study(
     {
         "tiny": Scale(
             "demo_256",
-            (
-                *("model.preset=dit_tiny_deep", "model.mask=none", "model.ffn=uniform", "preview.every=0", HELD_OUT),
-                *("optimizer.name=muon", "optimizer.lr=3e-3", "steps=250"),
-            ),
-            words={},
+            TINY,
             seeds=(0, 1, 2),
-            prune=0,
             prompts=128,
-            about="1.9M parameters on the demo's shapes: all rows and seeds in under two hours on two cores (planned)",
+            about="1.9M parameters on the demo's shapes: all rows and seeds in about two hours on two cores (not measured)",
         ),
         "large": Scale(
             "stage1_256",
             ("model.preset=dit_xl2", "model.mask=none", "model.ffn=uniform", "steps=30000"),
-            words={},
             seeds=(0,),
-            prune=0,
             prompts=0,
             about="DiT-XL/2 on data of your own; give --prompts and --metrics",
         ),

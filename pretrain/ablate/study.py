@@ -52,11 +52,11 @@ class Scale:
 
     config: str
     settings: tuple[str, ...]
-    words: Mapping[str, str]
     seeds: tuple[int, ...]
-    prune: int
     prompts: int
     about: str
+    words: Mapping[str, str] = field(default_factory=dict)
+    prune: int = 0
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,15 @@ ROWS["skip"] = Row("VR3 + FFNs skipped under 0.15", "VR3", trained_as="VR3", dra
 ROWS["prune"] = Row("VR3 without the least used FFNs", "VR3", trained_as="VR3", prune=True)
 
 PLAIN = ("model.mask=none", "model.ffn=uniform", "preview.every=0", HELD_OUT)
+TINY = ("model.preset=dit_tiny_deep", *PLAIN, "optimizer.name=muon", "optimizer.lr=3e-3", "steps=250")
 STUDY = Study(
     "Table 3 of the paper",
     ROWS,
     {
         "tiny": Scale(
             "demo_256",
-            ("model.preset=dit_tiny_deep", *PLAIN, "optimizer.name=muon", "optimizer.lr=3e-3", "steps=250"),
-            {
+            TINY,
+            words={
                 "mask": "adaln_single",
                 "layers_2": "[64]",
                 "layers_5": "[64,32,16,8]",
@@ -51,7 +52,7 @@ STUDY = Study(
             seeds=(0, 1, 2),
             prune=2,
             prompts=128,
-            about="1.9M parameters on the demo's shapes: all rows and seeds in under two hours on two cores",
+            about="1.9M parameters on the demo's shapes: all rows and seeds in about two hours on two cores (not measured)",
         ),
         "small": Scale(
             "demo_256",
@@ -60,7 +61,7 @@ STUDY = Study(
                 *("steps=600", "model.compile=true", "deepspeed.bf16.enabled=true"),
                 *("deepspeed.train_batch_size=256", "deepspeed.train_micro_batch_size_per_gpu=256"),
             ),
-            {
+            words={
                 "mask": "adaln_single",
                 "layers_2": "[128]",
                 "layers_5": "[128,64,32,16]",
@@ -80,7 +81,7 @@ STUDY = Study(
                 "steps=30000",
                 "deepspeed.train_batch_size=1024",
             ),
-            {
+            words={
                 "mask": "release",
                 "layers_2": "[512]",
                 "layers_5": "[512,128,32,16]",

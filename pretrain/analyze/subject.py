@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def timesteps(self) -> list[float]:
-        """Of the sampling steps, once something has been drawn."""
+        """Timesteps of the sampling steps, from noise to data; known once something has been drawn."""
         return self.pipeline.scheduler.timesteps.tolist()
 
     def draw(

@@ -80,6 +80,7 @@ def table(subject: Subject, curves: Mapping[str, Sequence[SkipPoint]]) -> str:
 
 @torch.no_grad()
 def random_subject(args: argparse.Namespace, device: torch.device) -> Subject:
+    """A model with random weights, whose query masks are spread over 0..1, with captions and noise to draw from."""
     dtype = working_dtype(device)
     config = replace(preset(args.preset), depth=args.depth) if args.depth else preset(args.preset)
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pretrain.distributed import torch_private
 from pretrain.distributed.deepspeed_private import Zero
 from pretrain.distributed.gradients import GradientReducer
-from pretrain.distributed.muon import Muon
+from pretrain.distributed.muon import Muon, initial_state
 from pretrain.distributed.partition import Slot
 from pretrain.distributed.world import World, all_gather_into
 
@@ -156,13 +156,11 @@ class Engine:
         state = self._zero.state
         for master, group in zip(self.masters, self._zero.param_groups, strict=True):
             if not state[master]:
-                on_device = group.get("fused") and not group.get("muon")
-                state[master] = {
-                    "step": torch.zeros((), device=master.device if on_device else "cpu"),
-                    "exp_avg": torch.zeros_like(master, requires_grad=False),
-                }
+                state[master] = initial_state(master)
                 if not group.get("muon"):
                     state[master]["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
+                    if group.get("fused"):
+                        state[master]["step"] = state[master]["step"].to(master.device)
         return {k: [state[m].get(k, m.new_empty(0)) for m in self.masters] for k in ("exp_avg", "exp_avg_sq")}
 
     def adamw_update_norm(self, group: int, part: slice) -> Tensor:

@@ -66,13 +66,18 @@ class Muon(torch.optim.AdamW):
         (master,) = group["params"]
         matrices, state, beta = self._matrices[id(group)], self.state[master], self.momentum
         if not state:
-            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(master, requires_grad=False)}
+            state |= initial_state(master)
         state["step"] += 1
         state["exp_avg"].lerp_(master.grad, 1 - beta)
         update = matrices.partition
         update.copy_(torch.lerp(master.grad, state["exp_avg"], beta))
         matrices.apply(rms_matched_orthogonal)
         master.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+
+def initial_state(master: Tensor) -> dict[str, Tensor]:
+    """Muon's state of a partition before the first step."""
+    return {"step": torch.zeros(()), "exp_avg": torch.zeros_like(master, requires_grad=False)}
 
 
 class PartitionedMatrices:

@@ -73,9 +73,9 @@ class Prediction:
 
     @torch.no_grad()
     def mask_statistics_3KB(self, dropout: float = 0.0) -> Tensor | None:
-        """Of each block's query mask for each image, in fp32: mean, variance over the tokens, and share of tokens under LOW.
+        """Mean and variance over the tokens, and share of tokens under LOW, of each block's query mask for each image, in fp32.
 
-        With token routing they are of the tokens that a block computes. None for `mask: none`.
+        With token routing, over the tokens that the block computes. None for `mask: none`.
 
         Args:
             dropout: the masks' dropout in this pass: tokens without a mask are left out, the others' masks taken as before it.

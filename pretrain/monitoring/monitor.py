@@ -230,7 +230,7 @@ class Monitor:
         )
 
     def _progress(self, step: int, step_s: float) -> dict[str, float]:
-        """What is done, and what is to go at the last interval's speed, without checkpoints, previews and validations."""
+        """Progress so far, and the time to go at the last interval's speed, without checkpoints, previews and validations."""
         images, seconds = step * self.batch, (self.config.steps - step) * step_s
         scalars = {
             "progress/images": float(images),

@@ -155,7 +155,7 @@ class Stage:
 
     @property
     def gpu_hours(self) -> float:
-        """Of all of the setting's GPUs: those that the batch leaves idle are paid for, too."""
+        """GPU-hours of the stage on all of the setting's GPUs: those that the batch leaves idle are paid for, too."""
         return self.hours * self.setting.cluster.gpus
 
     # ---- checkpoints ----

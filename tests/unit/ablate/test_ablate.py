@@ -217,7 +217,7 @@ def test_paired_differences() -> None:
 
 def test_the_table_and_its_figure(tmp_path: Path) -> None:
     rows = {"A": Row("plain", None, paper={"FID": 31.29}), "B": Row("other", "A")}
-    study = Study("a study", rows, {"tiny": Scale("demo_256", (), {}, (0, 1), 2, 8, "")})
+    study = Study("a study", rows, {"tiny": Scale("demo_256", (), seeds=(0, 1), prompts=8, about="", prune=2)})
 
     def cell(loss: float, step_s: float) -> dict[str, Any]:
         return {"figures": {"loss": loss}, "parameters": 2_500_000, "flops": 4.0, "step_s": step_s}
