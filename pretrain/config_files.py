@@ -12,7 +12,7 @@ Name and run directory are never those of the base. Without `deepspeed`, the bas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,3 +243,11 @@ def _resolved(merged: Any, problems: list[str]) -> Json:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Values of nested mappings by their dotted names, such as `optimizer.lr`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return flat

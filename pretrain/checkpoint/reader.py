@@ -25,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data_prep.common.files import atomic_write, sha256
+from pretrain.config_files import flatten
 from pretrain.distributed.partition import Slot
 from pretrain.distributed.world import World, all_gather, barrier, broadcast
 from pretrain.state import RunState
@@ -243,19 +244,12 @@ def config_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     Args:
         before, after: hold `config` and `data`, as `state.json` does, and `deepspeed` where it is known.
     """
-    old, new = (_flat({**state["config"], "data_set": state["data"]}) for state in (before, after))
+    old, new = (flatten({**state["config"], "data_set": state["data"]}) for state in (before, after))
     if "deepspeed" in before and "deepspeed" in after:  # checkpoints of earlier versions do not hold it
-        old, new = (flat | _flat({"deepspeed": s["deepspeed"]}) for flat, s in ((old, before), (new, after)))
+        old, new = (flat | flatten({"deepspeed": s["deepspeed"]}) for flat, s in ((old, before), (new, after)))
     expected = ("name", "run_dir", "init_from", "data_set.indexes", "data_set.draws")
     return [
         f"{key}: {old.get(key, 'not there')} → {new.get(key, 'not there')}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not key.startswith(expected)
     ]
-
-
-def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return flat

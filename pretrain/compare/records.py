@@ -20,7 +20,7 @@ from data_prep.encoders import DOWNSAMPLE
 from data_prep.schema import CARD
 from pretrain.checkpoint.export_folder import read_json
 from pretrain.config import Config, kept_config
-from pretrain.config_files import KEPT_CONFIG, KEPT_DEEPSPEED
+from pretrain.config_files import KEPT_CONFIG, KEPT_DEEPSPEED, flatten
 from pretrain.curves import curves
 from pretrain.models.cost import CAPTION, grid_of, training_flops
 
@@ -91,12 +91,9 @@ def read_run(folder: Path, name: str) -> Run:
     found = curves(folder, (*LOSSES, STEP_S))
     if type(deepspeed.get("train_batch_size")) is not int:
         raise ValueError(f"{folder / KEPT_DEEPSPEED}: train_batch_size must be a whole number, as a training writes it")
-    facts = {
-        **flat("config", settings_of(config)),
-        **flat("deepspeed", deepspeed),
-        **flat("code", code_of(environment)),
-        **flat("data set", card),
-    }
+    facts = flatten(
+        {"config": settings_of(config), "deepspeed": deepspeed, "code": code_of(environment), "data set": card}
+    )
     return Run(
         name,
         facts,
@@ -134,10 +131,3 @@ def seconds_by_step(step_s: Mapping[int, float]) -> dict[int, float]:
     steps = sorted(step_s)
     spent = np.cumsum([step_s[b] * (b - a) for a, b in pairwise([0, *steps])])
     return dict(zip(steps, spent.tolist(), strict=True))
-
-
-def flat(name: str, value: Any) -> dict[str, Any]:
-    """Values of nested mappings by their dotted names."""
-    if not isinstance(value, Mapping):
-        return {name: value}
-    return {k: v for key, inner in value.items() for k, v in flat(f"{name}.{key}", inner).items()}
