@@ -283,8 +283,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=int, default=2000, help="number of pictures")
     parser.add_argument("--per-tar", type=int, default=250, help="number of pictures in a tar")
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes")
+    parser.add_argument(
+        "--small-share", type=float, default=0.5, help="share of pictures of 320 px, which serve 256 px training only"
+    )
     args = parser.parse_args(argv)
-    for tar in write_tars(args.output, args.pictures, args.seed, args.per_tar):
+    if not 0 <= args.small_share <= 1:
+        parser.error(f"--small-share must be between 0 and 1, not {args.small_share:g}")
+    for tar in write_tars(args.output, args.pictures, args.seed, args.per_tar, args.small_share):
         print(tar)
     return 0
 

@@ -23,7 +23,7 @@ from data_prep.shapes_checker import by_figure, judge
 from pretrain.curves import curve
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")
-PICTURES = 800
+PICTURES, SMALL_SHARE = 800, 0.5
 HELD_OUT = "data.validation=0.05"  # by its name, one of the four tars: 50 pictures
 PROCESSES = 2  # of the training
 PROMPTS, PROMPT_SEED = 64, 1000  # another seed than the training pictures have
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     prompts.write_text("".join(f"{s.caption}\n" for s in asked))
     draw = [python, "-m", "pretrain.sample", "--run", f"runs/{STAGES[-1]}"]
     commands = [
-        *data_commands(),
+        *data_commands(TARS, DATA, PICTURES, SMALL_SHARE),
         *(training_command(stage, HELD_OUT) for stage in STAGES),
         [*draw, "--prompts", str(prompts), "--out", str(OUT), "--overwrite"],
     ]
@@ -51,21 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def data_commands() -> list[list[str]]:
-    """The commands that make the demo's data; tars that are there are taken as they are."""
-    there = (Path(DATA) / "dataset.json").exists() and Path(TARS).exists()
-    draw = [sys.executable, "-m", "data_prep.shapes", "--output", TARS, "--pictures", str(PICTURES)]
-    encode = [
-        sys.executable,
-        "-m",
-        "data_prep.encode",
-        "--input",
-        f"{TARS}/*.tar",
-        "--output",
-        DATA,
-        "--encoders",
-        "tiny",
-    ]
+def data_commands(tars: str, data: str, pictures: int, small_share: float) -> list[list[str]]:
+    """The commands that make a data set of captioned shapes; tars that are there are taken as they are."""
+    there = (Path(data) / "dataset.json").exists() and Path(tars).exists()
+    python = [sys.executable, "-m"]
+    count = ["--pictures", str(pictures), "--small-share", f"{small_share:g}"]
+    draw = [*python, "data_prep.shapes", "--output", tars, *count]
+    encode = [*python, "data_prep.encode", "--input", f"{tars}/*.tar", "--output", data, "--encoders", "tiny"]
     return [encode] if there else [draw, encode]
 
 

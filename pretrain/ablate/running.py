@@ -15,7 +15,7 @@ from typing import Any
 from data_prep.common.progress import Progress
 from pretrain.ablate.cells import Cell, Judging, shapes_prompts
 from pretrain.ablate.report import write
-from pretrain.ablate.study import Scale, Study
+from pretrain.ablate.study import DATA, PICTURES, Scale, Study
 from pretrain.demo import data_commands
 
 
@@ -94,9 +94,9 @@ def done(cells: Sequence[Cell]) -> Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 
 def make_data() -> None:
-    """The demo's data set, where it is not there. Raises RuntimeError where it cannot be made."""
-    if Path("data/demo/dataset.json").exists():
+    """The studies' own data set of captioned shapes, where it is not there. Raises RuntimeError where it cannot be made."""
+    if Path(DATA, "dataset.json").exists():
         return
-    for command in data_commands():
+    for command in data_commands(f"{DATA}_tars", DATA, PICTURES, small_share=1):
         if subprocess.run(command).returncode:
-            raise RuntimeError(f"the demo's data could not be made: {shlex.join(command)}")
+            raise RuntimeError(f"the data could not be made: {shlex.join(command)}")

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+DATA, PICTURES = "data/ablation", 2400  # captioned shapes, for 256 px alone
+
 
 @dataclass(frozen=True)
 class Row:
