@@ -24,6 +24,7 @@ from pretrain.models import DiTConfig, preset
 from pretrain.models.config import RENAMED_FIELDS, upgrade_fields
 from pretrain.models.routing import Routing
 from pretrain.sections import Section, optional_fields, replace_fields
+from pretrain.shares import Shares, share_problems
 
 # Noise levels of validation: 0, 1/8, … 7/8.
 VALIDATION_LEVELS = 8
@@ -40,7 +41,6 @@ RENAMED = {"guard.after": "guard.min_history"} | {
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Proportion = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _ModelBase(Section):
@@ -90,8 +90,9 @@ class DataSection(Section):
     """Data set made by data_prep/encode.py: its folder, or its s3:// or gs:// URL."""
     resolution: Positive
     """Side of the square pictures, in pixels; the data set must hold it. With buckets: the side of a square of their area."""
-    sources: Annotated[dict[str, Proportion], Field(min_length=1)] | None = None
-    """Proportions of named sources in what is drawn, such as {coyo: 0.8, art: 0.2}; by default every sample once an epoch."""
+    sources: Annotated[Shares, Field(min_length=1)] | None = None
+    """Proportions of named sources in what is drawn, such as {coyo: 0.8, art: 0.2}; by default every sample once an epoch. A
+    source's may change by step: {0: 0.2, 20000: 0.5} is 0.2 until 20,000 steps are done, then 0.5 (docs/data.md, "Sources")."""
     validation: float | str | None = None
     """Samples held out for validation, never trained on: a source's name, or a share of the tars, which a hash of their names
     chooses (docs/choices.md, "Validation"). By default there is no validation."""
@@ -125,7 +126,7 @@ class DataSection(Section):
             return ["cache: path is remote, so give a folder on each node's own disk"]
         if self.cache_limit and self.cache is None:
             return ["cache_limit: it limits the cache, and there is none; set data.cache, or leave it out"]
-        return self._validation_problems()
+        return [*share_problems(self.sources or {}), *self._validation_problems()]
 
     def _validation_problems(self) -> list[str]:
         held_out = self.validation

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from data_prep import schema
 from pretrain.config import Config
 from pretrain.data.batch import Batch, Collate
-from pretrain.data.epoch_plan import EpochPlan, plan_epoch
+from pretrain.data.epoch_plan import EpochPlan, plan_epochs
 from pretrain.data.held_out import held_out_shards, samples_by_set, select, sets_read
 from pretrain.data.location import DataLocation, open_card, read_indexes
 from pretrain.data.shard_check import check_shards
@@ -48,7 +49,7 @@ class Loader:
 
     Attributes:
         position: what a checkpoint keeps; it is the next step's.
-        steps_per_epoch: optimizer steps of an epoch.
+        steps_per_epoch: optimizer steps of a whole epoch; the last one before shares change may have less.
 
     Raises:
         ValueError: on all processes: the data set does not fit the model or the batch, is damaged beyond the budget, or its
@@ -69,17 +70,18 @@ class Loader:
         self.indexes = read_indexes(location, sets_read(self.card, config.data), world)
         missing = check_shards(location, self.indexes, config.data.damaged_shards, world)
         self.held_out = held_out_shards(self.indexes, config.data)
-        self.plan = plan_epoch(self.card, config.data, global_batch, samples_by_set(self.held_out))
+        self.plan = plan_epochs(self.card, config, global_batch, samples_by_set(self.held_out))
         once_per_node(remove_stale_names, world)
         if world.rank == 0:
             print("".join(f"{note}\n" for note in (*self.plan.notes, *missing)), end="", flush=True)
         trained_on = self.indexes
         if self.held_out:
             trained_on = select(self.indexes, lambda shard: shard not in self.held_out)
-        streams = [SetStream(location, name, trained_on[name], choose=count) for name, count in self.plan.draws.items()]
+        draws = self.plan.draws
+        streams = [SetStream(location, name, trained_on[name], draws.get(name, 0)) for name in self.plan.sets]
         with unique_names(world):
-            self.data = TrainingSet(streams, config, self.card, global_batch // world.size)
-        self.steps_per_epoch = sum(self.plan.draws.values()) // global_batch
+            self.data = TrainingSet(streams, config, self.card, global_batch // world.size, self.plan)
+        self.steps_per_epoch = self.plan.steps_per_epoch
         multiple = TEXT_MULTIPLE if config.model.compile or world.device.type == "cuda" else None
         self.collate = Collate(micro, schema.load_null_text(self.root), config.data.caption_dropout, multiple)
         self._passes = self._data_loader()
@@ -125,19 +127,19 @@ class Loader:
             self.position = DataPosition(self.position.epoch + 1, 0)
 
     def _epoch(self) -> Iterator[list[Batch]]:
-        done = self.position.step_in_epoch
-        if done >= self.steps_per_epoch:
+        done, steps = self.position.step_in_epoch, self.plan.epoch(self.position.epoch).steps
+        if done >= steps:
             return
         self.data.start_at(self.position.epoch, done * self.global_batch, self._seed)
         for batches in self._passes:
             # The position moves before the batch is used: what a step's checkpoint keeps is the step after.
             self.position = DataPosition(self.position.epoch, self.position.step_in_epoch + 1)
             yield batches
-            if self.position.step_in_epoch == self.steps_per_epoch:
+            if self.position.step_in_epoch == steps:
                 return  # where processes would have uneven numbers of samples, streaming repeats some: never a step more
         raise RuntimeError(
             f"{self.config.data.path}: epoch {self.position.epoch} ended after {self.position.step_in_epoch} of "
-            f"{self.steps_per_epoch} steps: a thread of streaming failed, see above"
+            f"{steps} steps: a thread of streaming failed, see above"
         )
 
 
@@ -153,8 +155,8 @@ def fingerprint(
 ) -> dict[str, Any]:
     """The settings that decide the order of the data; `indexes` has those of the plan's sets."""
     return order_settings(config, card, global_batch) | {
-        "indexes": {name: indexes[name].sha256 for name in plan.draws},
-        "draws": plan.draws,
+        "indexes": {name: indexes[name].sha256 for name in plan.sets},
+        "draws": [asdict(phase) for phase in plan.phases] if plan.scheduled else plan.draws,
         "held_out": plan.held_out or None,
     }
 

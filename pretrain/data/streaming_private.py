@@ -16,12 +16,15 @@ from streaming.base.format import FileInfo, Reader
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.shared import prefix
 
+from pretrain.data.passes import Part, draw
 from pretrain.data.shard_index import ShardIndex
 
 PRIVATE = {
     "streaming.base.shared.prefix": ("_each_prefix_int",),
     "StreamingDataset": (
+        "_get_work",
         "_resume",
+        "epoch_size",
         "get_item",
         "num_samples",
         "resample_streams",
@@ -35,7 +38,16 @@ PRIVATE = {
         "stream_per_shard",
     ),
     "MDSReader": ("decode_sample", "dirname", "get_sample_data", "raw_data", "split", "zip_data"),
-    "Stream": ("apply_default", "get_shards", "local", "prepare_shard", "remote", "set_up_local", "split"),
+    "Stream": (
+        "apply_default",
+        "get_shards",
+        "local",
+        "prepare_shard",
+        "proportion",
+        "remote",
+        "set_up_local",
+        "split",
+    ),
 }
 """The names that `pretrain` uses, by their owner: the table of docs/dependencies.md."""
 
@@ -155,6 +167,11 @@ class PositionedDataset(StreamingDataset):
     Samples have numbers from 0 on through all shards of all streams. A sample that is drawn several times in an epoch has
     `num_samples` more in its number for each time before.
 
+    Args:
+        parts: gives each stream's part of an epoch, in the order of the streams; without it each epoch draws the samples that
+            the streams `choose`.
+        settings: streaming's own; the seed that is among them stays the one of the parts' passes.
+
     Attributes:
         epoch, first_sample: where the next pass starts; to be set before it, as is `shuffle_seed`.
     """
@@ -162,9 +179,12 @@ class PositionedDataset(StreamingDataset):
     epoch, first_sample, shuffle_seed = _Shared(0), _Shared(1), _Shared(2)
     shards: Sequence[ShardFile]  # type: ignore[assignment]
 
-    def __init__(self, streams: Sequence[IndexedStream], **settings: Any):
+    def __init__(
+        self, streams: Sequence[IndexedStream], parts: Callable[[int], list[Part]] | None = None, **settings: Any
+    ):
         self.shared_numbers = RawArray("q", 3)
         super().__init__(streams=streams, **settings)
+        self._parts, self._passes_seed, self._drawn = parts, self.shuffle_seed, dict[int, Part]()
         self.shards = _Shards(streams, self.stream_per_shard, self.shard_offset_per_stream)
         self.spanner = _RepeatedSpanner(self.spanner, self.num_samples)  # type: ignore[assignment]
 
@@ -172,12 +192,41 @@ class PositionedDataset(StreamingDataset):
         """Returns where a pass starts. streaming reads it from shared memory, and starts at 0 where that was removed."""
         return self.epoch, self.first_sample
 
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> Any:
+        """Returns this worker's samples of an epoch. With `parts`, streaming sees the streams of which it draws some alone."""
+        if self._parts is None:
+            return super()._get_work(epoch, sample_in_epoch)
+        self._drawn = {stream: part for stream, part in enumerate(self._parts(epoch)) if part.count}
+        self.epoch_size = sum(part.count for part in self._drawn.values())
+        every = self.streams
+        for stream, part in self._drawn.items():
+            every[stream].proportion = part.count / self.epoch_size
+        self.streams = [every[stream] for stream in self._drawn]
+        try:
+            return super()._get_work(epoch, sample_in_epoch)
+        finally:
+            self.streams = every
+
     def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[Any, Any]:
         """Draws an epoch's samples, each repeat with a number of its own."""
-        units, numbers = super().resample_streams(epoch, stream_id)
-        if any(stream.repeat > 1 for stream in self.streams):
+        if self._parts is None:
+            units, numbers = super().resample_streams(epoch, stream_id)
+            repeats = any(stream.repeat > 1 for stream in self.streams)
+        else:
+            among = list(self._drawn)
+            drawn = [self._draw(stream) for stream in (among if stream_id is None else [among[stream_id]])]
+            units, numbers = (np.concatenate(arrays) for arrays in zip(*drawn, strict=True))
+            repeats = True
+        if repeats:
             numbers = numbers + self.num_samples * times_before(numbers)
         return units, numbers
+
+    def _draw(self, stream: int) -> tuple[np.ndarray, np.ndarray]:
+        """A stream's part of the epoch, with the numbers that its samples have among those of all streams."""
+        shards = self.shards_of(stream)
+        samples, offset = self.samples_per_shard[list(shards)], self.sample_offset_per_shard[shards.start]
+        units, numbers = draw(samples, self._drawn[stream], self.sampling_granularity, [self._passes_seed, stream])
+        return units, numbers + offset
 
     def place_of(self, number: int) -> SamplePlace:
         """The place of the sample with this number."""

@@ -15,6 +15,7 @@ from typing import Any
 from data_prep import schema
 from pretrain.config import Config
 from pretrain.data.batch import Sample
+from pretrain.data.epoch_plan import EpochPlan
 from pretrain.data.shard_reader import SetStream, UnreadableSample
 from pretrain.data.streaming_private import PositionedDataset
 
@@ -31,11 +32,15 @@ class TrainingSet(PositionedDataset):
         streams: the sets, with the samples that an epoch draws of each.
         card: the data set's.
         process_batch: samples of an optimizer step in this process.
+        plan: what each epoch draws of the streams.
     """
 
-    def __init__(self, streams: list[SetStream], config: Config, card: schema.Card, process_batch: int):
+    def __init__(
+        self, streams: list[SetStream], config: Config, card: schema.Card, process_batch: int, plan: EpochPlan
+    ):
         super().__init__(
             streams,
+            plan.parts if plan.scheduled else None,
             batch_size=process_batch,
             shuffle=True,
             shuffle_algo="py1e",

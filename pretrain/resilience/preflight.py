@@ -23,7 +23,7 @@ import torch
 from data_prep import schema
 from data_prep.common.words import counted
 from pretrain.config import Config, ConfigError, geometry, load
-from pretrain.data.epoch_plan import plan_epoch
+from pretrain.data.epoch_plan import plan_epochs
 from pretrain.data.held_out import held_out_shards, samples_by_set, sets_read
 from pretrain.data.loader import check_fits, fingerprint, order_settings
 from pretrain.data.location import DataLocation, open_card, read_indexes
@@ -200,17 +200,17 @@ def _data(
         if every_shard:
             indexes = read_indexes(place, sets, World.alone())
             missing = check_shards(place, indexes, config.data.damaged_shards, World.alone())
-            drawn = plan_epoch(card, config.data, batch, samples_by_set(held_out_shards(indexes, config.data)))
+            drawn = plan_epochs(card, config, batch, samples_by_set(held_out_shards(indexes, config.data)))
             order = fingerprint(config, card, indexes, drawn, batch)
         else:
-            missing, drawn = [], plan_epoch(card, config.data, batch, {})
+            missing, drawn = [], plan_epochs(card, config, batch, {})
             order = order_settings(config, card, batch)
     except (ValueError, OSError) as error:
         report.problems.append(f"data: {error}")
         return None, None
     count = sum(drawn.draws.values())
     report.passed.append(
-        f"data: {place.origin}, {counted(count, 'sample')} an epoch in {counted(len(drawn.draws), 'set')}"
+        f"data: {place.origin}, {counted(count, 'sample')} an epoch in {counted(len(drawn.sets), 'set')}"
     )
     report.passed += [*drawn.notes, *missing]
     return card, order

@@ -228,7 +228,10 @@ def test_all_contradictions_at_once():
             "data.cache_limit=9gb",
             "data.cache_limit: it limits the cache, and there is none; set data.cache, or leave it out",
         ),
-        ("data.sources={a: 1, b: -1}", "data.sources.b: Input should be greater than 0, not -1"),
+        (
+            "data.sources={a: 1, b: -1}",
+            "data.sources.b: must be a share above 0, or shares by step such as {0: 0.2, 20000: 0.5}, not -1",
+        ),
         ("data.validation=1.5", "data.validation: 1.5 must be a share above 0 and below 1, or a source's name"),
         ("data.validation=0", "data.validation: 0 must be a share above 0 and below 1, or a source's name"),
         (

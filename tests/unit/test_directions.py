@@ -97,6 +97,7 @@ FLOORS: list[set[str]] = [
         "pretrain/gpus.py",
         "pretrain/models",
         "pretrain/sections.py",
+        "pretrain/shares.py",
         "pretrain/state.py",
     },
     {"pretrain/deepspeed_config.py", "pretrain/demo.py", "pretrain/diffusion"},
