@@ -193,6 +193,21 @@ class OptimizerSection(Section):
     """Course of the learning rate after warm-up: constant, or a half cosine down to a tenth at the last step."""
     ema_decay: Share = 0.9999
     """Decay of the weights' moving average (EMA); at step n, from 0, at most (1 + n) / (10 + n)."""
+    more_ema_decays: tuple[Share, ...] = ()
+    """Decays of further averages, 4 bytes a parameter over all processes each; of 0.999 the weights are named ema_0.999."""
+
+    def averages(self) -> dict[str, float]:
+        """The decay of each average, by the name of its weights."""
+        return {"ema": self.ema_decay} | {f"ema_{decay}": decay for decay in self.more_ema_decays}
+
+    def problems(self) -> list[str]:
+        """Lists contradictions between the fields."""
+        decays = (self.ema_decay, *self.more_ema_decays)
+        twice = sorted({decay for decay in decays if decays.count(decay) > 1})
+        return [
+            f"more_ema_decays: {decay} is there twice, ema_decay ({self.ema_decay}) counted; leave it out"
+            for decay in twice
+        ]
 
 
 class CheckpointSection(Section):
@@ -299,6 +314,7 @@ class Config(Section):
                 side = self.data.resolution // unit
                 found += [f"model.{p}" for p in backbone.grid_problems((side, side))]
         found += [f"data.{p}" for p in self.data.problems()]
+        found += [f"optimizer.{p}" for p in self.optimizer.problems()]
         if self.optimizer.warmup_steps > self.steps:
             found.append(f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is above steps ({self.steps})")
         if self.guard.min_history > self.guard.window:

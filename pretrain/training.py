@@ -117,7 +117,7 @@ def build(
         compile_for_training(model)
     optimizer = optim.build_optimizer(model, config.optimizer)
     zero = Engine(model, optimizer, deepspeed, world, model.reused_parameters)
-    ema = Ema(zero, config.optimizer.ema_decay)
+    ema = Ema(zero, config.optimizer)
     guard = SpikeGuard(config.guard, world, stop)
     monitor = Monitor(config, backbone, zero, loader.steps_per_epoch)
     loss = TrainingLoss(config, zero, objective, monitor)

@@ -45,7 +45,7 @@ def measure(out: Path, words: list[str]) -> int:
         "weights": storages(t.model.parameters()),
         "masters": storages(t.engine.masters),
         "moments": storages([*moments["exp_avg"], *moments["exp_avg_sq"]]),
-        "average": storages(t.ema.partitions),
+        "average": storages(p for average in t.ema.partitions.values() for p in average),
         "gradients": storages(t.engine.gradients),
     }
     measured = {name: sum(found.values()) for name, found in named.items()}

@@ -26,7 +26,7 @@ from pretrain.pipeline import FocusDiTPipeline, FocusDiTPipelineOutput
 from pretrain.sampling.batches import draw_batches
 from pretrain.sampling.device import device_of
 from pretrain.sampling.jobs import write_png
-from pretrain.sampling.options import require_at_least
+from pretrain.sampling.options import add_weights_argument, require_at_least
 from pretrain.sampling.prompts import read_prompts
 
 
@@ -38,7 +38,7 @@ def drawing_arguments(parser: argparse.ArgumentParser, pictures: int, batch: int
     )
     parser.add_argument("--steps", type=int, help="sampling steps (default: the config's preview.steps)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the config's preview.guidance)")
-    parser.add_argument("--weights", choices=("ema", "master"), default="ema")
+    add_weights_argument(parser)
     if batch is None:
         parser.set_defaults(batch_size=1)
     else:

@@ -34,7 +34,7 @@ def made_trainer(config: Config, deepspeed: dict[str, Any], world: World, stop: 
     if config.model.compile:
         compile_for_training(model)
     zero = Engine(model, optim.build_optimizer(model, config.optimizer), deepspeed, world, model.reused_parameters)
-    ema, guard = Ema(zero, config.optimizer.ema_decay), SpikeGuard(config.guard, world, stop)
+    ema, guard = Ema(zero, config.optimizer), SpikeGuard(config.guard, world, stop)
     monitor = Monitor(config, backbone, zero)
     monitor.resume(0, [])
     saver = CheckpointWriter(config, zero, ema, {})

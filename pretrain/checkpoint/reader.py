@@ -98,7 +98,7 @@ class Checkpoint:
                 )
 
     def parameter(self, kind: str, name: str) -> Tensor:
-        """A whole parameter's fp32 values, in its shape, of a kind: master, exp_avg, exp_avg_sq or ema."""
+        """A whole parameter's fp32 values, in its shape, of a kind: master, exp_avg, exp_avg_sq, ema or another average."""
         slot = self.slots[name]
         size = self.state["shares"][slot.group]
         pieces = []
@@ -107,6 +107,11 @@ class Checkpoint:
             assert overlap is not None
             pieces.append(self._file(rank).get_slice(f"{kind}.{slot.group}")[overlap.in_partition])
         return torch.cat(pieces).reshape(slot.shape)
+
+    def weights(self) -> list[str]:
+        """The kinds that are weights: master, ema, and further averages, such as ema_0.999."""
+        kinds = {key.rpartition(".")[0] for key in self._file(0).keys()}  # noqa: SIM118 - safe_open is no mapping
+        return ["master", *sorted(kind for kind in kinds if kind.startswith("ema"))]
 
     def parameters(self, kind: str) -> dict[str, Tensor]:
         """The parameters that have this kind, by name: Muon's matrices have no exp_avg_sq."""

@@ -98,10 +98,12 @@ def parameter_shapes(backbone: DiTConfig) -> Shapes:
 
 
 def restore_weights(checkpoint: Checkpoint, engine: Engine, ema: Ema, moments: bool) -> list[str]:
-    """Takes weights and average of a checkpoint of the same or a related model, and if asked AdamW's moments.
+    """Takes weights and averages of a checkpoint of the same or a related model, and if asked AdamW's moments.
+
+    An average that the checkpoint does not have starts from its `ema`.
 
     Returns:
-        What came from where, in words; nothing where the models are the same.
+        What came from where, in words; nothing where models and averages are the same.
 
     Raises:
         ValueError: the models are not related, or differ although the moments are asked for.
@@ -123,13 +125,16 @@ def restore_weights(checkpoint: Checkpoint, engine: Engine, ema: Ema, moments: b
         )
 
     load("master", engine.masters)
-    load("ema", ema.partitions)
+    there = checkpoint.weights()
+    for name, partitions in ema.partitions.items():
+        load(name if name in there else "ema", partitions)
     if moments:
         for kind, partitions in engine.moments().items():
             load(kind, partitions)
         engine.updates = checkpoint.run_state.updates
     engine.all_gather_weights(engine.masters)
-    return [] if mapping.identical else mapping.describe()
+    averages = [f"{name}: from its ema, as it has none of this name" for name in ema.partitions if name not in there]
+    return averages if mapping.identical else [*mapping.describe(), *averages]
 
 
 def resume(checkpoint: Checkpoint, engine: Engine, ema: Ema, data: dict[str, Any]) -> RunState:

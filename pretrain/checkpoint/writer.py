@@ -95,7 +95,7 @@ class CheckpointWriter:
 
     def _tensors(self, copied: bool) -> dict[str, Tensor]:
         """This process's partitions, copied into host memory that is kept for the next time (pinned for GPUs)."""
-        kinds = {"master": self.engine.masters, "ema": self.ema.partitions, **self.engine.moments()}
+        kinds = {"master": self.engine.masters, **self.ema.partitions, **self.engine.moments()}
         tensors = {f"{k}.{g}": t.detach() for k, partitions in kinds.items() for g, t in enumerate(partitions)}
         if not copied:
             return {name: t.contiguous() for name, t in tensors.items()}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 PANELS = {
     "health": {
-        "loss": ["train/loss", "validation/loss$", "validation_ema/loss$"],
+        "loss": ["train/loss", "validation/loss$", "validation_ema.*/loss$"],
         "loss by timestep": ["loss_by_timestep/"],
-        "validation loss of the average, by noise level": ["validation_ema/loss_t"],
+        "validation loss of the averages, by noise level": ["validation_ema.*/loss_t"],
         "validation loss, by noise level": ["validation/loss_t"],
         "gradient norm": ["train/gradient_norm"],
         "steps skipped since the last point": ["train/steps_skipped"],

@@ -6,7 +6,7 @@ The same weights give the same figures whatever the number of processes: each sa
 not depend on them (`pretrain/data/validation_set.py`), and all losses are added up in fp64 in the samples' order. Nothing of the
 training changes: no random state is used, blocks compute in eager mode, and the weights are put back as they were.
 
-Letters: L noise levels, n samples.
+Letters: A the weights and their averages, L noise levels, n samples.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pretrain.monitoring.monitor import Monitor
 
 
 class Validation:
-    """Validates the weights and their average every `logging.validate_every` steps, if `data.validation` holds samples out.
+    """Validates the weights and their averages every `logging.validate_every` steps, if `data.validation` holds samples out.
 
     Args:
         begin: notes what the process does, for the watchdog.
@@ -63,23 +63,28 @@ class Validation:
             model.eval()
             try:
                 losses = [self._losses(engine, model, "weights")]
-                with ema.applied():
-                    losses.append(self._losses(engine, model, "average"))
+                for name in ema.partitions:
+                    with ema.applied(name):
+                        losses.append(self._losses(engine, model, f"average {name}"))
             finally:
                 model.train(was_training)
             sums = all_reduce(torch.stack(losses).to(engine.world.device), engine.world).cpu()
         if engine.world.rank != 0:
             return
         where = f"step {step}/{self.config.steps}  validation"
-        *losses_2n, unfinished = sums.split([self.config.data.validation_samples, 1], dim=1)
+        losses_An, unfinished = sums.split([self.config.data.validation_samples, 1], dim=1)
         if unfinished.any():
             print(f"{where} broken off, as the run was asked to stop", flush=True)
             return
-        weights, average = (by_level(loss_n) for loss_n in losses_2n[0])
-        monitor.scalars(curves("validation", weights) | curves("validation_ema", average), step)
+        weights, *averages = (by_level(loss_n) for loss_n in losses_An)
+        points, words = curves("validation", weights), []
+        for name, average in zip(ema.partitions, averages, strict=True):
+            points |= curves(f"validation_{name}", average)
+            words.append(f"of {name} {average.mean():.4f}")
+        monitor.scalars(points, step)
         print(
-            f"{where} loss {weights.mean():.4f}, of the average {average.mean():.4f}  "
-            f"({len(losses_2n[0][0])} samples, {time.perf_counter() - start:.1f} s)",
+            f"{where} loss {weights.mean():.4f}, {', '.join(words)}  "
+            f"({losses_An.shape[1]} samples, {time.perf_counter() - start:.1f} s)",
             flush=True,
         )
 

@@ -20,8 +20,8 @@ from pretrain.plan.stage import Stage
 COLLECTIVE_SHARE, MEMORY_SHARE = 0.8, 0.9
 LINK_S, NETWORK_S = 2e-6, 6e-6
 # Bytes that one element of a partition moves: its norm 4, clipping 8, AdamW 28 (reads gradient, master and two moments, writes
-# three of them), average 12, rounding to bf16 6.
-OPTIMIZER_BYTES = 58
+# three of them), rounding to bf16 6; and each average's.
+OPTIMIZER_BYTES, AVERAGE_BYTES = 46, 12
 AGREEMENTS = 1  # the spike guard's sum of loss and norm
 DEEPSPEEDS_BUCKET = 500_000_000  # elements, where a config names none
 ALIGNMENT = 2  # DeepSpeed pads a group to a multiple of this times the processes
@@ -36,6 +36,7 @@ def network_of(cluster: Cluster) -> Network:
 def work_of(stage: Stage, jitter: float, overlap: bool) -> Work:
     """The work of each GPU in one of the stage's steps, at its MFU."""
     gpus, micro, gpu = stage.cluster.gpus, stage.micro, stage.cluster.gpu
+    moved = OPTIMIZER_BYTES + AVERAGE_BYTES * len(stage.config.optimizer.averages())
     forward = micro.images * stage.training_flops / 3 / (gpu.bf16_tflops * 1e12 * stage.setting.mfu)
     bucket_size = int(stage.deepspeed["zero_optimization"].get("reduce_bucket_size", DEEPSPEEDS_BUCKET))
     return Work(
@@ -45,7 +46,7 @@ def work_of(stage: Stage, jitter: float, overlap: bool) -> Work:
         buckets=buckets_of(stage.model, stage.config.optimizer.name == "muon", bucket_size, gpus),
         overlap=overlap,
         exchange_size=4 * stage.parameters / gpus,
-        optimizer_s=OPTIMIZER_BYTES * stage.parameters / gpus / (MEMORY_SHARE * gpu.memory_tbs * 1e12),
+        optimizer_s=moved * stage.parameters / gpus / (MEMORY_SHARE * gpu.memory_tbs * 1e12),
         gather_size=(2 if stage.bf16 else 4) * stage.parameters,
         agreements=AGREEMENTS,
         jitter=jitter,

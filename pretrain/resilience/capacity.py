@@ -25,8 +25,9 @@ UNITS = {"mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}  # of data.cache_limit, as
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Size of one checkpoint: weights, moments and average in fp32, 16 bytes a parameter of AdamW's."""
-    return 4 * (2 * count_parameters(config.model.backbone()).total + _moments(config))
+    """Size of one checkpoint: weights, moments and averages in fp32, 16 bytes a parameter with AdamW and one average."""
+    weights = 1 + len(config.optimizer.averages())
+    return 4 * (weights * count_parameters(config.model.backbone()).total + _moments(config))
 
 
 def kept_checkpoint_bytes(config: Config) -> int:
@@ -91,7 +92,11 @@ def memory_problems(config: Config, deepspeed: dict[str, Any], processes: int, t
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of ZeRO-2 on each process: weights and fp32 gradients whole, a share of all else in fp32; without padding."""
+    """Bytes of ZeRO-2 on each process: weights and fp32 gradients whole, a share of all else in fp32; without padding.
+
+    Attributes:
+        average: of all averages of the weights together.
+    """
 
     weights: int
     gradients: int
@@ -109,7 +114,8 @@ def states(config: Config, deepspeed: dict[str, Any], processes: int) -> States:
     parameters = count_parameters(config.model.backbone()).total
     weights = (2 if deepspeed.get("bf16", {}).get("enabled") else 4) * parameters
     share = 4 * parameters // processes
-    return States(weights, 4 * parameters, share, 4 * _moments(config) // processes, share)
+    averages = len(config.optimizer.averages()) * share
+    return States(weights, 4 * parameters, share, 4 * _moments(config) // processes, averages)
 
 
 def state_bytes(config: Config, deepspeed: dict[str, Any], processes: int) -> int:

@@ -60,7 +60,7 @@ def model_card(trained: TrainedRun, name: str, notes: str = "") -> str:
     pipeline, card = trained.pipeline, trained.card
     backbone, config = pipeline.transformer.dit.config, pipeline.config
     parameters = count_parameters(backbone).total
-    weights = "averaged (EMA)" if trained.weights == "ema" else "last (not averaged)"
+    weights = "last (not averaged)" if trained.weights == "master" else f"averaged ({trained.weights})"
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image

@@ -6,9 +6,16 @@ import argparse
 from collections.abc import Mapping
 
 
+def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the choice of a run's weights to a command."""
+    parser.add_argument(
+        "--weights", default="ema", help="of the run: ema, master, or another average, such as ema_0.999 (default: ema)"
+    )
+
+
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of an export to a command."""
-    parser.add_argument("--weights", choices=("ema", "master"), default="ema")
+    add_weights_argument(parser)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the transformer's file")
     parser.add_argument(
         "--encoders", choices=("copy", "reference"), default="copy",
@@ -60,7 +67,7 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
         help="more mediators for each picture as it settles; one fewer than the model has numbers of them",
     )  # fmt: skip
     parser.add_argument("--save-masks", action="store_true", help="maps of the query masks over blocks and steps")
-    parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="of --run")
+    add_weights_argument(parser)
     parser.add_argument("--step", type=int, help="of --run: the checkpoint of this training step (default: the newest)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures drawn together")
     parser.add_argument(

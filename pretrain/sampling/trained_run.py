@@ -41,10 +41,11 @@ def load_run(
     """Reads a run directory's checkpoint of a step, by default the newest, in the dtypes of a recipe, by default plain.
 
     Args:
-        weights: ema | master.
+        weights: ema | master | another average, such as ema_0.999.
 
     Raises:
-        ValueError, FileNotFoundError: no complete checkpoint, damaged files, or encoders other than the data set's.
+        ValueError, FileNotFoundError: no complete checkpoint, damaged files, weights that it does not have, or encoders other
+            than the data set's.
     """
     device = torch.device(device)
     run = checkpoint.find_run(str(run))
@@ -52,6 +53,10 @@ def load_run(
     if found is None:
         raise ValueError(f"{run} has no complete checkpoint yet; train it first")
     found.verify()
+    if weights not in (there := found.weights()):
+        raise ValueError(
+            f"--weights {weights}: {found.path} has {', '.join(there)} (optimizer.more_ema_decays adds averages)"
+        )
     config = kept_config(run)
     card = Card.load(run)
     model = DiT(config.model.backbone())

@@ -28,6 +28,7 @@ def run(data_set: Path, train, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A run of five real steps."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     words = [*SMALL, f"data.path={data_set}", f"run_dir={folder}", "steps=5", "optimizer.lr=0.01", "preview.steps=3"]
+    words.append("optimizer.more_ema_decays=[0.2]")
     train("demo_256", *words)
     return folder
 
@@ -93,6 +94,20 @@ def test_the_export_says_where_it_comes_from(run, tmp_path):
     expected = newest(run).parameters("master")
     for name, value in transformer.dit.state_dict().items():
         assert torch.equal(value, expected[name].bfloat16()), name
+
+
+def test_another_average_by_its_name(run, tmp_path, capsys):
+    out, trained = tmp_path / "export", newest(run)
+    assert export.main(["--run", str(run), "--out", str(out), "--weights", "ema_0.2"]) == 0
+    assert json.loads((out / "training.json").read_text())["weights"] == "ema_0.2"
+    found = FocusDiTPipeline.from_pretrained(out).transformer.dit.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in trained.parameters("ema_0.2").items())
+    assert any(not torch.equal(found[name], value) for name, value in trained.parameters("ema").items())
+    capsys.readouterr()
+    assert export.main(["--run", str(run), "--out", str(tmp_path / "no"), "--weights", "ema_0.5"]) == 1
+    (line,) = [words for words in capsys.readouterr().err.splitlines() if "--weights" in words]
+    has = "has master, ema, ema_0.2 (optimizer.more_ema_decays adds averages)"
+    assert line == f"export: --weights ema_0.5: {trained.path} {has}"
 
 
 def test_other_encoders_than_the_referenced_ones_are_refused(run, tmp_path):

@@ -240,6 +240,10 @@ def test_all_contradictions_at_once():
         ),
         ("data.validation_samples=20", "data.validation_samples: Input should be a multiple of 8, not 20"),
         ("logging.validate_every=0", "logging.validate_every: Input should be greater than 0, not 0"),
+        (
+            "optimizer.more_ema_decays=[0.9, 0.99]",
+            "optimizer.more_ema_decays: 0.99 is there twice, ema_decay (0.99) counted; leave it out",
+        ),
     ],
 )
 def test_where_the_data_set_is_and_what_is_drawn(override, line):

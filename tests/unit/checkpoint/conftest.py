@@ -12,7 +12,7 @@ from engines import engine_of, one_process, tiny, train_steps
 
 from pretrain.checkpoint.reader import Checkpoint, newest
 from pretrain.checkpoint.writer import CheckpointWriter
-from pretrain.config import load
+from pretrain.config import OptimizerSection, load
 from pretrain.distributed.ema import Ema
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.world import World
@@ -57,11 +57,17 @@ def world() -> Iterator[World]:
 def make_run(world: World, tmp_path: Path) -> Callable[..., Run]:
     """Makes a run in a folder of its own; `settings` are those of the section `checkpoint`."""
 
-    def make(name: str = "run", seed: int = 0, engine: Engine | None = None, **settings: Any) -> Run:
+    def make(
+        name: str = "run",
+        seed: int = 0,
+        engine: Engine | None = None,
+        more_averages: tuple[float, ...] = (),
+        **settings: Any,
+    ) -> Run:
         words = [f"checkpoint.{key}={value}" for key, value in settings.items()]
         config = load("demo_256", [f"run_dir={tmp_path / name}", "data.path=/set", *words])[0]
         engine = engine or engine_of(world, tiny(seed), bf16={"enabled": True})
-        ema = Ema(engine, decay=0.9)
+        ema = Ema(engine, OptimizerSection(ema_decay=0.9, more_ema_decays=more_averages))
         return Run(config.run_dir, engine, ema, CheckpointWriter(config, engine, ema, RUN_INFO))
 
     return make

@@ -49,7 +49,8 @@ def test_what_was_written_is_read(make_run) -> None:
     assert (state.step, state.updates, state.images, state.position) == (2, 2, 8, DataPosition(1, 2))
     assert state.history.losses == (1.0, 0.5) and state.history.groups == (0, 1) and state.history.rollbacks == 1
     assert found.slots == {slot.name: slot for slot in run.engine.slots}
-    partitions = {"master": run.engine.masters, "ema": run.ema.partitions, **run.engine.moments()}
+    partitions = {"master": run.engine.masters, **run.ema.partitions, **run.engine.moments()}
+    assert found.weights() == ["master", "ema"]
     for kind, values in partitions.items():
         parameters = found.parameters(kind)
         assert list(parameters) == [slot.name for slot in run.engine.slots]

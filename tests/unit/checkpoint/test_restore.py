@@ -102,7 +102,9 @@ def test_a_derived_parameter_takes_its_rows():
 def all_of(run) -> list[torch.Tensor]:
     """All that training goes on from."""
     moments = [m for kind in run.engine.moments().values() for m in kind]
-    return [t.detach() for t in (*run.engine.masters, *run.ema.partitions, *moments, *run.engine.module.parameters())]
+    return [
+        t.detach() for t in (*run.engine.masters, *run.ema.partitions["ema"], *moments, *run.engine.module.parameters())
+    ]
 
 
 def equal(ones: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
@@ -140,9 +142,20 @@ def test_weights_alone(make_run):
     run.train(0, 1)
     assert restore_weights(run.save(2), other.engine, other.ema, moments=False) == []
     assert equal([m.detach() for m in other.engine.masters], [m.detach() for m in run.engine.masters])
-    assert equal(other.ema.partitions, run.ema.partitions)
+    assert equal(other.ema.partitions["ema"], run.ema.partitions["ema"])
     assert all(m.count_nonzero() == 0 for kind in other.engine.moments().values() for m in kind)
     assert other.engine.updates == 0
+
+
+def test_an_average_that_the_other_run_does_not_have_starts_from_its_ema(make_run):
+    run, other = make_run("run", more_averages=(0.05,)), make_run("other", seed=1, more_averages=(0.05, 0.2))
+    run.train(0, 1, 2)
+    lines = restore_weights(run.save(3), other.engine, other.ema, moments=False)
+    assert lines == ["ema_0.2: from its ema, as it has none of this name"]
+    assert list(other.ema.partitions) == ["ema", "ema_0.05", "ema_0.2"]
+    for name, source in {"ema": "ema", "ema_0.05": "ema_0.05", "ema_0.2": "ema"}.items():
+        assert equal(other.ema.partitions[name], run.ema.partitions[source])
+    assert not equal(run.ema.partitions["ema"], run.ema.partitions["ema_0.05"])
 
 
 class Related(nn.Module):
@@ -205,7 +218,7 @@ def test_the_average_is_not_the_masters(world, make_run):
     resume(found, other.engine, other.ema, {})
     for kind, partitions in {
         "master": other.engine.masters,
-        "ema": other.ema.partitions,
+        **other.ema.partitions,
         **other.engine.moments(),
     }.items():
         for slot in other.engine.slots:

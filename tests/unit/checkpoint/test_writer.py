@@ -60,7 +60,7 @@ def test_what_is_on_disk(background: bool, make_run) -> None:
     assert state["progress"]["updates"] == 2 and state["totals"] == [[7.0]] and state["world"] == 1
     assert state["shares"] == [m.numel() for m in run.engine.masters]
     tensors = load_file(folder / "step_00000002" / FILE)
-    expected = {"master": run.engine.masters, "ema": run.ema.partitions, **run.engine.moments()}
+    expected = {"master": run.engine.masters, **run.ema.partitions, **run.engine.moments()}
     assert tensors.keys() == {f"{kind}.{group}" for kind in KINDS for group in (0, 1)}
     for kind in KINDS:
         for group, partition in enumerate(expected[kind]):

@@ -44,15 +44,16 @@ class Monitor:
 
 
 class Average:
-    """Within `applied` every weight of the last layer is half of what it is."""
+    """Within `applied` every weight of the last layer is half of what it is, and of ema_0.9 a quarter."""
 
-    def __init__(self, model: DiT) -> None:
+    def __init__(self, model: DiT, *more: str) -> None:
         self.weight = model.final.proj.weight
+        self.partitions = dict.fromkeys(("ema", *more))
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self, name: str) -> Iterator[None]:
         before = self.weight.detach().clone()
-        self.weight.data.mul_(0.5)
+        self.weight.data.mul_({"ema": 0.5, "ema_0.9": 0.25}[name])
         yield
         self.weight.data.copy_(before)
 
@@ -168,27 +169,28 @@ def test_curves() -> None:
 # ---- a validation ----
 
 
-def test_it_writes_the_losses_of_weights_and_average(made, batches, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_writes_the_losses_of_weights_and_averages(made, batches, capsys: pytest.CaptureFixture[str]) -> None:
     model, monitor = model_of(), Monitor()
-    made().run(ENGINE, model, Average(model), monitor, 4)
+    made().run(ENGINE, model, Average(model, "ema_0.9"), monitor, 4)
     expected = []
-    for weight in (1.0, 0.5):
+    for weight in (1.0, 0.5, 0.5):
         with torch.no_grad():
             model.final.proj.weight.mul_(weight)
         losses = torch.zeros(16, dtype=torch.float64)
         for held_out in batches:
             losses[list(held_out.numbers)] = validation_loss(ENGINE, model, RectifiedFlow(), held_out).double()
         expected.append(losses)
-    assert monitor.running and len(monitor.points) == 18
-    for name, losses in zip(("validation", "validation_ema"), expected, strict=True):
+    assert monitor.running and len(monitor.points) == 27
+    for name, losses in zip(("validation", "validation_ema", "validation_ema_0.9"), expected, strict=True):
         assert monitor.points[f"{name}/loss", 4] == pytest.approx(losses.mean().item(), rel=1e-12)
         assert monitor.points[f"{name}/loss_t0.375", 4] == pytest.approx(losses[[3, 11]].mean().item(), rel=1e-12)
     words = (
-        f"step 4/10  validation loss {expected[0].mean():.4f}, of the average {expected[1].mean():.4f}  (16 samples, "
+        f"step 4/10  validation loss {expected[0].mean():.4f}, of ema {expected[1].mean():.4f}, "
+        f"of ema_0.9 {expected[2].mean():.4f}  (16 samples, "
     )
     assert capsys.readouterr().out.startswith(words)
     assert made.activities[0] == "validating the weights, batch 1 of 8"
-    assert made.activities[-1] == "validating the average, batch 8 of 8" and len(made.activities) == 16
+    assert made.activities[-1] == "validating the average ema_0.9, batch 8 of 8" and len(made.activities) == 24
 
 
 def test_it_leaves_all_as_it_was(made) -> None:
