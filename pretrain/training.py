@@ -119,7 +119,7 @@ def build(
     zero = Engine(model, optimizer, deepspeed, world, model.reused_parameters)
     ema = Ema(zero, config.optimizer)
     guard = SpikeGuard(config.guard, world, stop)
-    monitor = Monitor(config, backbone, zero, loader.steps_per_epoch)
+    monitor = Monitor(config, backbone, zero, loader.steps_per_epoch, loader.data.sources)
     loss = TrainingLoss(config, zero, objective, monitor)
     saver = CheckpointWriter(config, zero, ema, {"data": loader.fingerprint, **run_info})
     log = partial(log_from_first, world.rank)

@@ -31,6 +31,7 @@ class Sample:
         seed: the seed of all its random numbers in this epoch.
         text: its caption's embedding [L, E], L tokens of it.
         latent: the VAE's posterior.
+        source: the number of its source, in the order of their names.
         damaged: the samples that it stands in for, as they cannot be read.
     """
 
@@ -38,6 +39,7 @@ class Sample:
     seed: int
     text: Tensor
     latent: Latent
+    source: int = 0
     damaged: tuple[UnreadableSample, ...] = ()
 
 
@@ -49,6 +51,7 @@ class Batch:
         keys, seeds: the samples' names, and the seeds of all their random numbers.
         text: the captions' embeddings, the null text's where a caption is dropped; M tokens of width E.
         mean_BCHW, std_BCHW: the VAE's posteriors in fp16; std_BCHW is None where the data set keeps the means alone.
+        sources: the numbers of the samples' sources.
         damaged: samples that belong into it, but could not be read: other samples of their sets are in their places.
     """
 
@@ -57,6 +60,7 @@ class Batch:
     text: PackedText
     mean_BCHW: Tensor
     std_BCHW: Tensor | None
+    sources: tuple[int, ...] = ()
     damaged: tuple[UnreadableSample, ...] = ()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
@@ -104,6 +108,7 @@ class Collate:
             ),
             mean_BCHW=concatenate([s.latent.mean[None] for s in samples]),
             std_BCHW=concatenate(stds) if stds else None,
+            sources=tuple(s.source for s in samples),
             damaged=tuple(unreadable for s in samples for unreadable in s.damaged),
         )
 

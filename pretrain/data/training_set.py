@@ -30,7 +30,7 @@ class TrainingSet(PositionedDataset):
 
     Args:
         streams: the sets, with the samples that an epoch draws of each.
-        card: the data set's.
+        card: the data set's; `sources` are the names of the streams' sources, in the order of their numbers.
         process_batch: samples of an optimizer step in this process.
         plan: what each epoch draws of the streams.
     """
@@ -55,6 +55,9 @@ class TrainingSet(PositionedDataset):
         self.text_dtype = card.text_dtype
         self.resolution = config.data.resolution
         self.set_names = [stream.name for stream in streams]
+        source_of = [card.sets[name]["source"] for name in self.set_names]
+        self.sources = sorted(set(source_of))
+        self._source_numbers = [self.sources.index(source) for source in source_of]
 
     def start_at(self, epoch: int, first_sample: int, seed: int) -> None:
         """Sets where the next pass starts, and the seed of its order and of its samples' random numbers."""
@@ -66,7 +69,8 @@ class TrainingSet(PositionedDataset):
         row, damaged = self._readable(number)
         seed = sample_seed(self.shuffle_seed, self.epoch, f"{row['key']}/{repeat}" if repeat else row["key"])
         text, latent = schema.text_of(row, self.text_dtype), schema.latent_of(row, self.resolution)
-        return Sample(row["key"], seed, text, latent, damaged)
+        source = self._source_numbers[self.place_of(number).stream]
+        return Sample(row["key"], seed, text, latent, source, damaged)
 
     def _readable(self, number: int) -> tuple[dict[str, Any], tuple[UnreadableSample, ...]]:
         """Reads the row of a sample or, where it cannot be read, of another one of its set.

@@ -3,7 +3,7 @@
 Between logging steps figures only add up on the device; at a logging step they are summed over the processes and read once.
 Process 0 writes them (`curve_writer.py`). A resumed run continues the sums of its checkpoint's step.
 
-Letters: B images of a micro-batch, K blocks, T bins of the timestep, P parts of the backbone.
+Letters: B images of a micro-batch, K blocks, T bins of the timestep, P parts of the backbone, S sources of the data.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -57,8 +57,9 @@ class Sums:
     """Sums of this process since the last logging step.
 
     Attributes:
-        loss: of the micro-batches' mean losses [1], on the device like the next three.
+        loss: of the micro-batches' mean losses [1], on the device like the next five.
         bin_loss, bin_count: samples' losses and their number by bin of the timestep [T].
+        source_loss, source_count: likewise by source [S].
         masks: of the images' figures of each block's query mask, by bin: mean, variance, share under LOW [3 · K · T].
         micro_batches, images, flops: work of this process.
         wait_s: seconds for which training waited for data.
@@ -68,6 +69,8 @@ class Sums:
     loss: Tensor
     bin_loss: Tensor
     bin_count: Tensor
+    source_loss: Tensor
+    source_count: Tensor
     masks: Tensor
     micro_batches: int = 0
     images: int = 0
@@ -80,7 +83,7 @@ class Sums:
     @property
     def on_device(self) -> list[Tensor]:
         """The tensors, in the order of a checkpoint."""
-        return [self.loss, self.bin_loss, self.bin_count, self.masks]
+        return [self.loss, self.bin_loss, self.bin_count, self.source_loss, self.source_count, self.masks]
 
 
 # Fields of Sums on the host: those that differ between processes, and those that are the same on all.
@@ -90,7 +93,15 @@ PER_PROCESS, COMMON = ("micro_batches", "images", "flops", "wait_s"), ("skipped"
 class Monitor:
     """Collects figures and writes them at logging steps."""
 
-    def __init__(self, config: Config, backbone: DiTConfig, engine: Engine, steps_per_epoch: int | None = None):
+    def __init__(
+        self,
+        config: Config,
+        backbone: DiTConfig,
+        engine: Engine,
+        steps_per_epoch: int | None = None,
+        sources: Sequence[str] = ("",),
+    ):
+        self.sources = sources
         self.config, self.backbone, self.world = config, backbone, engine.world
         about = {"config": config_yaml(config), "deepspeed": json.dumps(engine.deepspeed, indent=2)}
         self.curves = CurveWriter(config.run_dir, about, writes=self.world.rank == 0)
@@ -141,7 +152,8 @@ class Monitor:
             return torch.zeros(n, device=self.world.device)
 
         bins = self.config.logging.timestep_bins
-        return Sums(zeros(1), zeros(bins), zeros(bins), zeros(3 * self.backbone.depth * bins))
+        by_bin, by_source = (zeros(bins), zeros(bins)), (zeros(len(self.sources)), zeros(len(self.sources)))
+        return Sums(zeros(1), *by_bin, *by_source, zeros(3 * self.backbone.depth * bins))
 
     def _gpu_seconds(self) -> float:
         """Seconds of all processes in this run up to now, pauses included; those after a killed start's checkpoint are not."""
@@ -175,6 +187,10 @@ class Monitor:
         s.loss += loss.mean.detach()
         s.bin_loss.index_add_(0, bin_B, loss.per_sample_B)
         s.bin_count.index_add_(0, bin_B, torch.ones_like(loss.per_sample_B))
+        if len(self.sources) > 1:
+            source_B = torch.tensor(batch.sources).to(bin_B.device, non_blocking=True)
+            s.source_loss.index_add_(0, source_B, loss.per_sample_B)
+            s.source_count.index_add_(0, source_B, torch.ones_like(loss.per_sample_B))
         if masks_3KB is not None:
             s.masks.view(3, -1, bins).index_add_(2, bin_B, masks_3KB)
         s.micro_batches += 1
@@ -195,9 +211,8 @@ class Monitor:
         s, bins = self.sums, len(self.sums.bin_loss)
         host = torch.tensor([s.micro_batches, s.images, s.flops / 1e12, s.wait_s], device=self.world.device)
         sums = all_reduce(torch.cat([*s.on_device, host, self.norms.squares_2P().flatten()]), self.world)
-        loss, bin_loss, bin_count, masks, host, squares = sums.cpu().split(
-            [1, bins, bins, len(s.masks), len(host), 2 * len(PARTS)]
-        )
+        sizes = [*(len(tensor) for tensor in s.on_device), len(host), 2 * len(PARTS)]
+        loss, bin_loss, bin_count, source_loss, source_count, masks, host, squares = sums.cpu().split(sizes)
         times = self.times.of_all()
         if self.world.rank != 0:
             return
@@ -217,6 +232,7 @@ class Monitor:
             **times.scalars(),
             **self._progress(step, seconds / s.steps),
             **_by_bin("loss_by_timestep/", bin_loss, bin_count),
+            **self._source_scalars(source_loss, source_count),
             **self._norm_scalars(squares.view(2, -1), lr if verdict.fault is None else 0.0),
         }
         if self.backbone.mask != "none":
@@ -240,6 +256,13 @@ class Monitor:
             "progress/gpu_days_to_go": self.world.size * seconds / 86400,
         }
         return scalars | ({"progress/epochs": step / self.steps_per_epoch} if self.steps_per_epoch else {})
+
+    def _source_scalars(self, loss_S: Tensor, count_S: Tensor) -> dict[str, float]:
+        """The mean loss of each source that has samples, where there are several."""
+        means = zip(self.sources, loss_S.tolist(), count_S.tolist(), strict=True)
+        return {
+            f"loss_by_source/{name}": loss / count for name, loss, count in means if count and len(self.sources) > 1
+        }
 
     def _norm_scalars(self, squares_2P: Tensor, lr: float) -> dict[str, float]:
         """Norms by part; those of updates are AdamW's, so there are none with Muon. `lr` is 0 for a skipped step."""

@@ -10,6 +10,7 @@ PANELS = {
     "health": {
         "loss": ["train/loss", "validation/loss$", "validation_ema.*/loss$"],
         "loss by timestep": ["loss_by_timestep/"],
+        "loss by source of the data": ["loss_by_source/"],
         "validation loss of the averages, by noise level": ["validation_ema.*/loss_t"],
         "validation loss, by noise level": ["validation/loss_t"],
         "gradient norm": ["train/gradient_norm"],
@@ -23,6 +24,9 @@ PANELS = {
         "images a second": ["speed/images_per_s"],
         "MFU, %": ["speed/mfu_percent"],
         "seconds a step: mean, median, 95th percentile": ["speed/step_"],
+        "seconds a step of each process: median": ["process_step_p50_s/"],
+        "seconds a step of each process: 95th percentile": ["process_step_p95_s/"],
+        "seconds of forward passes of each process": ["process_forward_s/"],
         "slowest process": ["speed/slowest_process$"],
         "forward passes of the slowest process behind the median's, %": ["speed/slowest_process_behind"],
         "stop for a checkpoint, s": ["speed/checkpoint_stop_s"],
@@ -37,6 +41,7 @@ PANELS = {
         "tokens under 0.15, %": ["mask_under_"],
         "FLOPs saved by leaving FFNs out under 0.15, %": ["mask_saving/"],
         "mean by timestep": ["mask_mean_by_timestep/"],
+        "shared expert's part of the FFNs' outputs, %": ["shared_expert_percent/"],
     },
     "samples": {"judged pictures": ["evaluate/"]},
     "data": {

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from pretrain.distributed.world import World, all_gather_into
 
+CURVES_OF = 64  # more processes would hide in their curves what they are to show
+
 
 @dataclass(frozen=True)
 class TimesOfAll:
@@ -28,7 +30,10 @@ class TimesOfAll:
     peak_gib: Tensor
 
     def scalars(self) -> dict[str, float]:
-        """The largest of each, and how much more time than the median process the slowest one's forward passes took."""
+        """The largest of each, and how much more time than the median process the slowest one's forward passes took.
+
+        2 to CURVES_OF processes have curves of their own, too.
+        """
         slowest = int(self.forward.argmax())
         median = self.forward.median().item()
         scalars = {
@@ -39,6 +44,10 @@ class TimesOfAll:
             if median
             else 0.0,
         }
+        if 1 < len(self.forward) <= CURVES_OF:
+            curves = {"step_p50_s": self.p50, "step_p95_s": self.p95, "forward_s": self.forward}
+            for name, of_all in curves.items():
+                scalars |= {f"process_{name}/{rank:03d}": value for rank, value in enumerate(of_all.tolist())}
         return scalars | ({"memory/peak_gib": self.peak_gib.max().item()} if self.peak_gib.any() else {})
 
 

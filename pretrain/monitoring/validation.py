@@ -27,6 +27,7 @@ from pretrain.distributed.engine import Engine
 from pretrain.distributed.world import all_reduce
 from pretrain.models import DiT
 from pretrain.models.budget_choices import default_budget
+from pretrain.monitoring.expert_use import ExpertUse
 from pretrain.monitoring.monitor import Monitor
 
 
@@ -58,17 +59,19 @@ class Validation:
     def run(self, engine: Engine, model: DiT, ema: Ema, monitor: Monitor, step: int) -> None:
         """Writes the losses, outside of the training's speed; a request to stop breaks it off. All processes call it."""
         start = time.perf_counter()
-        was_training = model.training
+        was_training, use = model.training, ExpertUse(model)
         with monitor.paused(), eager_mode(self.config.model.compile):
             model.eval()
             try:
-                losses = [self._losses(engine, model, "weights")]
+                with use.measured():
+                    losses = [self._losses(engine, model, "weights")]
                 for name in ema.partitions:
                     with ema.applied(name):
                         losses.append(self._losses(engine, model, f"average {name}"))
             finally:
                 model.train(was_training)
             sums = all_reduce(torch.stack(losses).to(engine.world.device), engine.world).cpu()
+            shares = use.scalars(engine.world)
         if engine.world.rank != 0:
             return
         where = f"step {step}/{self.config.steps}  validation"
@@ -81,7 +84,7 @@ class Validation:
         for name, average in zip(ema.partitions, averages, strict=True):
             points |= curves(f"validation_{name}", average)
             words.append(f"of {name} {average.mean():.4f}")
-        monitor.scalars(points, step)
+        monitor.scalars(points | shares, step)
         print(
             f"{where} loss {weights.mean():.4f}, {', '.join(words)}  "
             f"({losses_An.shape[1]} samples, {time.perf_counter() - start:.1f} s)",

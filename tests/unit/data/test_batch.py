@@ -22,7 +22,7 @@ def sample(i: int, std: bool = True, damaged: tuple[UnreadableSample, ...] = ())
     mean = torch.randn(4, 2, 6, generator=generator).half()
     deviation = torch.rand(4, 2, 6, generator=generator).half() if std else None
     text = torch.randn(1 + i % 3, 5, generator=generator).bfloat16()
-    return Sample(f"a/{i}", 100 + i, text, Latent(mean, deviation), damaged)
+    return Sample(f"a/{i}", 100 + i, text, Latent(mean, deviation), i % 2, damaged)
 
 
 def collate(micro: int, samples: list[Sample], dropout: float = 0) -> list[Batch]:

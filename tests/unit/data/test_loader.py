@@ -65,6 +65,8 @@ def test_what_is_drawn_has_the_proportions(tmp_path: Path) -> None:
     first = epoch_of(loader)
     keys = [key for batch in first for key in batch.keys]
     counts = Counter(key.split("/")[0] for key in keys)
+    assert loader.data.sources == ["a", "b"]
+    assert all(batch.sources == tuple("ab".index(key[0]) for key in batch.keys) for batch in first)
     assert sum(counts.values()) == 168
     assert abs(counts["a"] - 68) <= 2 and abs(counts["b"] - 102) <= 2  # of 170, of which two are left over
     repeats = Counter(keys)

@@ -47,13 +47,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
     return hand
 
 
-def made(run_dir: Path, *overrides: str, rank: int = 0, size: int = 1) -> Monitor:
+def made(run_dir: Path, *overrides: str, rank: int = 0, size: int = 1, sources: tuple[str, ...] = ("only",)) -> Monitor:
     words = [f"run_dir={run_dir}", "data.path=/set", "steps=20", "optimizer.warmup_steps=1", "logging.every=2"]
     config = load("demo_256", [*words, "logging.peak_tflops=0.001", "logging.timestep_bins=4", *overrides])[0]
     deepspeed = {"gradient_clipping": 4.0, "train_batch_size": 4 * size}
     world = World(rank, size, torch.device("cpu"))
     engine: Any = SimpleNamespace(world=world, dtype=torch.float32, deepspeed=deepspeed, slots=[], masters=[])
-    return Monitor(config, config.model.backbone(), engine, steps_per_epoch=8)
+    return Monitor(config, config.model.backbone(), engine, steps_per_epoch=8, sources=sources)
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -71,7 +71,7 @@ def micro_batch(monitor: Monitor, losses: tuple[float, float], timesteps: tuple[
     per_sample = torch.tensor(losses)
     k = torch.arange(monitor.backbone.depth, dtype=torch.float32)
     masks = torch.stack([k, 4 * k**2, k / 10])[..., None] * torch.tensor([0.5, 1.5])
-    batch: Any = SimpleNamespace(keys=("a", "b"), text=SimpleNamespace(lengths=LENGTHS))
+    batch: Any = SimpleNamespace(keys=("a", "b"), sources=(0, 2), text=SimpleNamespace(lengths=LENGTHS))
     monitor.record(batch, Loss(per_sample.mean(), per_sample, torch.tensor(timesteps)), masks, ComputeBudget())
 
 
@@ -205,9 +205,25 @@ def test_sums_of_another_version_or_of_other_bins_are_left_out(tmp_path: Path, c
     assert points(tmp_path, "train/loss") == {2: 8}  # of step 2 alone: 4, 12
 
 
+def test_loss_by_source(tmp_path: Path, clock: HandClock) -> None:
+    """The mean over each source's samples; none for a source without samples, nor where there is only one."""
+    monitor = made(tmp_path, sources=("art", "maps", "photos"))
+    monitor.resume(0, [])
+    step(monitor, clock, 1)
+    saved = monitor.pending_sums()
+    monitor.close()
+    resumed = made(tmp_path, sources=("art", "maps", "photos"))
+    resumed.resume(1, saved)
+    step(resumed, clock, 2)
+    resumed.close()
+    assert points(tmp_path, "loss_by_source/art") == {2: 4.5}  # 1, 5, 2, 10
+    assert points(tmp_path, "loss_by_source/photos") == {2: 7.5}  # 3, 7, 6, 14
+    assert not [tag for tag in lines(tmp_path)[0] if tag == "loss_by_source/maps"]
+
+
 def test_each_curve_is_in_a_panel_and_each_panel_has_a_curve(tmp_path: Path, clock: HandClock) -> None:
-    """But for curves that need a GPU, a validation, an evaluation, a checkpoint or the parameters."""
-    monitor = made(tmp_path)
+    """But for curves that need several processes, a GPU, a validation, an evaluation, a checkpoint or the parameters."""
+    monitor = made(tmp_path, sources=("art", "maps", "photos"))
     monitor.resume(0, [])
     for number in (1, 2):
         step(monitor, clock, number)
@@ -216,7 +232,9 @@ def test_each_curve_is_in_a_panel_and_each_panel_has_a_curve(tmp_path: Path, clo
     charts = {re.compile(tag): panel for panel, some in PANELS.items() for regexes in some.values() for tag in regexes}
     assert [tag for tag in tags if not any(chart.match(tag) for chart in charts)] == []
     empty = {chart.pattern.partition("/")[0] for chart in charts if not any(chart.match(tag) for tag in tags)}
-    assert empty == {"validation", "validation_ema.*", "memory", "evaluate", "parameter_norm", "update_norm", "speed"}
+    several = {"process_step_p50_s", "process_step_p95_s", "process_forward_s"}
+    validated = {"validation", "validation_ema.*", "shared_expert_percent"}
+    assert empty == several | validated | {"memory", "evaluate", "parameter_norm", "update_norm", "speed"}
 
 
 def test_a_run_that_starts_again_from_nothing_starts_its_curves_again(tmp_path: Path) -> None:

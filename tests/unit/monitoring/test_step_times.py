@@ -46,4 +46,15 @@ def test_the_slowest_process_is_named_with_how_far_it_is_behind() -> None:
         "speed/slowest_process": 2,
         "speed/slowest_process_behind_percent": pytest.approx(20),
         "memory/peak_gib": 4,
+        **{f"process_step_p50_s/00{rank}": p50[rank] for rank in range(3)},
+        **{f"process_step_p95_s/00{rank}": p95[rank] for rank in range(3)},
+        "process_forward_s/000": 10,
+        "process_forward_s/001": 10,
+        "process_forward_s/002": 12,
     }
+
+
+@pytest.mark.parametrize(("processes", "curves"), [(1, 0), (64, 3 * 64), (65, 0)])
+def test_few_processes_have_curves_of_their_own(processes: int, curves: int) -> None:
+    figures = TimesOfAll(*(torch.ones(processes) for _ in range(4))).scalars()
+    assert len([tag for tag in figures if tag.startswith("process_")]) == curves

@@ -180,7 +180,7 @@ def test_it_writes_the_losses_of_weights_and_averages(made, batches, capsys: pyt
         for held_out in batches:
             losses[list(held_out.numbers)] = validation_loss(ENGINE, model, RectifiedFlow(), held_out).double()
         expected.append(losses)
-    assert monitor.running and len(monitor.points) == 27
+    assert monitor.running and len(monitor.points) == 27 + model.config.depth
     for name, losses in zip(("validation", "validation_ema", "validation_ema_0.9"), expected, strict=True):
         assert monitor.points[f"{name}/loss", 4] == pytest.approx(losses.mean().item(), rel=1e-12)
         assert monitor.points[f"{name}/loss_t0.375", 4] == pytest.approx(losses[[3, 11]].mean().item(), rel=1e-12)
@@ -238,4 +238,4 @@ def test_compiled_blocks_get_no_graphs_for_it(root: Path, made, no_graphs: None)
         model(batch.mean_BCHW, model.condition(torch.tensor([100.0, 900.0]), batch.text)).sample_BCHW.sum().backward()
         counts.append(compiled_graphs())
     assert counts[0] == counts[1] < counts[2] == counts[3] == counts[4]
-    assert points[0] == points[1] == points[2] == points[3] and len(points[0]) == 18
+    assert points[0] == points[1] == points[2] == points[3] and len(points[0]) == 18 + model.config.depth
