@@ -3,6 +3,7 @@
     python -m pretrain.ablate table3 --scale tiny --jobs 2
     python -m pretrain.ablate table3 --scale small --cell 3          one training alone, as slurm/ablate.sh does
     python -m pretrain.ablate neighbours --jobs 2                    FlexDiT and mediators, at equal images and FLOPs
+    python -m pretrain.ablate less --jobs 2                          Muon, TREAD, …, at equal images, FLOPs and seconds
     python -m pretrain.ablate table3 --scale paper --list            the commands of each cell, to be submitted
 
 Stopped, the same command goes on. docs/ablation.md has what came out.
@@ -15,11 +16,12 @@ import sys
 
 from data_prep.common.command import command_parser, run_action
 from data_prep.common.paths import folder, path
+from pretrain.ablate.less import STUDY as LESS
 from pretrain.ablate.neighbours import STUDY as NEIGHBOURS
 from pretrain.ablate.table3 import STUDY as TABLE3
 from pretrain.console import silence_libraries
 
-STUDIES = {"table3": TABLE3, "neighbours": NEIGHBOURS}
+STUDIES = {"table3": TABLE3, "neighbours": NEIGHBOURS, "less": LESS}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from data_prep.common.files import atomic_write
 from data_prep.encoders import DOWNSAMPLE
 from data_prep.shapes import scenes
 from pretrain.ablate.study import Row, Scale, Study
-from pretrain.config import load
+from pretrain.config import Config, load
 from pretrain.curves import curve
 from pretrain.demo import PROMPT_SEED
 from pretrain.models.cost import count_flops, count_parameters, grid_of
@@ -68,27 +68,40 @@ class Cell:
     @property
     def trained(self) -> Cell:
         """The cell whose training this one draws from."""
-        return (
-            self
-            if self.row.trained_as is None
-            else Cell(self.study, self.scale, self.row.trained_as, self.seed, self.out, self.more)
-        )
+        return self if self.row.trained_as is None else self.of_row(self.row.trained_as)
+
+    def of_row(self, row: str) -> Cell:
+        """The cell of another row with the same seed."""
+        return replace(self, name=row)
 
     @cached_property
     def settings(self) -> list[str]:
-        """The overrides of the training."""
+        """The overrides of the training. Raises ValueError where they follow from times that are not measured yet."""
+        row = self.trained.row
         own = [*self.study.settings(self.trained.name, self.scale, self.seed), *self.more]
-        if self.trained.row.equal == "images":
+        if row.equal == "images":
             return own
-        first = [*self.study.settings(next(iter(self.study.rows)), self.scale, self.seed), *self.more]
-        steps = load(self.scale.config, own)[0].steps
-        return [*own, f"steps={round(steps * self._flops(first) / self._flops(own))}"]
+        first = self.of_row(next(iter(self.study.rows)))
+        ratio = (
+            first.forward_flops / forward_flops(load(self.scale.config, own)[0])
+            if row.equal == "flops"
+            else first.step_s / self.of_row(row.timed_by or self.name).step_s
+        )
+        return [*own, f"steps={round(load(self.scale.config, own)[0].steps * ratio)}"]
 
-    def _flops(self, settings: Sequence[str]) -> float:
-        """Forward FLOPs of an image."""
-        config = load(self.scale.config, list(settings))[0]
-        backbone = config.model.backbone()
-        return count_flops(backbone, grid_of(backbone, config.data.resolution, DOWNSAMPLE), CAPTION).total
+    @property
+    def forward_flops(self) -> float:
+        """Forward FLOPs of an image, the mean over the training's steps."""
+        return forward_flops(load(self.scale.config, self.settings)[0])
+
+    @property
+    def step_s(self) -> float:
+        """The measured median of a step's seconds. Raises ValueError before the cell is done."""
+        if (done := self.finished) is None:
+            raise ValueError(
+                f"the steps of equal seconds follow from the time of {self.name}, seed {self.seed}: do it first"
+            )
+        return float(done["step_s"])
 
     @property
     def finished(self) -> Mapping[str, Any] | None:
@@ -160,11 +173,21 @@ class Cell:
             "settings": self.settings,
             "figures": figures,
             "parameters": count_parameters(backbone).total,
-            "flops": self._flops(self.settings),
+            "flops": self.forward_flops,
             "steps": config.steps,
             "step_s": step_s[len(step_s) // 2] if step_s else None,
             "seconds": seconds,
         }
+
+
+def forward_flops(config: Config) -> float:
+    """Forward FLOPs of an image, the mean over a training's steps, of which the first may leave tokens out."""
+    backbone, routing = config.model.backbone(), config.routing.build(config.model.backbone())
+    grid = grid_of(backbone, config.data.resolution, DOWNSAMPLE)
+    routed = routing.steps(config.steps) / config.steps if routing else 0.0
+    return (1 - routed) * count_flops(backbone, grid, CAPTION).total + routed * count_flops(
+        backbone, grid, CAPTION, routing=routing
+    ).total
 
 
 def shapes_prompts(path: Path, count: int) -> Path:

@@ -51,7 +51,7 @@ def table(study: Study, cells: Cells) -> str:
         cell = next(iter(cells[name].values()))
         assert base is not None
         costs = [f"{cell['parameters'] / 1e6:.2f}M", f"{cell['flops'] / base['flops']:.2f}", _ratio(cells, name, study)]
-        costs += [str(cell["steps"])] if steps else []
+        costs += [f"{sum(c['steps'] for c in cells[name].values()) / len(cells[name]):.0f}"] if steps else []
         found = [_mean(list(values(cells, name, figure).values())) for figure in names]
         lines.append(_line([name, row.label, *costs, *found, *(_paper(row.paper, key) for key in papers)]))
     return "\n".join([*lines, "", *_comparisons(study, cells, names)])

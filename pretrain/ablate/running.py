@@ -60,13 +60,16 @@ def judging_of(scale: Scale, args: argparse.Namespace, out: Path) -> Judging:
 
 
 def listed(number: int, cell: Cell, judging: Judging, processes: int) -> str:
-    """A cell's line and its commands."""
-    commands = [shlex.join(["python", *command[1:]]) for command in cell.commands(judging, processes)]
+    """A cell's line and its commands, or why they are not known yet."""
+    try:
+        commands = [shlex.join(["python", *command[1:]]) for command in cell.commands(judging, processes)]
+    except ValueError as error:
+        commands = [str(error)]
     return "\n  ".join([f"{number}  {cell.name}, seed {cell.seed}: {cell.row.label}", *commands])
 
 
 def run_all(cells: Sequence[Cell], judging: Judging, args: argparse.Namespace) -> None:
-    """Runs cells, some at once, those that draw from another's training after it. Raises RuntimeError for those that failed."""
+    """Runs cells, some at once, those that need another's training after it. Raises RuntimeError for those that failed."""
     threads = max(1, (os.cpu_count() or 1) // (args.jobs * args.processes))
     failed: list[str] = []
     with Progress(len(cells), "cell") as progress, ThreadPoolExecutor(args.jobs) as pool:
@@ -74,12 +77,14 @@ def run_all(cells: Sequence[Cell], judging: Judging, args: argparse.Namespace) -
         def one(cell: Cell) -> None:
             try:
                 cell.run(judging, args.processes, threads)
-            except RuntimeError as error:  # the others go on
+            except (RuntimeError, ValueError) as error:  # the others go on
                 failed.append(str(error))
             progress.update()
 
-        for own in (True, False):
-            list(pool.map(one, [cell for cell in cells if (cell.row.trained_as is None) is own]))
+        # Those that draw from another row's training, or take its time, come after it.
+        for own, timed in ((True, False), (True, True), (False, False)):
+            now = [c for c in cells if (c.row.trained_as is None) is own and (c.row.equal == "seconds") is timed]
+            list(pool.map(one, now))
     if failed:
         raise RuntimeError("; ".join(failed))
 

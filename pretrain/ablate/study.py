@@ -24,7 +24,8 @@ class Row:
         trained_as: the row whose training it takes, with other ways of drawing; None trains its own.
         drawing: options of `pretrain.evaluate`.
         prune: draw without the scale's number of FFNs that the masks weigh least.
-        equal: images: as many steps as the first row; flops: as many forward and backward FLOPs.
+        equal: images: as many steps as the first row; flops: as many forward and backward FLOPs; seconds: as long as the first
+            row's steps take, by the measured time of a step of the row `timed_by`, which has the same settings.
         paper: what the source reports, by figure.
     """
 
@@ -34,7 +35,8 @@ class Row:
     trained_as: str | None = None
     drawing: tuple[str, ...] = ()
     prune: bool = False
-    equal: Literal["images", "flops"] = "images"
+    equal: Literal["images", "flops", "seconds"] = "images"
+    timed_by: str | None = None
     paper: Mapping[str, float] = field(default_factory=dict)
 
 

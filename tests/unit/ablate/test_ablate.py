@@ -16,6 +16,7 @@ from pretrain.ablate import cells as cells_module
 from pretrain.ablate import running
 from pretrain.ablate.__main__ import main
 from pretrain.ablate.cells import CAPTION, Cell
+from pretrain.ablate.less import STUDY as LESS
 from pretrain.ablate.neighbours import STUDY as NEIGHBOURS
 from pretrain.ablate.report import plot, table
 from pretrain.ablate.statistics import mean_and_sem, paired, student_p
@@ -195,6 +196,57 @@ def test_rows_of_equal_flops_take_more_steps_by_what_a_step_costs_less(tmp_path:
         more, same = cost(f"{row}_flops")
         assert same == flops and more * flops == pytest.approx(base_steps * base_flops, rel=0.5 / more)
     assert cost("FlexDiT_flops")[0] > 1.4 * base_steps
+
+
+# ---- less ----
+
+
+def less(tmp_path: Path, row: str, seed: int = 0) -> Cell:
+    return Cell(LESS, LESS.scales["tiny"], row, seed, tmp_path)
+
+
+def finish(cell: Cell, step_s: float) -> None:
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "cell.json").write_text(json.dumps({"settings": cell.settings, "step_s": step_s}))
+
+
+def test_routing_counts_in_equal_flops(tmp_path: Path) -> None:
+    """Nine tenths of the steps compute half of the tokens in blocks 2 to 5, of eight."""
+    config = load("demo_256", less(tmp_path, "tread").settings)[0]
+    model, grid = config.model.backbone(), (8, 8)
+    whole, routed = (count_flops(model, grid, CAPTION, routing=r).total for r in (None, config.routing.build(model)))
+    assert (config.steps, model.depth) == (400, 8) and routed < 0.8 * whole
+    mean = 0.1 * whole + 0.9 * routed
+    assert less(tmp_path, "tread").forward_flops == pytest.approx(mean)
+    assert less(tmp_path, "plain").forward_flops == whole == less(tmp_path, "muon").forward_flops
+    assert load("demo_256", less(tmp_path, "tread_flops").settings)[0].steps == round(400 * whole / mean)
+
+
+def test_equal_seconds_follow_from_the_measured_times_of_the_same_seed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"follow from the time of plain, seed 1: do it first"):
+        _ = less(tmp_path, "muon_seconds", seed=1).settings
+    finish(less(tmp_path, "plain", seed=1), step_s=0.6)
+    with pytest.raises(ValueError, match=r"follow from the time of muon, seed 1: do it first"):
+        _ = less(tmp_path, "muon_seconds", seed=1).settings
+    finish(less(tmp_path, "muon", seed=1), step_s=0.75)
+    assert less(tmp_path, "muon_seconds", seed=1).settings == [*less(tmp_path, "muon", seed=1).settings, "steps=320"]
+
+
+def test_rows_of_equal_seconds_come_after_those_that_time_them(tmp_path: Path, monkeypatch, capsys) -> None:
+    def run(cell: Cell, *_: Any) -> None:
+        assert cell.settings
+        finish(cell, 1.0)
+
+    monkeypatch.setattr(Cell, "run", run)
+    for name in ("write", "make_data"):
+        monkeypatch.setattr(running, name, lambda *_: "")
+    rows = ["muon_seconds", "tread_seconds", "plain", "muon", "--seeds", "0"]
+    assert main(["less", "--out", str(tmp_path), "--rows", *rows]) == 1
+    found = {path.parent.name for path in tmp_path.glob("*/cell.json")}
+    assert found == {"plain_0", "muon_0", "muon_seconds_0"}
+    assert capsys.readouterr().err.endswith("follow from the time of tread, seed 0: do it first\n")
+    assert main(["less", "--out", str(tmp_path), "--rows", "tread_seconds", "--list"]) == 0
+    assert "do it first" in capsys.readouterr().out
 
 
 # ---- figures ----
