@@ -1,6 +1,7 @@
 """Cells of a study, a row with one seed each: trained, drawn and judged by the commands that a user would type.
 
     OUT/ROW_SEED/run/            the training
+    OUT/ROW_SEED/pruned/         a pruned row's model
     OUT/ROW_SEED/evaluation/     pictures and the metrics' results
     OUT/ROW_SEED/cell.json       the cell's figures, once it is done
     OUT/ROW_SEED/log.txt         what its commands printed
@@ -33,6 +34,7 @@ from pretrain.models.cost import count_flops, count_parameters, grid_of
 
 CAPTION = 12  # tokens of a caption of shapes, about
 VALIDATION = {"validation/loss": "validation loss", "validation_ema/loss": "validation loss, average"}
+PRUNED = "pruned"  # the folder of a pruned row's model
 LAST = 0.1  # share of the steps over whose end the training loss is averaged
 
 
@@ -125,7 +127,7 @@ class Cell:
         train = [*python, *launcher, "pretrain.train", self.scale.config, *self.settings, f"run_dir={run}"]
         source, commands = ["--run", str(run)], [] if self.trained.finished else [train]
         if self.row.prune:
-            pruned = self.folder / "pruned"
+            pruned = self.folder / PRUNED
             source = ["--model", str(pruned)]
             prune = ["--run", str(run), "--prompts", str(judging.prompts), "--remove", str(self.scale.prune)]
             if not pruned.is_dir():
@@ -156,7 +158,6 @@ class Cell:
 
     def _figures(self, judging: Judging, seconds: float) -> dict[str, Any]:
         run, config = self.trained.folder / "run", load(self.scale.config, self.settings)[0]
-        backbone = config.model.backbone()
         losses = curve(run, "train/loss")
         last = [value for step, value in losses.items() if step > (1 - LAST) * config.steps]
         step_s = sorted(curve(run, "speed/step_s").values())
@@ -167,13 +168,17 @@ class Cell:
         for metric in judging.metrics:
             result = json.loads((self.folder / "evaluation" / f"{metric}.json").read_text(encoding="utf-8"))
             figures |= {f"{metric}: {key}": v["value"] for key, v in result.get("values", {}).items()}
+        drawn = config
+        if self.row.prune:
+            pruned = json.loads((self.folder / PRUNED / "prune.json").read_text(encoding="utf-8"))
+            drawn = load(self.scale.config, [*self.settings, f"model.removed_ffns={pruned['removed_ffns']}"])[0]
         return {
             "row": self.name,
             "seed": self.seed,
             "settings": self.settings,
             "figures": figures,
-            "parameters": count_parameters(backbone).total,
-            "flops": self.forward_flops,
+            "parameters": count_parameters(drawn.model.backbone()).total,
+            "flops": forward_flops(drawn),
             "steps": config.steps,
             "step_s": step_s[len(step_s) // 2] if step_s else None,
             "seconds": seconds,

