@@ -134,7 +134,7 @@ def _layers(path: Path, upgrade: Callable[[Json], Json], problems: list[str]) ->
         if _is_kept(path):
             content = upgrade(content) | {"run_dir": str(path.parent)}
             deepspeed = deepspeed or KEPT_DEEPSPEED
-        elif _ships(path):
+        elif _ships(path) and base is None:
             deepspeed = path.stem
         if layers:
             content = {key: value for key, value in content.items() if key not in ("name", "run_dir")}
@@ -166,7 +166,7 @@ def read_yaml(path: Path) -> Json:
 
 
 def _ships(path: Path) -> bool:
-    """Whether a config ships with the package: its DeepSpeed JSON bears its name."""
+    """Whether a config ships with the package: its DeepSpeed JSON bears its name, or is its base's."""
     return path.parent.resolve() == CONFIGS.resolve()
 
 

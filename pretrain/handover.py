@@ -1,13 +1,15 @@
-"""Handover from one stage to the next: what keeps two stages from running one after the other."""
+"""Handover from one stage to the next: what keeps stages from running one after the other."""
 
 from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from pretrain.checkpoint.restore import map_parameters, parameter_shapes
 from pretrain.config import Config, ConfigError, load
+from pretrain.data.epoch_plan import plan_epochs
 from pretrain.data.loader import check_fits
 from pretrain.data.location import DataLocation, open_card
 from pretrain.distributed.world import World
@@ -22,7 +24,7 @@ class Encoding:
 
 
 def problems(stages: list[tuple[str, list[str]]], encoding: Encoding | None) -> list[str]:
-    """Lists what keeps two stages, each a config's name and its overrides, from running one after the other."""
+    """Lists what keeps stages, each a config's name and its overrides, from running one after the other."""
     found: list[str] = []
     configs: list[Config] = []
     for name, overrides in stages:
@@ -35,7 +37,8 @@ def problems(stages: list[tuple[str, list[str]]], encoding: Encoding | None) -> 
             configs.append(config)
             found += [f"{name}: {p}" for p in _data_problems(config, deepspeed["train_batch_size"], encoding)]
     if len(configs) == len(stages):
-        found += [f"{stages[1][0]}: {p}" for p in _handover_problems(*configs)]
+        for (name, _), (first, second) in zip(stages[1:], pairwise(configs), strict=True):
+            found += [f"{name}: {p}" for p in _handover_problems(first, second)]
     return found
 
 
@@ -54,6 +57,7 @@ def _data_problems(config: Config, batch: int, encoding: Encoding | None) -> lis
         with tempfile.TemporaryDirectory() as folder:  # the cache is for the nodes' own disks
             card = open_card(replace(place, root=Path(folder)) if place.cached else place, World.alone())
         check_fits(card, config, config.model.backbone(), batch)
+        plan_epochs(card, config, batch, {})
     except (ValueError, OSError) as error:
         return [f"data: {' '.join(str(error).split())}"]
     return []

@@ -14,7 +14,7 @@ import pytest
 pytestmark = pytest.mark.slurm
 
 REPO = Path(__file__).parents[2]
-STAGES = ["slurm/stage1_256.sh", "slurm/stage2_512.sh"]
+STAGES = ["slurm/stage1_256.sh", "slurm/stage2_512.sh", "slurm/stage3_finetune.sh"]
 SCRIPTS = sorted(p.relative_to(REPO).as_posix() for p in (REPO / "slurm").glob("*.sh"))
 ONE_TASK_A_NODE = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0"]
 SMALL_WORKER = ["--cpus-per-task=1", "--mem=0"]
@@ -318,16 +318,18 @@ def test_the_chain_runs_in_order(cluster, recorder, schedule):
         STAGE1="demo_256",
         STAGE2="demo_512",
         STAGE2_OVERRIDES="run_dir=runs/b",
+        STAGE3="demo_512",
+        STAGE3_OVERRIDES="run_dir=runs/c init_from=runs/b",
     )
-    assert len(jobs) == 3
+    assert len(jobs) == 4
     assert f"cancel: scancel {' '.join(jobs)}" in schedule.output
     for job in jobs:
         expect(cluster.wait(job, timeout=180))
     notes = recorder.notes()
-    assert [what(n) for n in notes] == ["encode", "encode", "demo_256", "demo_256", "demo_512", "demo_512"]
+    assert [what(n) for n in notes] == ["encode", "encode", "demo_256", "demo_256"] + ["demo_512"] * 4
     assert [n["arguments"][3:] for n in notes[2:]] == [["data.path=/shards"]] * 2 + [
         ["data.path=/shards", "run_dir=runs/b"]
-    ] * 2
+    ] * 2 + [["data.path=/shards", "run_dir=runs/c", "init_from=runs/b"]] * 2
     assert all(n["arguments"][-2:] == ["--token-cap", "5"] for n in notes[:2])
 
 
@@ -382,7 +384,8 @@ def test_a_chain_that_cannot_be_submitted_whole_leaves_nothing_behind(cluster, r
     ("env", "error"),
     [
         ({"INPUT": "/tars", "OUTPUT": ""}, "INPUT is set but OUTPUT is not"),
-        ({"RUN_DIR": "r"}, "would go to both"),
+        ({"RUN_DIR": "r"}, "would go to all stages"),
+        ({"STAGE3_OVERRIDES": "steps=5"}, "STAGE3_OVERRIDES is set but STAGE3 is not"),
         ({"STAGE1_OVERRIDES": "data.path=/nowhere"}, "error: stage1_256: data: /nowhere is no data set"),
         (
             {"INPUT": "/tars", "OUTPUT": "/shards", "RESOLUTIONS": "256", "STAGE2_OVERRIDES": "init_from=other"},

@@ -71,8 +71,8 @@ def test_a_training_is_followed_to_its_end(cluster, data_set: Path, tmp_path: Pa
     last.verify()
 
 
-def test_the_schedule_runs_from_tars_to_stage_2(cluster, shape_tars: Path, tmp_path: Path) -> None:
-    """encode → stage 1 → stage 2 by dependencies, each a real job."""
+def test_the_schedule_runs_from_tars_to_stage_3(cluster, shape_tars: Path, tmp_path: Path) -> None:
+    """encode → stage 1 → stage 2 → stage 3 by dependencies, each a real job; the third draws a named source."""
     data, runs = tmp_path / "data", tmp_path / "runs"
     small = " ".join([*SMALL, "steps=2"])
     environment = cluster.env | {
@@ -81,8 +81,11 @@ def test_the_schedule_runs_from_tars_to_stage_2(cluster, shape_tars: Path, tmp_p
         "ENCODERS": "tiny",
         "STAGE1": "demo_256",
         "STAGE2": "demo_512",
+        "STAGE3": "demo_512",
         "STAGE1_OVERRIDES": f"{small} run_dir={runs / 'one'}",
         "STAGE2_OVERRIDES": f"{small} run_dir={runs / 'two'} init_from={runs / 'one'}",
+        "STAGE3_OVERRIDES": f"{small} run_dir={runs / 'three'} init_from={runs / 'two'} optimizer.ema_decay=0.5 "
+        "data.sources.images=1",
         "ENCODE_SBATCH": "--array=0-1 --cpus-per-task=1 --mem=0 --gpus-per-task=0 --gpus=0",
         "TRAIN_SBATCH": " ".join(TWO_NODES),
         "PYTHON": sys.executable,
@@ -90,10 +93,11 @@ def test_the_schedule_runs_from_tars_to_stage_2(cluster, shape_tars: Path, tmp_p
     shown = subprocess.run(["bash", "slurm/schedule.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     jobs = [line.split()[0] for line in shown.stdout.splitlines() if "slurm/" in line]
-    assert len(jobs) == 3
+    assert len(jobs) == 4
     for job in jobs:
         result = cluster.wait(job, timeout=240)
         assert (result.state, result.exit_code) == ("COMPLETED", 0), result.log
     assert Card.load(data).counts["written"] == 20
     assert "its weights and average" in result.log
-    assert newest(runs / "two").run_state.step == 2  # type: ignore[union-attr]
+    assert f"starting demo_512 from {runs / 'two'}" in result.log
+    assert [newest(runs / run).run_state.step for run in ("one", "two", "three")] == [2, 2, 2]  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Whether stage 2 can follow stage 1 is known before either is submitted."""
+"""Whether each stage can follow the one before it is known before any is submitted."""
 
 from __future__ import annotations
 
@@ -65,6 +65,28 @@ def test_without_encoding_the_data_set_must_be_there_and_fit(data_set: Path) -> 
     assert two.startswith("stage2_512: data: ")
     words = [(name, [f"data.path={data_set}"]) for name in ("demo_256", "demo_512")]
     assert problems(words, None) == []
+
+
+def test_a_third_stage_follows_the_second(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = [word for name in ("stage1_256", "stage2_512", "stage3_finetune") for word in (name, "data.path=/made")]
+    assert main([*stages, "--encodes", "/made", "256 512"]) == 0
+    assert main([*stages[:-1], "data.path=/made init_from=stage1_256", "--encodes", "/made", "256 512"]) == 2
+    said = "init_from: stage1_256 is not the stage before it, whose run_dir is runs/stage2_512"
+    assert capsys.readouterr().err == f"error: stage3_finetune: {said}\n"
+    third = (
+        "demo_512",
+        [f"data.path={data_set}", "init_from=demo_512", "run_dir=runs/third", "data.sources={fine: 1}"],
+    )
+    (found,) = problems([*((name, [f"data.path={data_set}"]) for name in ("demo_256", "demo_512")), third], None)
+    assert found.startswith(f"demo_512: data: data.sources: {data_set} has no fine with samples for 512 px")
+
+
+@pytest.mark.parametrize("words", [["stage1_256", ""], ["stage1_256", "", "stage2_512"]])
+def test_stages_without_overrides_are_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert "two stages or more, each with its overrides after it: '' for none" in capsys.readouterr().err
 
 
 def test_the_command_tells_every_problem_and_fails(capsys: pytest.CaptureFixture[str]) -> None:

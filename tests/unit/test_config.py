@@ -9,8 +9,9 @@ from support import complaint, starts
 
 from pretrain import config as configs
 from pretrain.config import Config, geometry, load, upgrade
-from pretrain.config_files import ConfigError, known
+from pretrain.config_files import CONFIGS, ConfigError, flatten, known, read_yaml
 from pretrain.diffusion import EpsilonPrediction, RectifiedFlow
+from pretrain.handover import Encoding, problems
 from pretrain.models import PRESETS, DiT
 from pretrain.resilience.capacity import activation_bytes, gib, state_bytes
 
@@ -39,8 +40,10 @@ def test_every_shipped_config_loads(name):
 
 
 def test_every_stage_has_its_deepspeed_file_and_slurm_script():
-    assert {p.stem for p in (ROOT / "ds_configs").glob("*.json")} == set(known())
-    stages = {name for name in known() if name.startswith("stage")}
+    """But for those that vary another one: they have its."""
+    own = {name for name in known() if "base" not in read_yaml(CONFIGS / f"{name}.yaml")}
+    assert {p.stem for p in (ROOT / "ds_configs").glob("*.json")} == own
+    stages = {name for name in own if name.startswith("stage")}
     assert stages >= {"stage1_256", "stage2_512"}
     assert {p.stem for p in (ROOT / "slurm").glob("stage*.sh")} == stages
     for name in stages:
@@ -49,8 +52,22 @@ def test_every_stage_has_its_deepspeed_file_and_slurm_script():
 
 def test_a_stages_init_from_is_a_stage():
     chained = {name: load(name)[0].init_from for name in known()}
-    assert chained["stage2_512"] == "stage1_256"
+    assert (chained["stage2_512"], chained["stage3_finetune"]) == ("stage1_256", "stage2_512")
     assert {origin for origin in chained.values() if origin} <= set(known())
+
+
+def test_the_papers_recipe_is_one_name_away():
+    """It differs from the shipped stages in the objective alone, and its second stage follows its first."""
+    assert (
+        problems([(f"{stage}_paper", []) for stage in ("stage1_256", "stage2_512")], Encoding("data/main", (256, 512)))
+        == []
+    )
+    for stage in ("stage1_256", "stage2_512"):
+        (ours, ds), (paper, paper_ds) = load(stage), load(f"{stage}_paper")
+        assert ds == paper_ds
+        old, new = (flatten(config.model_dump(exclude={"name", "run_dir", "init_from"})) for config in (ours, paper))
+        assert {key: new[key] for key in new if new[key] != old[key]} == {"objective.name": "epsilon"}
+        assert (paper.optimizer.name, paper.optimizer.lr, paper.model.backbone().mask_dropout) == ("adamw", 2e-4, 0.1)
 
 
 def test_the_papers_batches():
@@ -177,7 +194,7 @@ def test_a_deepspeed_key_without_effect_or_with_a_price_is_refused(override: str
 
 def test_a_gpu_of_80_gb_holds_the_largest_micro_batch_that_divides():
     """On the 32 GPUs of the scripts; the sums in the configs' comments are these."""
-    for name in ("stage1_256", "stage2_512"):
+    for name in ("stage1_256", "stage2_512", "stage3_finetune"):
         config, deepspeed = load(name)
         assert not config.model.recompute
         micro, share = deepspeed["train_micro_batch_size_per_gpu"], deepspeed["train_batch_size"] // 32

@@ -50,7 +50,7 @@ def stages() -> Iterator[str]:
     """The sum for the shipped stages, as their configs stand."""
     yield "| stage | micro-batch | states | activations | sum | on disk, all checkpoints that are kept |"
     yield "|---|---|---|---|---|---|"
-    for name in ("stage1_256", "stage2_512"):
+    for name in ("stage1_256", "stage2_512", "stage3_finetune"):
         config, deepspeed = load(name)
         micro = deepspeed["train_micro_batch_size_per_gpu"]
         states, activations = state_bytes(config, deepspeed, 32), activation_bytes(config, micro)
