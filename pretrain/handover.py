@@ -37,8 +37,8 @@ def problems(stages: list[tuple[str, list[str]]], encoding: Encoding | None) -> 
             configs.append(config)
             found += [f"{name}: {p}" for p in _data_problems(config, deepspeed["train_batch_size"], encoding)]
     if len(configs) == len(stages):
-        for (name, _), (first, second) in zip(stages[1:], pairwise(configs), strict=True):
-            found += [f"{name}: {p}" for p in _handover_problems(first, second)]
+        for (name, _), (before, after) in zip(stages[1:], pairwise(configs), strict=True):
+            found += [f"{name}: {p}" for p in _handover_problems(before, after)]
     return found
 
 
