@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pretrain.checkpoint.restore import map_parameters, parameter_shapes
 from pretrain.config import Config, ConfigError, load
-from pretrain.data.epoch_plan import plan_epochs
+from pretrain.data.epoch_plan import shares_by_step
 from pretrain.data.loader import check_fits
 from pretrain.data.location import DataLocation, open_card
 from pretrain.distributed.world import World
@@ -57,7 +57,7 @@ def _data_problems(config: Config, batch: int, encoding: Encoding | None) -> lis
         with tempfile.TemporaryDirectory() as folder:  # the cache is for the nodes' own disks
             card = open_card(replace(place, root=Path(folder)) if place.cached else place, World.alone())
         check_fits(card, config, config.model.backbone(), batch)
-        plan_epochs(card, config, batch, {})
+        shares_by_step(card.sets_with(data.resolution), data)
     except (ValueError, OSError) as error:
         return [f"data: {' '.join(str(error).split())}"]
     return []

@@ -118,7 +118,7 @@ def plan_epochs(card: Card, config: Config, global_batch: int, held_out: Mapping
         for name, about in sorted(card.sets_with(data.resolution).items())
         if about["samples"] > held_out.get(name, 0)
     }
-    shares = _shares(sets, data)
+    shares = shares_by_step(sets, data)
     samples = {name: about["samples"] for name, about in sets.items() if about["source"] in shares[0]}
     unit = global_batch if card.buckets else 1
     usable = {name: count for name, count in samples.items() if count >= unit}
@@ -199,8 +199,12 @@ class _Mixture:
         return draws
 
 
-def _shares(sets: dict[str, dict[str, Any]], data: DataSection) -> dict[int, dict[str, float]]:
-    """The share of each source that is used, by name in order, from each step on; all are 1 without `data.sources`."""
+def shares_by_step(sets: dict[str, dict[str, Any]], data: DataSection) -> dict[int, dict[str, float]]:
+    """The share of each source that is used, by name in order, from each step on; all are 1 without `data.sources`.
+
+    Raises:
+        ValueError: a source that none of the sets has.
+    """
     known = sorted({about["source"] for about in sets.values()})
     if data.sources is None:
         return {0: dict.fromkeys(known, 1.0)}
