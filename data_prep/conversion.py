@@ -22,10 +22,9 @@ Row = dict[str, Any]
 
 
 def tensors_of(row: Row, card: schema.Card) -> dict[str, Tensor]:
-    """A stored row's tensors by column: the text in the card's precision, with its scales if it has any, and the latents."""
+    """A stored row's tensors by column: text, latents, and features if it has any, in the card's precision, with their scales."""
     tensors = {name: torch.from_numpy(value.copy()) for name, value in row.items() if name not in (*ABOUT, mds.CRC)}
-    dtype = schema.EIGHT_BITS.get(card.text_dtype, torch.bfloat16)
-    return tensors | {"text": tensors["text"].view(dtype)}
+    return {name: values.view(schema.bits_of(name, card) or values.dtype) for name, values in tensors.items()}
 
 
 def rows_of(files: Files, card: schema.Card, folder: str, shard: dict[str, Any]) -> Iterator[Row]:

@@ -4,8 +4,8 @@
     python data_prep/convert.py s3://bucket/NAME --to parquet --output OUT
 
 Each MDS shard becomes one file, OUT/SOURCE/SET/PART-00000.tar or .parquet, with a row for each of its samples, in their order:
-key, caption, width, height, and the text and the latents as one safetensors file of tensors in their own precision. The card and
-the null text are copied. Every sample's checksum is compared as it is read. Started again, the command makes what is missing.
+key, caption, width, height, and all tensors (text, latents, features) as one safetensors file in their own precision. The card
+and the null text are copied. Every sample's checksum is compared as it is read. Started again, the command makes what is missing.
 """
 
 from __future__ import annotations

@@ -63,6 +63,8 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--output", type=path_or_url, required=True, help="the data set's folder, or an s3:// or gs:// URL")
     add("--work", type=path, help="with an output on object storage: a folder that all workers share")
     add("--encoders", type=encoders, required=True, help="tiny, or TEXT+VAE: names, hub names or folders")
+    add("--features", type=path_or_url, help="vision encoder whose features training may use: tiny, a name or a folder")
+    add("--features-dtype", choices=("float16", "int8", "float8_e4m3fn"), help="8 bits halve them (default: float16)")
     add("--resolutions", type=int, nargs="+", default=[256, 512], help="in pixels (default: 256 512)")
     add("--buckets", action="store_true", help="aspect-ratio buckets of each resolution's area, instead of squares")
     add("--captions", help="field of key.json, .txt for key.txt, or several with weights: recaption=0.8,.txt=0.2")
@@ -123,13 +125,19 @@ def encoders(text: str) -> str:
 def option_problem(args: argparse.Namespace) -> str | None:
     """Returns what is wrong with the options, in one line; None where nothing is."""
     from data_prep.common.storage import is_remote
-    from data_prep.encoders import DOWNSAMPLE
+    from data_prep.encoders import DOWNSAMPLE, FEATURE_CELL
     from data_prep.pictures.hashes import MAX_DISTANCE
     from data_prep.pictures.images import BUCKET_STEP
 
     unit = BUCKET_STEP if args.buckets else DOWNSAMPLE
     if bad := [r for r in args.resolutions if r <= 0 or r % unit]:
         return f"--resolutions {bad[0]}: sizes must be above 0 and divisible by {unit}"
+    if args.features and (bad := [r for r in args.resolutions if r % FEATURE_CELL]):
+        return (
+            f"--resolutions {bad[0]}: with --features sizes must be divisible by {FEATURE_CELL}, the pixels of a vector"
+        )
+    if args.features_dtype and not args.features:
+        return "--features-dtype is of the features, and there are none: give --features, too"
     for name in ("token_cap", "shard_mb", "decoders", "image_seconds", "image_memory_mb", "claim_timeout"):
         if getattr(args, name) <= 0:
             return f"--{name.replace('_', '-')} must be above 0"

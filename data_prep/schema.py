@@ -32,12 +32,14 @@ from torch import Tensor
 
 from data_prep.common import mds
 from data_prep.common.files import atomic_write
+from data_prep.encoders import FEATURE_CELL
 
 CARD, NULL_TEXT, REPORTS, INDEX, WORK = "dataset.json", "null_text.safetensors", "reports", "index.json", "work"
 FORMAT = 3
 SHARD_BYTES = 128 << 20
 EIGHT_BITS = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 TEXT_DTYPES = ("bfloat16", *EIGHT_BITS)
+FEATURE_DTYPES = ("float16", *EIGHT_BITS)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ class Latent:
 
 @dataclass(frozen=True)
 class Record:
-    """Stored sample. `text` is [L, E] in bf16; `latents` by resolution in pixels; sizes are the original picture's, in pixels."""
+    """Stored sample. `text` is [L, E] in bf16; sizes are the original picture's, in pixels.
+
+    `latents` are by resolution in pixels; so are `features`, a vision encoder's [h, w, F] in fp16, which most data sets lack.
+    """
 
     key: str
     caption: str
@@ -59,12 +64,15 @@ class Record:
     width: int
     height: int
     bucket: tuple[int, int] | None = None
+    features: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Card:
     """Card of a data set, `dataset.json`: the settings that every record was made with, and counts.
 
+    `features` describes the vision encoder whose features the samples have: name, width, pixels of a cell, dtype, fingerprint.
+    Without them the card has no such entry.
     `choices` are settings that every part shares but that a model does not depend on: how the sources are read.
     `sets` are the folders that hold an index, each with its source, resolutions, bucket, samples, shards and bytes.
     """
@@ -77,6 +85,7 @@ class Card:
     text_dtype: str = "bfloat16"
     latent_dtype: str = "float16"
     buckets: bool = False
+    features: dict[str, Any] | None = None
     format: int = FORMAT
     choices: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
@@ -85,7 +94,10 @@ class Card:
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings that a model depends on."""
-        return {k: v for k, v in asdict(self).items() if k not in ("choices", "complete", "counts", "sets")}
+        return {k: v for k, v in self._content().items() if k not in ("choices", "complete", "counts", "sets")}
+
+    def _content(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k != "features" or v is not None}
 
     @property
     def fingerprint(self) -> str:
@@ -97,7 +109,7 @@ class Card:
         return {name: about for name, about in self.sets.items() if resolution in about["resolutions"]}
 
     def save(self, root: Path) -> None:
-        write_file(root, CARD, json.dumps({**asdict(self), "fingerprint": self.fingerprint}, indent=2) + "\n")
+        write_file(root, CARD, json.dumps({**self._content(), "fingerprint": self.fingerprint}, indent=2) + "\n")
 
     @classmethod
     def load(cls, root: Path) -> Card:
@@ -122,19 +134,29 @@ class Card:
 def columns(resolutions: Iterable[int], card: Card) -> dict[str, str]:
     """Returns column names with MDS encodings. MDS has no bfloat16 and no 8-bit floats: bits are stored as integers."""
     parts = ("mean", "std") if card.posterior == "mean_std" else ("mean",)
-    latents = {f"latent_{r}_{part}": "ndarray:float16" for r in resolutions for part in parts}
-    text = {"text": "ndarray:uint16"}
-    if card.text_dtype in EIGHT_BITS:
-        text = {"text": "ndarray:uint8", "text_scale": "ndarray:float32"}
-    return {
-        "key": "str",
-        "caption": "str",
-        "width": "int",
-        "height": "int",
-        **text,
-        **latents,
-        mds.CRC: mds.CRC_ENCODING,
-    }
+    found = {"key": "str", "caption": "str", "width": "int", "height": "int"}
+    found |= _vector_encodings("text", card.text_dtype)
+    found |= {f"latent_{r}_{part}": "ndarray:float16" for r in resolutions for part in parts}
+    if card.features is not None:
+        for r in resolutions:
+            found |= _vector_encodings(f"features_{r}", card.features["dtype"])
+    return {**found, mds.CRC: mds.CRC_ENCODING}
+
+
+def _vector_encodings(column: str, dtype: str) -> dict[str, str]:
+    """Returns the MDS encodings of vectors in a dtype: in 8 bits there is a scale for each of them."""
+    if dtype in EIGHT_BITS:
+        return {column: "ndarray:uint8", f"{column}_scale": "ndarray:float32"}
+    return {column: "ndarray:uint16" if dtype == "bfloat16" else f"ndarray:{dtype}"}
+
+
+def bits_of(column: str, card: Card) -> torch.dtype | None:
+    """Returns the dtype of the values whose bits a column holds as integers; None for other columns."""
+    if column == "text":
+        return EIGHT_BITS.get(card.text_dtype, torch.bfloat16)
+    if card.features is not None and column.startswith("features_") and not column.endswith("_scale"):
+        return EIGHT_BITS.get(card.features["dtype"])
+    return None
 
 
 def sample_bytes(
@@ -145,18 +167,28 @@ def sample_bytes(
     tokens: float,
     text_dtype: str = "bfloat16",
     posterior: str = "mean_std",
+    feature_width: int = 0,
+    feature_dtype: str = "float16",
 ) -> float:
-    """Size of a stored sample in bytes: its latents and its text, without key, caption and checksum.
+    """Size of a stored sample in bytes: its latents, text and features, without key, caption and checksum.
 
     Args:
         resolutions: the sides in pixels of the square pictures that it holds.
         channels, downsample: the VAE's latent channels, and its pixels per latent pixel.
         text_width, tokens: the text encoder's width, and the number of the caption's tokens (a mean may be a fraction).
         text_dtype, posterior: as in the card.
+        feature_width, feature_dtype: of the features; 0 for none.
     """
+
+    def vector(width: int, dtype: str) -> int:
+        return width + 4 if dtype in EIGHT_BITS else 2 * width  # 4: its scale
+
     kinds = 2 if posterior == "mean_std" else 1
-    token = text_width + 4 if text_dtype in EIGHT_BITS else 2 * text_width  # 4: its scale
-    return sum(2 * kinds * channels * (side // downsample) ** 2 for side in resolutions) + tokens * token
+    size = sum(2 * kinds * channels * (side // downsample) ** 2 for side in resolutions)
+    size += sum((side // FEATURE_CELL) ** 2 for side in resolutions if feature_width) * vector(
+        feature_width, feature_dtype
+    )
+    return size + tokens * vector(text_width, text_dtype)
 
 
 def to_row(record: Record, card: Card) -> dict[str, Any]:
@@ -166,24 +198,30 @@ def to_row(record: Record, card: Card) -> dict[str, Any]:
         "caption": record.caption,
         "width": record.width,
         "height": record.height,
-        **_text_columns(record.text, card.text_dtype),
+        **_vector_columns("text", record.text, card.text_dtype),
     }
     for resolution, latent in record.latents.items():
         row[f"latent_{resolution}_mean"] = latent.mean.half().numpy()
         if latent.std is not None:
             row[f"latent_{resolution}_std"] = latent.std.half().numpy()
+    for resolution, features in record.features.items():
+        assert card.features is not None
+        row |= _vector_columns(f"features_{resolution}", features, card.features["dtype"])
     return row
 
 
-def _text_columns(text_LE: Tensor, dtype: str) -> dict[str, np.ndarray]:
+def _vector_columns(column: str, vectors: Tensor, dtype: str) -> dict[str, np.ndarray]:
+    """Returns the stored form of vectors, which the last dimension holds, in a dtype of `_vector_encodings`."""
     if dtype == "bfloat16":
-        return {"text": text_LE.view(torch.uint16).numpy()}
+        return {column: vectors.view(torch.uint16).numpy()}
+    if dtype not in EIGHT_BITS:
+        return {column: vectors.numpy()}
     largest = 127.0 if dtype == "int8" else torch.finfo(EIGHT_BITS[dtype]).max
-    values = text_LE.float()
-    scale_L1 = values.abs().amax(1, keepdim=True).clamp(min=1e-12) / largest
-    scaled = values / scale_L1
+    values = vectors.float()
+    scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
+    scaled = values / scale
     bits = (scaled.round() if dtype == "int8" else scaled).to(EIGHT_BITS[dtype]).view(torch.uint8)
-    return {"text": bits.numpy(), "text_scale": scale_L1[:, 0].numpy()}
+    return {column: bits.numpy(), f"{column}_scale": scale[..., 0].numpy()}
 
 
 def stored_size(value: Any) -> int:
@@ -194,10 +232,18 @@ def stored_size(value: Any) -> int:
 def text_of(row: dict[str, Any], dtype: str) -> Tensor:
     """Returns a stored row's text [L, E] in bf16; `dtype` is the card's `text_dtype`."""
     bits = _tensor(row["text"])
-    if dtype == "bfloat16":
-        return bits.view(torch.bfloat16)
-    scale_L = torch.from_numpy(row["text_scale"].copy())
-    return (bits.view(EIGHT_BITS[dtype]).float() * scale_L[:, None]).bfloat16()
+    return bits.view(torch.bfloat16) if dtype == "bfloat16" else _from_8_bits(row, "text", dtype).bfloat16()
+
+
+def features_of(row: dict[str, Any], resolution: int, dtype: str) -> Tensor:
+    """Returns a stored row's features [h, w, F] at a resolution in fp16; `dtype` is that of the card's `features`."""
+    column = f"features_{resolution}"
+    return _tensor(row[column]) if dtype == "float16" else _from_8_bits(row, column, dtype).half()
+
+
+def _from_8_bits(row: dict[str, Any], column: str, dtype: str) -> Tensor:
+    scale = torch.from_numpy(row[f"{column}_scale"].copy())
+    return _tensor(row[column]).view(EIGHT_BITS[dtype]).float() * scale[..., None]
 
 
 def latent_of(row: dict[str, Any], resolution: int) -> Latent:

@@ -1,7 +1,8 @@
-"""Weights of frozen encoders: the names that `--encoders` knows, and the folder that a name leads to.
+"""Weights of frozen encoders: the names that `--encoders` and `--features` know, and the folder that a name leads to.
 
 `--encoders` is `tiny` (both ship with the package) or `TEXT+VAE`, each a name of the tables below, a hub name, or a local
-folder in transformers' or diffusers' layout. Only safetensors are read: unpickling runs a file's code.
+folder in transformers' or diffusers' layout; `--features` is one such name. Only safetensors are read: unpickling runs a
+file's code.
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ VAES = {
     "sd-ft-mse": "stabilityai/sd-vae-ft-mse",
     "sdxl": "stabilityai/sdxl-vae",
 }
+VISION_ENCODERS = {
+    "tiny": str(ASSETS / "tiny_vit"),
+    "dinov2-base": "facebook/dinov2-base",
+    "dinov2-large": "facebook/dinov2-large",
+    "dinov3-base": "facebook/dinov3-vitb16-pretrain-lvd1689m",
+}
 # Earlier names, whose repositories hold pickles alone.
 PICKLED = {"t5-v1.1-xxl": "google/t5-v1_1-xxl"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
-# Commands that read pickles and write safetensors, for text encoders and for VAEs.
+# Commands that read pickles and write safetensors, for text encoders, VAEs and vision encoders.
 CONVERT_TEXT = (
     'python -c "from transformers import AutoTokenizer, T5EncoderModel; '
     "[kind.from_pretrained('{source}').save_pretrained('{target}') for kind in (T5EncoderModel, AutoTokenizer)]\""
@@ -36,6 +43,10 @@ CONVERT_TEXT = (
 CONVERT_VAE = (
     'python -c "from diffusers import AutoModel; '
     "AutoModel.from_pretrained('{source}', use_safetensors=False).save_pretrained('{target}')\""
+)
+CONVERT_VISION = (
+    'python -c "from transformers import AutoImageProcessor, AutoModel; '
+    "[kind.from_pretrained('{source}').save_pretrained('{target}') for kind in (AutoModel, AutoImageProcessor)]\""
 )
 
 
@@ -92,7 +103,8 @@ def local_folder(name: str, known: dict[str, str], **hub: Any) -> Path:
             f"{repository} has no folder {subfolder} with safetensors or JSON files; look for its name on the hub"
         )
     if known and not any(folder.glob("*.safetensors")):
-        convert = CONVERT_TEXT if known is TEXT_ENCODERS else CONVERT_VAE
+        commands = ((TEXT_ENCODERS, CONVERT_TEXT), (VAES, CONVERT_VAE), (VISION_ENCODERS, CONVERT_VISION))
+        convert = next(command for table, command in commands if table is known)
         raise ValueError(_without_safetensors(repository, convert, subfolder))
     return folder
 

@@ -1,17 +1,20 @@
-"""Makes the two small frozen encoders that ship with the package, `assets/tiny_t5` and `assets/tiny_vae`.
+"""Makes the three small frozen encoders that ship with the package: `assets/tiny_t5`, `assets/tiny_vae` and `assets/tiny_vit`.
 
-With them the whole pipeline runs on a CPU, without a download: a T5 encoder with its own tokenizer, and an 8×8
-AutoencoderKL. Both learn from the captioned-shapes world (`shapes.py`) alone:
+With them the whole pipeline runs on a CPU, without a download: a T5 encoder with its own tokenizer, an 8×8 AutoencoderKL,
+and a vision encoder for `--features`. All learn from the captioned-shapes world (`shapes.py`) alone:
 
 - the T5 encoder from captions: each position must predict its neighbours up to four words away, so that the embedding of
   "circle" tells that it is the red one;
 - the autoencoder from pictures: L1 + MSE reconstruction of random crops, a small KL term, and no adversary. A loss term
   holds its first three latent channels to the picture's 8×8 averages. Without it the reconstruction is as good, but a small
-  model learns the latents several times more slowly, as their fine structure is arbitrary.
+  model learns the latents several times more slowly, as their fine structure is arbitrary;
+- the vision encoder, a DINOv2 by its architecture, from pictures with the shape and the colour that each patch's centre shows.
+  So it was told what it shall see, as DINOv2 was not. A linear map of its features tells objects from the background in 98% of
+  the patches and colours in 98%, but hardly a circle from a square: 42% of the objects' patches.
 
-About 25 minutes on two CPU cores; run it again only to change the encoders (every data set's fingerprint changes with them):
+About 30 minutes on two CPU cores; run it again only to change the encoders (every data set's fingerprint changes with them):
 
-    python -m data_prep.assets.make_tiny_encoders
+    python -m data_prep.assets.make_tiny_encoders            # or with --only t5, vae or vit
 """
 
 from __future__ import annotations
@@ -29,10 +32,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from data_prep.encoders import DOWNSAMPLE, pixels_to_floats
-from data_prep.shapes import draw, random_scene, scenes
+from data_prep.encoders import DOWNSAMPLE, FEATURE_CELL, pixels_to_floats
+from data_prep.shapes import COLOURS, SHAPES, Scene, draw, random_scene, scenes
 
 ASSETS = Path(__file__).parent
 NEIGHBOURS = 4  # predicted tokens on each side
@@ -165,17 +168,78 @@ def latent_statistics(vae: AutoencoderKL, rng: random.Random) -> tuple[list[floa
     return [round(v, 5) for v in mean.tolist()], [round(v, 5) for v in std.tolist()]
 
 
+def shown_at(scene: Scene, cells: int) -> np.ndarray:
+    """What the centres of cells × cells patches show: the shape (0 for none) and the colour, as numbers [2, cells²]."""
+    y, x = np.divmod(np.arange(cells**2), cells)
+    x, y = (x + 0.5) / cells, (y + 0.5) / cells
+    colours = list(COLOURS)
+    shape, colour = np.zeros(cells**2, dtype=int), np.full(cells**2, colours.index(scene.background))
+    for o in scene.objects:
+        dx, dy, r = x - o.x, y - o.y, o.radius
+        inside = {
+            "circle": np.hypot(dx, dy) <= r,
+            "square": np.maximum(abs(dx), abs(dy)) <= r,
+            "triangle": (abs(dy) <= r) & (abs(dx) <= (dy + r) / 2),
+        }[o.shape]
+        shape[inside], colour[inside] = 1 + SHAPES.index(o.shape), colours.index(o.colour)
+    return np.stack([shape, colour])
+
+
+def train_vision_encoder(steps: int) -> Dinov2Model:
+    """Trains a ViT of width 64 to tell each patch's shape and colour; `steps` of 16 pictures of 256 px or 4 of 512 px."""
+    torch.manual_seed(0)
+    rng = random.Random("vit")
+    encoder = Dinov2Model(
+        Dinov2Config(
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            mlp_ratio=2,
+            image_size=256,
+            patch_size=FEATURE_CELL,
+        )
+    )
+    heads = nn.Linear(64, 1 + len(SHAPES) + len(COLOURS))
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+    for step in range(steps):
+        side, count = (512, 4) if step % 4 == 3 else (256, 16)
+        drawn = [random_scene(rng) for _ in range(count)]
+        pixels = torch.from_numpy(np.stack([np.asarray(draw(scene, side)) for scene in drawn]))
+        target = torch.from_numpy(np.stack([shown_at(scene, side // FEATURE_CELL) for scene in drawn]))
+        hidden = encoder(pixel_values=pixels_to_floats(pixels, torch.device("cpu"))).last_hidden_state[:, 1:]
+        shape, colour = heads(hidden).split([1 + len(SHAPES), len(COLOURS)], dim=-1)
+        loss = F.cross_entropy(shape.mT, target[:, 0]) + F.cross_entropy(colour.mT, target[:, 1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            right = (shape.argmax(-1) == target[:, 0]).float().mean().item()
+            print(f"vision encoder: step {step}/{steps}, loss {loss.item():.4f}, shapes {right:.1%}", flush=True)
+    return encoder.eval()
+
+
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description="Trains the small encoders that ship with the package.")
     parser.add_argument("--output", type=Path, default=ASSETS)
+    parser.add_argument("--only", choices=("t5", "vae", "vit"), help="default: all three")
     parser.add_argument("--text-steps", type=int, default=1000)
     parser.add_argument("--vae-steps", type=int, default=3500)
+    parser.add_argument("--vision-steps", type=int, default=1200)
     args = parser.parse_args()
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(args.output / "tiny_t5")
-    train_text_encoder(tokenizer, args.text_steps).to(torch.bfloat16).save_pretrained(args.output / "tiny_t5")
-    train_vae(args.vae_steps).to(torch.float16).save_pretrained(args.output / "tiny_vae")
+    if args.only in (None, "t5"):
+        tokenizer = make_tokenizer()
+        tokenizer.save_pretrained(args.output / "tiny_t5")
+        train_text_encoder(tokenizer, args.text_steps).to(torch.bfloat16).save_pretrained(args.output / "tiny_t5")
+    if args.only in (None, "vae"):
+        train_vae(args.vae_steps).to(torch.float16).save_pretrained(args.output / "tiny_vae")
+    if args.only in (None, "vit"):
+        train_vision_encoder(args.vision_steps).to(torch.float16).save_pretrained(args.output / "tiny_vit")
+        half = [0.5, 0.5, 0.5]  # pixels in -1..1
+        BitImageProcessor(image_mean=half, image_std=half).save_pretrained(args.output / "tiny_vit")
 
 
 if __name__ == "__main__":

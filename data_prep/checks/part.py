@@ -224,7 +224,24 @@ def sample_problem(row: Json, part: str, card: schema.Card, details: Json) -> st
                 return f"latent_{r}_{part_} is not finite"
         if latent.std is not None and latent.std.min() < 0:
             return f"latent_{r}_std is below 0"
+        if problem := _features_problem(row, r, (height_px, width_px), card):
+            return problem
     return None
+
+
+def _features_problem(row: Json, resolution: int, size: tuple[int, int], card: schema.Card) -> str | None:
+    """Returns what is wrong with the features of a picture of (height, width) pixels."""
+    about, column = card.features, f"features_{resolution}"
+    if about is None:
+        return None
+    expected = (*(side // about["cell"] for side in size), about["width"])
+    if row[column].shape != expected:
+        return f"{column} is {row[column].shape}, expected {expected}"
+    if about["dtype"] in schema.EIGHT_BITS:
+        scale = row[f"{column}_scale"]
+        if scale.shape != expected[:2] or not (scale > 0).all():
+            return f"{column}_scale is not {expected[:2]}, or not above 0 everywhere"
+    return None if _finite(schema.features_of(row, resolution, about["dtype"])) else f"{column} is not finite"
 
 
 def _finite(values: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Encoder of a worker: windows of pictures and captions to records, with both frozen encoders.
+"""Encoder of a worker: windows of pictures and captions to records, with the frozen encoders.
 
 A window's captions are encoded by length and its pictures by shape, so that batches have little padding; what is encoded
 together comes from one tar and follows from its samples alone.
@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_prep import schema
 from data_prep.encoders import (
     DOWNSAMPLE,
+    FEATURE_CELL,
     TextEncoder,
     Vae,
     encode_tokens,
     pixels_to_floats,
     tokenize,
 )
+from data_prep.features import VisionEncoder
 from data_prep.pictures.images import Cut
 from data_prep.weights import parse_encoders
 from data_prep.worker.report import Tally
@@ -70,19 +73,26 @@ class Picture:
 
 
 class Encoder:
-    """The frozen text encoder and VAE, with the settings that they are used with."""
+    """The frozen text encoder and VAE and, if `features` names one, a vision encoder, with the settings they are used with."""
 
-    def __init__(self, spec: str, settings: Settings, device: str, compile_: bool = False):
+    def __init__(self, spec: str, settings: Settings, device: str, compile_: bool = False, features: str | None = None):
         text, vae = parse_encoders(spec)
         self.text, self.vae, self.settings = TextEncoder(text, device), Vae(vae, device), settings
+        self.vision = None if features is None else VisionEncoder(features, device)
         self.device = torch.device(device)
         if compile_:
             self.text.model.compile(dynamic=True)
             self.vae.model.encoder.compile()
+            if self.vision is not None:
+                self.vision.model.compile()
 
-    def card(self, text_dtype: str) -> schema.Card:
+    def card(self, text_dtype: str, features_dtype: str = "float16") -> schema.Card:
         """Returns the data set's card, its counts still empty."""
-        t, v, s = self.text, self.vae, self.settings
+        t, v, s, f = self.text, self.vae, self.settings, self.vision
+        features = None
+        if f is not None:
+            about = {"name": f.name, "width": f.width, "cell": FEATURE_CELL}
+            features = {**about, "dtype": features_dtype, "fingerprint": f.fingerprint}
         return schema.Card(
             text_encoder={"name": t.name, "width": t.width, "fingerprint": t.fingerprint},
             vae={
@@ -97,6 +107,7 @@ class Encoder:
             resolutions=sorted(s.resolutions),
             text_dtype=text_dtype,
             buckets=s.buckets,
+            features=features,
         )
 
     def encode(self, window: list[Picture], name: str, tally: Tally) -> tuple[list[schema.Record], Callable[[], None]]:
@@ -121,15 +132,15 @@ class Encoder:
                 kept.append(n)
         window, ids = [window[n] for n in kept], [ids[n] for n in kept]
         texts = encode_tokens(self.text.model, ids, self.text.tokenizer.pad_token_id, self.device)
-        latents = self.latents([p.cut.pictures for p in window])
+        latents, features = self.encode_pictures([p.cut.pictures for p in window])
         ready = _no_wait
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
             ready = event.synchronize
         return [
-            schema.Record(f"{name}/{p.key}", p.caption, text, latent, p.cut.width, p.cut.height, p.cut.bucket)
-            for p, text, latent in zip(window, texts, latents, strict=True)
+            schema.Record(f"{name}/{p.key}", p.caption, text, latent, p.cut.width, p.cut.height, p.cut.bucket, feature)
+            for p, text, latent, feature in zip(window, texts, latents, features, strict=True)
         ], ready
 
     def unsuited(self, window: list[Picture]) -> str | None:
@@ -151,9 +162,12 @@ class Encoder:
             f"(shapes: above 30): for photographs take --encoders flan-t5-xxl+mochi, or another pair of --help"
         )
 
-    def latents(self, pictures: list[dict[int, Any]]) -> list[dict[int, schema.Latent]]:
-        """Returns the latents of each sample by resolution; pictures of one shape are encoded together."""
+    def encode_pictures(
+        self, pictures: list[dict[int, Any]]
+    ) -> tuple[list[dict[int, schema.Latent]], list[dict[int, Tensor]]]:
+        """Returns the latents and the features of each sample by resolution; pictures of one shape are encoded together."""
         latents: list[dict[int, schema.Latent]] = [{} for _ in pictures]
+        features: list[dict[int, Tensor]] = [{} for _ in pictures]
         shapes: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for n, cuts in enumerate(pictures):
             for resolution, pixels_HW3 in cuts.items():
@@ -162,11 +176,15 @@ class Encoder:
             step = max(1, PIXEL_BUDGET // (height * width))
             for batch in (cuts_of_shape[k : k + step] for k in range(0, len(cuts_of_shape), step)):
                 pixels_BHW3 = torch.stack([torch.from_numpy(pictures[n][r]) for n, r in batch])
-                encoded = self.vae.start_encoding(pixels_to_floats(pixels_BHW3, self.device))
+                pixels_B3HW = pixels_to_floats(pixels_BHW3, self.device)
+                encoded = self.vae.start_encoding(pixels_B3HW)
                 stds = encoded.std if self.settings.posterior == "mean_std" else [None] * len(batch)
                 for (n, r), mean, std in zip(batch, encoded.mean, stds, strict=True):
                     latents[n][r] = schema.Latent(mean, std)
-        return latents
+                if self.vision is not None:
+                    for (n, r), vectors in zip(batch, self.vision.start_encoding(pixels_B3HW), strict=True):
+                        features[n][r] = vectors
+        return latents, features
 
 
 def _no_wait() -> None: ...

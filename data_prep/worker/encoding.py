@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     survey_sources(sources, [j for j in jobs if j.name not in there], print, warn)
     if args.buckets and args.encoders == "tiny":
         warn(TINY_BUCKETS)
-    encoder = Encoder(args.encoders, settings, device, args.compile)
+    encoder = Encoder(args.encoders, settings, device, args.compile, args.features)
     card = open_data_set(root, encoder, args, sources, remote)
     save_command(root, options_from(args), args.output)
     changed = check_parts(jobs, root, args.changed)
@@ -132,7 +132,7 @@ def open_data_set(
     root: Path, encoder: Encoder, args: argparse.Namespace, sources: list[Source], remote: Remote | None
 ) -> schema.Card:
     """Starts the data set, or continues one that is there. Raises ValueError where that one has other settings."""
-    card = encoder.card(args.text_dtype)
+    card = encoder.card(args.text_dtype, args.features_dtype or "float16")
     choices = {
         "long_captions": args.long_captions,
         "duplicates": None if args.duplicates == "keep" else [args.duplicates, args.duplicate_distance],
@@ -145,8 +145,9 @@ def open_data_set(
         old = schema.Card.load(root)
         old_sources = old.choices.pop("sources")
         of_sources = {f"source {k}": v for k, v in old_sources.items()}
-        before = {"max_unknown": None, **old.settings(), **old.choices, **of_sources}
-        now = {**card.settings(), **choices, **{f"source {s.name}": s.choices for s in sources}}
+        absent = {"max_unknown": None, "features": None}  # of cards of earlier versions, or without features
+        before = {**absent, **old.settings(), **old.choices, **of_sources}
+        now = {**absent, **card.settings(), **choices, **{f"source {s.name}": s.choices for s in sources}}
         different = [k for k, v in now.items() if k in before and before[k] != v]
         if different and not is_empty(root):
             lines = [f"  {k}: there {before[k]}, now {now[k]}" for k in different]

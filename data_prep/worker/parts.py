@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from streaming import MDSWriter
+from torch import Tensor
 
 from data_prep.common import mds
 from data_prep.common.files import sync_path, temporary_name
@@ -34,6 +35,7 @@ from data_prep.schema import (
     Card,
     Record,
     columns,
+    features_of,
     set_name,
     stored_size,
     text_of,
@@ -64,7 +66,7 @@ class PartWriter:
         self.written: dict[str, int] = {}
         self.sets: dict[str, dict[str, Any]] = {}
         self.bytes: dict[str, int] = {}
-        self.text_error = [0.0, 0.0]  # sums of squares: of the error of 8 bits, of the values
+        self.errors: dict[str, list[float]] = {}  # sums of squares: of the error of 8 bits, of the values
         self._writers: dict[str, MDSWriter] = {}
         self._temporary = root / WORK / "parts" / self.source / self.part / token
 
@@ -89,11 +91,22 @@ class PartWriter:
         for column, value in row.items():
             self.bytes[column] = self.bytes.get(column, 0) + stored_size(value)
         if self.card.text_dtype in EIGHT_BITS:
-            text = record.text.float()
-            self.text_error[0] += float((text_of(row, self.card.text_dtype).float() - text).square().sum())
-            self.text_error[1] += float(text.square().sum())
+            self._add_error("text", record.text, text_of(row, self.card.text_dtype))
+        if self.card.features is not None and (dtype := self.card.features["dtype"]) in EIGHT_BITS:
+            for resolution, features in record.features.items():
+                self._add_error("features", features, features_of(row, resolution, dtype))
         writer.write(row)
         self.written[name] = self.written.get(name, 0) + 1
+
+    def _add_error(self, what: str, exact: Tensor, stored: Tensor) -> None:
+        sums, exact = self.errors.setdefault(what, [0.0, 0.0]), exact.float()
+        sums[0] += float((stored.float() - exact).square().sum())
+        sums[1] += float(exact.square().sum())
+
+    def error(self, what: str) -> float | None:
+        """Returns by how much 8 bits change the `text` or the `features`, as a share (root mean square); None in 16 bits."""
+        error, values = self.errors.get(what, (0.0, 0.0))
+        return round((error / values) ** 0.5, 6) if values else None
 
     def finish(self) -> int:
         """Closes the shards and syncs them to the disk; returns their size in bytes."""

@@ -94,7 +94,6 @@ class Tally:
     def report(self, writer: PartWriter, stored: int) -> dict[str, Any]:
         """Returns the part's report; `stored` is the size of its shards in bytes."""
         assert self.read == sum(writer.written.values()) + self.dropped
-        error, values = writer.text_error
         return {
             "tar": self.job.url,
             "tar_bytes": self.job.bytes,
@@ -113,7 +112,8 @@ class Tally:
             "unknown": {"tokens": self.unknown["tokens"], "captions": self.unknown["captions"]},
             "stored_bytes": stored,
             "column_bytes": dict(sorted(writer.bytes.items())),
-            "text_error": round((error / values) ** 0.5, 6) if values else None,
+            "text_error": writer.error("text"),
+            **({"features_error": error} if (error := writer.error("features")) is not None else {}),
             "tokens": {str(k): v for k, v in sorted(self.tokens.items())},
             "sizes": {str(k): v for k, v in sorted(self.sizes.items())},
         }
@@ -137,6 +137,8 @@ def summary(parts: Iterable[tuple[str, Mapping[str, Any]]], card: schema.Card) -
                     there = into.setdefault(key, {})
                     there[k] = there.get(k, 0) + count
         everything["text_error"] = max(everything["text_error"] or 0, report["text_error"] or 0) or None
+        if "features_error" in report:
+            everything["features_error"] = max(everything.get("features_error", 0), report["features_error"])
         line = {k: report[k] for k in ("tar", "expected", "read", "written", "dropped")}
         tars.append({"part": name, **line, **({"incomplete": cut} if (cut := report.get("incomplete")) else {})})
     for into in (everything, *sources.values()):
@@ -202,6 +204,8 @@ def table(report: Mapping[str, Any], card: schema.Card) -> str:
         lines += [f"  {c:<20} {size_text(n):>12} {n / total:>8.2%}" for c, n in report["column_bytes"].items()]
         if report["text_error"]:
             lines.append(f"  8-bit text differs from 16 bits by {report['text_error']:.2%} (root mean square)")
+        if "features_error" in report:
+            lines.append(f"  8-bit features differ from 16 bits by {report['features_error']:.2%} (root mean square)")
     lines += ["", *(f"WARNING: {line}" for line in found)] if (found := warnings(report, card)) else []
     parts = report["parts"]
     if len(parts) > _TARS_IN_TABLE:

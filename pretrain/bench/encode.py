@@ -127,4 +127,4 @@ def _pipeline(root: Path, paths: list[Path], encoder: Encoder, pool: DecoderPool
 def _bare(encoder: Encoder, ids: list[list[list[int]]], cuts: list[list[Cut]]) -> None:
     for captions, pictures in zip(ids, cuts, strict=True):
         encode_tokens(encoder.text.model, captions, encoder.text.tokenizer.pad_token_id, encoder.device)
-        encoder.latents([c.pictures for c in pictures])
+        encoder.encode_pictures([c.pictures for c in pictures])

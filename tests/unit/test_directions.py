@@ -45,6 +45,7 @@ LIBRARIES = {
     "transformers": {
         "data_prep/assets/make_tiny_encoders.py",
         "data_prep/encoders.py",
+        "data_prep/features.py",
         "pretrain/bench/encode.py",
         "pretrain/bench/gpu/encoders.py",
         "pretrain/evaluate/clip.py",
@@ -83,7 +84,7 @@ PRIVATE = {
 FLOORS: list[set[str]] = [
     {"data_prep/mochi.py", "data_prep/weights.py"},
     {"data_prep/common", "data_prep/encoders.py", "data_prep/pictures"},
-    {"data_prep/inputs", "data_prep/schema.py", "data_prep/shapes.py"},
+    {"data_prep/features.py", "data_prep/inputs", "data_prep/schema.py", "data_prep/shapes.py"},
     {"data_prep/assets", "data_prep/shapes_checker.py"},
     {"data_prep/worker"},
     {"data_prep/checks", "data_prep/encode.py"},
