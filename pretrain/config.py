@@ -21,6 +21,7 @@ from pretrain.config_problems import explain, field_of
 from pretrain.deepspeed_config import read_deepspeed
 from pretrain.diffusion import EpsilonPrediction, Objective, RectifiedFlow
 from pretrain.models import DiTConfig, preset
+from pretrain.models.alignment import Alignment
 from pretrain.models.config import RENAMED_FIELDS, upgrade_fields
 from pretrain.models.routing import Routing
 from pretrain.sections import Section, optional_fields, replace_fields
@@ -174,6 +175,25 @@ class RoutingSection(Section):
         return found + (routing.problems(backbone) if routing else [])
 
 
+class AlignmentSection(Section):
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight, in the loss, of aligning a block's tokens with a vision encoder's features, which the data set must hold; 0 is off,
+    REPA takes 0.5 (docs/train_for_less.md)."""
+    block: NotNegative | None = None
+    """Block, counted from 0, whose output is aligned; by default the one that ends the first 2/7 of them, as REPA's 8th of 28."""
+    hidden: Positive = 2048
+    """Width of the two hidden layers of the projection, which is trained along."""
+    until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the run's steps after which there is no alignment."""
+
+    def build(self, backbone: DiTConfig) -> Alignment | None:
+        """The alignment of a run of this backbone; None without one."""
+        if not self.weight:
+            return None
+        block = max(0, round(backbone.depth * 2 / 7) - 1) if self.block is None else self.block
+        return Alignment(self.weight, block, self.hidden, self.until)
+
+
 class OptimizerSection(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """Optimizer. muon: Muon for the matrices inside the blocks, AdamW for all else (docs/choices.md, "Muon")."""
@@ -287,6 +307,7 @@ class Config(Section):
     objective: ObjectiveSection = ObjectiveSection()
     data: DataSection
     routing: RoutingSection = RoutingSection()
+    alignment: AlignmentSection = AlignmentSection()
     optimizer: OptimizerSection = OptimizerSection()
     checkpoint: CheckpointSection = CheckpointSection()
     guard: GuardSection = GuardSection()
@@ -312,7 +333,10 @@ class Config(Section):
                 )
             elif not problems:
                 side = self.data.resolution // unit
-                found += [f"model.{p}" for p in backbone.grid_problems((side, side))]
+                too_small = backbone.grid_problems((side, side))
+                found += [f"model.{p}" for p in too_small]
+                if (alignment := self.alignment.build(backbone)) and not too_small:
+                    found += [f"alignment.{p}" for p in alignment.problems(backbone, (side, side))]
         found += [f"data.{p}" for p in self.data.problems()]
         found += [f"optimizer.{p}" for p in self.optimizer.problems()]
         if self.optimizer.warmup_steps > self.steps:

@@ -24,7 +24,7 @@ from pretrain.distributed.launcher import LauncherWatch
 from pretrain.distributed.rendezvous import init_distributed, shutdown
 from pretrain.distributed.world import World
 from pretrain.fp8 import use_fp8
-from pretrain.loss import TrainingLoss
+from pretrain.loss import TrainingLoss, model_to_train
 from pretrain.models import DiT
 from pretrain.monitoring.monitor import Monitor
 from pretrain.monitoring.preview import Preview
@@ -109,7 +109,7 @@ def build(
     objective = config.objective.build()
     validation = Validation(config, loader, objective, watchdog.begin, lambda: stop.code != 0)
     torch.manual_seed(config.seed)
-    model = DiT(backbone).to(world.device)
+    model = model_to_train(config, loader.card).to(world.device)
     model.recompute = config.model.recompute
     if config.model.fp8:
         use_fp8(model, config.model.fp8)
@@ -184,7 +184,7 @@ def train_step(t: Trainer, batches: list[Batch], state: RunState) -> RunState:
         batch = host_batch.to(zero.world.device, zero.dtype)
         loss = t.loss.compute(batch, plan)
         t.guard.add(batch.keys, loss, len(batch.damaged))
-        zero.backward(loss.mean)
+        zero.backward(loss.total)
         zero.step(lr, t.guard.judge)
     if zero.applied:
         t.ema.update(state.updates)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.models import DiT, DiTConfig
-from pretrain.models.inheritance import derived_parameters, optional_parameters
+from pretrain.models.inheritance import derived_parameters, optional_parameters, replaced_parameters
 from pretrain.models.mixers.base import DerivedParameter
 from pretrain.state import RunState
 
@@ -77,7 +77,7 @@ def map_parameters(here: Shapes, there: Shapes) -> ParameterMapping:
             sources[name] = name
         elif name not in there and (source := _derived_source(name, shape, there)):
             sources[name] = source
-        elif name not in there and _is_optional(name):
+        elif _is_optional(name) and (name not in there or _starts_anew(name)):
             fresh.append(name)
         else:
             problems.append(f"{name}: there {there.get(name, 'not there')}, here {shape}")
@@ -116,7 +116,8 @@ def restore_weights(checkpoint: Checkpoint, engine: Engine, ema: Ema, moments: b
     if moments and not mapping.identical:
         raise ValueError(
             f"{checkpoint.path} is of a model with other settings, whose moments fit this one's parameters in part only; "
-            "undo the change of model.*, or take its weights alone into a run of its own: init_from without carry_moments"
+            "undo the change of model.* or alignment.*, or take its weights alone into a run of its own: init_from without "
+            "carry_moments"
         )
 
     def load(kind: str, partitions: list[Tensor]) -> None:
@@ -158,6 +159,11 @@ def resume(checkpoint: Checkpoint, engine: Engine, ema: Ema, data: dict[str, Any
 
 def _is_optional(name: str) -> bool:
     return any(part in name for part in optional_parameters)
+
+
+def _starts_anew(name: str) -> bool:
+    """True for an optional parameter that does so where the trained model's has another shape."""
+    return any(part in name for part in replaced_parameters)
 
 
 def _derivation(name: str) -> DerivedParameter:

@@ -22,7 +22,7 @@ from pretrain.checkpoint.export_folder import read_json
 from pretrain.config import Config, kept_config
 from pretrain.config_files import KEPT_CONFIG, KEPT_DEEPSPEED, flatten
 from pretrain.curves import curves
-from pretrain.models.cost import CAPTION, grid_of, training_flops
+from pretrain.models.cost import CAPTION, grid_of, training_phases
 
 ENVIRONMENT = "environment.json"
 FILES = (KEPT_CONFIG, KEPT_DEEPSPEED, ENVIRONMENT, CARD)
@@ -38,7 +38,7 @@ class Run:
 
     Attributes:
         facts: config, DeepSpeed, code and data set, each value by its dotted name.
-        flops_per_image: of a step that computes all tokens; `routed_flops_per_image` of the first `routed_steps`.
+        flops: FLOPs of an image in each phase of the steps, after the step with which the phase ends.
         losses: curves of LOSSES that the run has, by step.
         seconds: of training up to a step, at the steps where it is known.
     """
@@ -46,9 +46,7 @@ class Run:
     name: str
     facts: dict[str, Any]
     batch: int
-    flops_per_image: float
-    routed_steps: int
-    routed_flops_per_image: float
+    flops: tuple[tuple[int, float], ...]
     losses: dict[str, dict[int, float]]
     seconds: dict[int, float]
 
@@ -58,8 +56,9 @@ class Run:
         if axis == "images":
             return at * self.batch
         if axis == "FLOPs":
-            routed = at.clip(max=self.routed_steps)
-            return self.batch * (routed * self.routed_flops_per_image + (at - routed) * self.flops_per_image)
+            ends = [0, *(end for end, _ in self.flops)]
+            inside = (at.clip(max=end) - at.clip(max=start) for start, end in pairwise(ends))
+            return self.batch * sum(steps * flops for steps, (_, flops) in zip(inside, self.flops, strict=True))
         assert axis == "hours"
         return np.interp(at, [0, *self.seconds], [0, *self.seconds.values()]) / 3600
 
@@ -87,7 +86,8 @@ def read_run(folder: Path, name: str) -> Run:
     config = kept_config(folder)
     deepspeed, environment, card = (read_json(folder / file) for file in (KEPT_DEEPSPEED, ENVIRONMENT, CARD))
     backbone = config.model.backbone()
-    grid, routing = grid_of(backbone, config.data.resolution, DOWNSAMPLE), config.routing.build(backbone)
+    grid, features = grid_of(backbone, config.data.resolution, DOWNSAMPLE), (card.get("features") or {}).get("width", 0)
+    methods = config.routing.build(backbone), config.alignment.build(backbone)
     found = curves(folder, (*LOSSES, STEP_S))
     if type(deepspeed.get("train_batch_size")) is not int:
         raise ValueError(f"{folder / KEPT_DEEPSPEED}: train_batch_size must be a whole number, as a training writes it")
@@ -98,9 +98,7 @@ def read_run(folder: Path, name: str) -> Run:
         name,
         facts,
         deepspeed["train_batch_size"],
-        training_flops(backbone, 1, grid, CAPTION),
-        routing.steps(config.steps) if routing else 0,
-        training_flops(backbone, 1, grid, CAPTION, routing=routing),
+        tuple(training_phases(backbone, grid, CAPTION, config.steps, *methods, features)),
         {tag: found[tag] for tag in LOSSES if tag in found},
         seconds_by_step(found[STEP_S]),
     )

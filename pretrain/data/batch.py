@@ -32,6 +32,7 @@ class Sample:
         text: its caption's embedding [L, E], L tokens of it.
         latent: the VAE's posterior.
         source: the number of its source, in the order of their names.
+        features: the vision encoder's [h, w, F] in fp16, where the run uses them.
         damaged: the samples that it stands in for, as they cannot be read.
     """
 
@@ -41,6 +42,7 @@ class Sample:
     latent: Latent
     source: int = 0
     damaged: tuple[UnreadableSample, ...] = ()
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Batch:
         mean_BCHW, std_BCHW: the VAE's posteriors in fp16; std_BCHW is None where the data set keeps the means alone.
         sources: the numbers of the samples' sources.
         damaged: samples that belong into it, but could not be read: other samples of their sets are in their places.
+        features_BhwF: the vision encoder's features in fp16; None where the run does not use them.
     """
 
     keys: tuple[str, ...]
@@ -62,17 +65,28 @@ class Batch:
     std_BCHW: Tensor | None
     sources: tuple[int, ...] = ()
     damaged: tuple[UnreadableSample, ...] = ()
+    features_BhwF: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """The batch on a device, the text in `dtype`, the latents in fp32 (half of that is copied: they are cast there)."""
         std = self.std_BCHW if self.std_BCHW is None else self.std_BCHW.to(device, non_blocking=True).float()
         mean = self.mean_BCHW.to(device, non_blocking=True).float()
-        return replace(self, text=self.text.to(device, dtype), mean_BCHW=mean, std_BCHW=std)
+        features = (
+            self.features_BhwF if self.features_BhwF is None else self.features_BhwF.to(device, non_blocking=True)
+        )
+        return replace(self, text=self.text.to(device, dtype), mean_BCHW=mean, std_BCHW=std, features_BhwF=features)
 
     def pin_memory(self) -> Batch:
         """The batch in pinned host memory; torch's DataLoader calls it by this name."""
         std = self.std_BCHW if self.std_BCHW is None else self.std_BCHW.pin_memory()
-        return replace(self, text=self.text.pin_memory(), mean_BCHW=self.mean_BCHW.pin_memory(), std_BCHW=std)
+        features = self.features_BhwF if self.features_BhwF is None else self.features_BhwF.pin_memory()
+        return replace(
+            self,
+            text=self.text.pin_memory(),
+            mean_BCHW=self.mean_BCHW.pin_memory(),
+            std_BCHW=std,
+            features_BhwF=features,
+        )
 
     def latent(self, posterior_BCHW: Tensor) -> Tensor:
         """A fresh sample of the VAE's posterior [B, C, H, W] from standard normal numbers."""
@@ -100,6 +114,7 @@ class Collate:
 
     def _batch(self, samples: list[Sample]) -> Batch:
         stds = [s.latent.std[None] for s in samples if s.latent.std is not None]
+        features = [s.features[None] for s in samples if s.features is not None]
         return Batch(
             keys=tuple(s.key for s in samples),
             seeds=tuple(s.seed for s in samples),
@@ -110,6 +125,7 @@ class Collate:
             std_BCHW=concatenate(stds) if stds else None,
             sources=tuple(s.source for s in samples),
             damaged=tuple(unreadable for s in samples for unreadable in s.damaged),
+            features_BhwF=concatenate(features) if features else None,
         )
 
 

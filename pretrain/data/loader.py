@@ -201,6 +201,11 @@ def check_fits(card: schema.Card, config: Config, backbone: DiTConfig, global_ba
         )
     if wrong:
         raise ValueError(f"{path} does not fit this run:\n" + "\n".join(wrong))
+    if config.alignment.weight and card.features is None:
+        raise ValueError(
+            f"alignment.weight: {config.alignment.weight:g} needs a vision encoder's features, and {path} holds none; encode it "
+            "with --features dinov2-base (docs/data.md), or set alignment.weight=0"
+        )
     if not sets:
         raise ValueError(f"{path} holds no samples that are large enough for {config.data.resolution} px")
     if card.buckets and global_batch % config.data.canonical_nodes:

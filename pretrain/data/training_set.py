@@ -53,6 +53,7 @@ class TrainingSet(PositionedDataset):
             allow_unsafe_types=False,
         )
         self.text_dtype = card.text_dtype
+        self.features_dtype = card.features["dtype"] if card.features and config.alignment.weight else None
         self.resolution = config.data.resolution
         self.set_names = [stream.name for stream in streams]
         source_of = [card.sets[name]["source"] for name in self.set_names]
@@ -70,7 +71,8 @@ class TrainingSet(PositionedDataset):
         seed = sample_seed(self.shuffle_seed, self.epoch, f"{row['key']}/{repeat}" if repeat else row["key"])
         text, latent = schema.text_of(row, self.text_dtype), schema.latent_of(row, self.resolution)
         source = self._source_numbers[self.place_of(number).stream]
-        return Sample(row["key"], seed, text, latent, source, damaged)
+        features = self.features_dtype and schema.features_of(row, self.resolution, self.features_dtype)
+        return Sample(row["key"], seed, text, latent, source, damaged, features)
 
     def _readable(self, number: int) -> tuple[dict[str, Any], tuple[UnreadableSample, ...]]:
         """Reads the row of a sample or, where it cannot be read, of another one of its set.

@@ -23,11 +23,21 @@ class NoisySample:
 
 @dataclass(frozen=True)
 class Loss:
-    """Mean squared error: the batch's mean, and per sample with its timestep (both without gradient)."""
+    """Mean squared error: the batch's mean, and per sample with its timestep (both without gradient).
+
+    `alignment` is another loss (models/alignment.py) that is minimised with the weight `alignment_weight`; None without one.
+    """
 
     mean: Tensor
     per_sample_B: Tensor
     timestep_B: Tensor
+    alignment: Tensor | None = None
+    alignment_weight: float = 0.0
+
+    @property
+    def total(self) -> Tensor:
+        """What a step minimises."""
+        return self.mean if self.alignment is None else self.mean + self.alignment_weight * self.alignment
 
 
 class Objective(Protocol):

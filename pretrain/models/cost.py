@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pretrain.models.alignment import Alignment
 from pretrain.models.budget_choices import every_budget
 from pretrain.models.compute_budget import ComputeBudget
 from pretrain.models.config import DiTConfig
@@ -170,12 +171,45 @@ def training_flops(
     c: DiTConfig,
     images: int,
     grid: Grid,
-    text_tokens: int,
+    text_tokens: float,
     budget: ComputeBudget | None = None,
     routing: Routing | None = None,
+    alignment: Alignment | None = None,
+    features: int = 0,
 ) -> float:
-    """FLOPs of a training step over `images` images with `text_tokens` tokens of text in all."""
-    return 3.0 * images * count_flops(c, grid, text_tokens / images, budget, routing).total
+    """FLOPs of a training step over `images` images with `text_tokens` tokens of text in all.
+
+    Args:
+        routing, alignment: those of this step.
+        features: the width of the features that the alignment is with.
+    """
+    forward = count_flops(c, grid, text_tokens / images, budget, routing).total
+    if alignment is not None:
+        forward += 2 * alignment.macs(c.width, features, alignment.tokens(math.prod(grid), routing))
+    return 3.0 * images * forward
+
+
+def training_phases(
+    c: DiTConfig,
+    grid: Grid,
+    text_tokens: float,
+    steps: int,
+    routing: Routing | None,
+    alignment: Alignment | None,
+    features: int,
+) -> list[tuple[int, float]]:
+    """FLOPs of one image in each phase of a training of `steps` steps: the step with which the phase ends, and the FLOPs.
+
+    Args:
+        routing, alignment, features: the run's, as `training_flops` takes them for a step.
+    """
+    routed, aligned = (0 if method is None else method.steps(steps) for method in (routing, alignment))
+    phases, start = [], 0
+    for end in sorted({routed, aligned, steps} - {0}):
+        methods = (routing if start < routed else None, alignment if start < aligned else None)
+        phases.append((end, training_flops(c, 1, grid, text_tokens, None, *methods, features)))
+        start = end
+    return phases
 
 
 def count_activations(

@@ -13,7 +13,7 @@ Initialisation. `DiT.initialise` sets weights and biases, then each module with 
 | scale-shift tables                                     | gates 1, the rest normal(1/√D)                            |
 | query mask's time table, or its shift                  | normal(0.02), or 0                                        |
 | query mask's last bias                                 | 2: masks start near 0.88, where their gradient still flows |
-| a token mixer's own                                    | its file in `mixers/`                                     |
+| a token mixer's own, the alignment's projection        | its file in `mixers/`, `alignment.py`                     |
 
 PixArt-alpha starts its gates at random, these outputs at Xavier's and its last layer at 0. With the first two, the tiny
 FocusDiT's masks shut the FFNs of the first blocks (means under 0.01 within 100 steps), since what a fresh FFN adds is noise.
@@ -22,7 +22,7 @@ With the last, the tiny DiT's loss stood still for its first 150 steps; with Xav
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from typing import cast
@@ -33,6 +33,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.models.alignment import Projection
 from pretrain.models.block import Block, Shared
 from pretrain.models.budget_choices import check_budget, common_budget, default_budget
 from pretrain.models.compute_budget import ComputeBudget
@@ -59,12 +60,14 @@ from pretrain.models.text import PackedText
 class Prediction:
     """The backbone's output; `masks` has each block's query mask [B, N] with the (rows, columns) that it computed on.
 
-    With token routing, a block that computes the kept tokens alone has those tokens' mask, [B, n].
+    With token routing, a block that computes the kept tokens alone has those tokens' mask, [B, n]. `aligned_BnF` are the tokens
+    of the aligned block, projected, where they are asked for.
     """
 
     sample_BCHW: Tensor
     masks: tuple[tuple[Tensor, Grid], ...]
     grid: Grid
+    aligned_BnF: Tensor | None = None
 
     @property
     def masks_KBN(self) -> Tensor | None:
@@ -93,6 +96,21 @@ class Prediction:
 
     def _masks(self) -> list[Tensor]:
         return [spread(m_BN[..., None], grid, self.grid)[..., 0] for m_BN, grid in self.masks]
+
+
+@dataclass
+class _Trace:
+    """What the blocks of a forward pass leave beside their last state.
+
+    Attributes:
+        aligned: the block whose tokens are to be kept; None for none.
+        masks: each block's query mask, with the grid that it computed on.
+        tokens_BnD: those of the block `aligned`.
+    """
+
+    aligned: int | None
+    masks: list[tuple[Tensor, Grid]] = field(default_factory=list)
+    tokens_BnD: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +171,7 @@ class DiT(nn.Module):
     Attributes:
         recompute: recompute each block's activations in the backward pass instead of keeping them.
         text_multiple: pad the captions of `encode_text` to multiples of it, for compiled code; None does not pad.
+        alignment: the projection of an aligned training, which `pretrain.loss` adds; None in every other model.
     """
 
     def __init__(self, config: DiTConfig):
@@ -162,6 +181,7 @@ class DiT(nn.Module):
         self.config = config
         self.recompute = False
         self.text_multiple: int | None = None
+        self.alignment: Projection | None = None
         D = config.width
         self.patch_embed = PatchEmbed(config.latent_channels, config.patch, D)
         self.time_embed = TimeEmbed(D)
@@ -265,6 +285,7 @@ class DiT(nn.Module):
         keep_KBN: Tensor | None = None,
         budget: ComputeBudget | None = None,
         route: Route | None = None,
+        align: bool = False,
     ) -> Prediction:
         """Predicts for noisy latents [B, C, H, W].
 
@@ -274,6 +295,7 @@ class DiT(nn.Module):
             keep_KBN: dropout of each block's query mask while training, from `mask.dropout_factors`; none by default.
             budget: the compute budget; by default that of the noise level, which must then be the same for all images.
             route: token routing, while training; by default every block computes all tokens.
+            align: give the tokens of the aligned block, projected, too; for a model with `alignment`.
 
         Raises:
             ValueError: the latent's sides are not divisible by the patch or too small for the token mixers; latents and
@@ -295,8 +317,8 @@ class DiT(nn.Module):
         shared = Shared(self._positions(grid, budget, x_BND), self.shared_expert, skip)
         keep_KBN = None if keep_KBN is None else keep_KBN.to(x_BND.dtype)
         state = TokenState(x_BND, grid, x_BND.new_ones(x_BND.shape[0], x_BND.shape[1], 1))
-        masks: list[tuple[Tensor, Grid]] = []
-        run, depth = partial(self._run_blocks, masks, conditioning), len(self.blocks)
+        trace = _Trace(self.alignment.block if align and self.alignment is not None else None)
+        run, depth = partial(self._run_blocks, trace, conditioning), len(self.blocks)
         if route is None:
             state = run(range(depth), state, shared, keep_KBN)
         else:
@@ -305,25 +327,28 @@ class DiT(nn.Module):
             kept = run(range(route.first, route.last), route.leave(state), routed, route.dropout(keep_KBN))
             state = run(range(route.last, depth), route.come_back(kept, state), shared, keep_KBN)
         sample_BCHW = self.final(state, conditioning.time_BD)
-        return Prediction(sample_BCHW, () if self.config.mask == "none" else tuple(masks), grid)
+        aligned = None if self.alignment is None or trace.tokens_BnD is None else self.alignment(trace.tokens_BnD)
+        return Prediction(sample_BCHW, () if self.config.mask == "none" else tuple(trace.masks), grid, aligned)
 
     def _run_blocks(
         self,
-        masks: list[tuple[Tensor, Grid]],
+        trace: _Trace,
         conditioning: Conditioning,
         blocks: range,
         state: TokenState,
         shared: Shared,
         keep_KBN: Tensor | None,
     ) -> TokenState:
-        """The state after these blocks; adds each one's query mask to `masks`."""
+        """The state after these blocks; adds to `trace` what they leave."""
         for index in blocks:
             inputs = (index, state, conditioning, shared, None if keep_KBN is None else keep_KBN[index])
             if self.recompute and torch.is_grad_enabled():
                 state = checkpoint(self._run_block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 state = self._run_block(*inputs)
-            masks.append((state.mask_BN1.squeeze(-1), state.grid))
+            trace.masks.append((state.mask_BN1.squeeze(-1), state.grid))
+            if index == trace.aligned:
+                trace.tokens_BnD = state.x_BND
         return state
 
     def _run_block(

@@ -27,6 +27,7 @@ from pretrain.distributed.engine import Engine
 from pretrain.distributed.world import all_reduce
 from pretrain.gpus import gpu_of
 from pretrain.models import ComputeBudget, DiTConfig
+from pretrain.models.alignment import Alignment
 from pretrain.models.cost import ffn_shares, grid_of, training_flops
 from pretrain.models.focusdit.skip import LOW
 from pretrain.models.routing import Routing
@@ -57,10 +58,11 @@ class Sums:
     """Sums of this process since the last logging step.
 
     Attributes:
-        loss: of the micro-batches' mean losses [1], on the device like the next five.
+        loss: of the micro-batches' mean losses [1], on the device like the next six.
         bin_loss, bin_count: samples' losses and their number by bin of the timestep [T].
         source_loss, source_count: likewise by source [S].
         masks: of the images' figures of each block's query mask, by bin: mean, variance, share under LOW [3 · K · T].
+        alignment: of the micro-batches' alignment losses, and their number [2]; [0] in a run without alignment.
         micro_batches, images, flops: work of this process.
         wait_s: seconds for which training waited for data.
         skipped, clipped, steps: optimizer steps, the same on all processes.
@@ -72,6 +74,7 @@ class Sums:
     source_loss: Tensor
     source_count: Tensor
     masks: Tensor
+    alignment: Tensor
     micro_batches: int = 0
     images: int = 0
     flops: float = 0.0
@@ -83,7 +86,8 @@ class Sums:
     @property
     def on_device(self) -> list[Tensor]:
         """The tensors, in the order of a checkpoint."""
-        return [self.loss, self.bin_loss, self.bin_count, self.source_loss, self.source_count, self.masks]
+        losses = [self.loss, self.bin_loss, self.bin_count, self.source_loss, self.source_count]
+        return [*losses, self.masks, self.alignment]
 
 
 # Fields of Sums on the host: those that differ between processes, and those that are the same on all.
@@ -153,7 +157,8 @@ class Monitor:
 
         bins = self.config.logging.timestep_bins
         by_bin, by_source = (zeros(bins), zeros(bins)), (zeros(len(self.sources)), zeros(len(self.sources)))
-        return Sums(zeros(1), *by_bin, *by_source, zeros(3 * self.backbone.depth * bins))
+        masks, aligned = 3 * self.backbone.depth * bins, 2 if self.config.alignment.weight else 0
+        return Sums(zeros(1), *by_bin, *by_source, zeros(masks), zeros(aligned))
 
     def _gpu_seconds(self) -> float:
         """Seconds of all processes in this run up to now, pauses included; those after a killed start's checkpoint are not."""
@@ -175,8 +180,9 @@ class Monitor:
         masks_3KB: Tensor | None,
         budget: ComputeBudget,
         routing: Routing | None = None,
+        alignment: Alignment | None = None,
     ) -> None:
-        """Adds one micro-batch, without waiting for the device; `routing` is that of a routed step.
+        """Adds one micro-batch, without waiting for the device; `routing` and `alignment` are those of its step.
 
         Args:
             masks_3KB: `Prediction.mask_statistics_3KB`.
@@ -193,9 +199,15 @@ class Monitor:
             s.source_count.index_add_(0, source_B, torch.ones_like(loss.per_sample_B))
         if masks_3KB is not None:
             s.masks.view(3, -1, bins).index_add_(2, bin_B, masks_3KB)
+        if loss.alignment is not None:
+            s.alignment += torch.stack([loss.alignment.detach(), torch.ones_like(loss.alignment)])
         s.micro_batches += 1
         s.images += len(batch.keys)
-        s.flops += training_flops(self.backbone, len(batch.keys), self.grid, sum(batch.text.lengths), budget, routing)
+        images, text, features = len(batch.keys), sum(batch.text.lengths), 0
+        if alignment is not None:
+            assert batch.features_BhwF is not None
+            features = batch.features_BhwF.shape[-1]
+        s.flops += training_flops(self.backbone, images, self.grid, text, budget, routing, alignment, features)
 
     def step(self, step: int, verdict: StepVerdict, lr: float) -> None:
         """Counts optimizer step number `step` (from 1), and writes at logging steps. All processes call it."""
@@ -212,7 +224,8 @@ class Monitor:
         host = torch.tensor([s.micro_batches, s.images, s.flops / 1e12, s.wait_s], device=self.world.device)
         sums = all_reduce(torch.cat([*s.on_device, host, self.norms.squares_2P().flatten()]), self.world)
         sizes = [*(len(tensor) for tensor in s.on_device), len(host), 2 * len(PARTS)]
-        loss, bin_loss, bin_count, source_loss, source_count, masks, host, squares = sums.cpu().split(sizes)
+        parts = sums.cpu().split(sizes)
+        loss, bin_loss, bin_count, source_loss, source_count, masks, alignment, host, squares = parts
         times = self.times.of_all()
         if self.world.rank != 0:
             return
@@ -235,6 +248,8 @@ class Monitor:
             **self._source_scalars(source_loss, source_count),
             **self._norm_scalars(squares.view(2, -1), lr if verdict.fault is None else 0.0),
         }
+        if len(alignment) and alignment[1]:
+            scalars["alignment/negative_cosine"] = (alignment[0] / alignment[1]).item()
         if self.backbone.mask != "none":
             scalars |= self._mask_scalars(masks.view(3, -1, bins), bin_count)
         self.scalars(scalars, step)

@@ -11,14 +11,14 @@ from torch import Tensor
 from pretrain.distributed import torch_private
 from pretrain.distributed.engine import Engine
 
-PARTS = ("embeddings", "modulation", "attention", "ffn", "shared_expert", "query_mask", "final")
+PARTS = ("embeddings", "modulation", "attention", "ffn", "shared_expert", "query_mask", "final", "alignment")
 
 
 def part_of(name: str) -> str:
     """The part of PARTS that a parameter of `DiT` belongs to, by its name; token mixers' own belong to attention."""
     names = name.split(".")
     inside = names[2] if names[0] == "blocks" else names[0]
-    if inside in ("ffn", "shared_expert", "query_mask", "final"):
+    if inside in ("ffn", "shared_expert", "query_mask", "final", "alignment"):
         return inside
     if inside in ("scale_shift_table", "time_modulation"):
         return "modulation"

@@ -11,6 +11,7 @@ PANELS = {
         "loss": ["train/loss", "validation/loss$", "validation_ema.*/loss$"],
         "loss by timestep": ["loss_by_timestep/"],
         "loss by source of the data": ["loss_by_source/"],
+        "alignment with the vision encoder's features, negative cosine": ["alignment/negative_cosine"],
         "validation loss of the averages, by noise level": ["validation_ema.*/loss_t"],
         "validation loss, by noise level": ["validation/loss_t"],
         "gradient norm": ["train/gradient_norm"],

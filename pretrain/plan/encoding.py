@@ -8,6 +8,9 @@ T5_PARAMETERS = {1024: 308_281_344, 2048: 1_157_627_904, 4096: 4_630_511_616}
 # data_prep/mochi.py runs it. `tests/unit/plan/test_encoding.py` counts all of these.
 VAE_FLOPS = {4: 4.16e6, 12: 2.47e6}
 
+# Width of the features of an aligned stage, where the data set is not known: those of DINOv2's base, as REPA takes.
+FEATURE_WIDTH = 768
+
 
 def encoding_flops(resolutions: list[int], channels: int, text_width: int, tokens: float) -> float | None:
     """FLOPs of encoding one sample: 2 for each of T5's parameters and token, and the VAE's for each pixel; T5's attention over

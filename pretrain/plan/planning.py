@@ -221,16 +221,20 @@ def _checkpoints(stage: Stage) -> Iterator[Row]:
 
 def _sample_bytes(stage: Stage, sides: Sequence[int]) -> float:
     """Bytes of a sample that holds these resolutions."""
-    model = stage.model
-    return sample_bytes(sides, model.latent_channels, DOWNSAMPLE, model.text_width, stage.setting.caption_tokens)
+    model, tokens = stage.model, stage.setting.caption_tokens
+    features = stage.feature_width
+    return sample_bytes(sides, model.latent_channels, DOWNSAMPLE, model.text_width, tokens, feature_width=features)
 
 
 def of_all(stages: Sequence[Stage], setting: Setting) -> Iterator[Figure]:
     """The figures of all stages together: the data set that they share, and sums."""
     model, sides = stages[0].model, sides_of(stages)
-    size = _sample_bytes(stages[0], sides)
+    fullest = max(stages, key=lambda stage: stage.feature_width)  # one data set serves all
+    size = _sample_bytes(fullest, sides)
     pixels = " and ".join(map(str, sides))
     what = f"latents at {pixels} px, mean and std in fp16; text of {setting.caption_tokens:g} tokens in bf16"
+    if width := fullest.feature_width:
+        what += f"; features of DINOv2's base, {width} wide, in fp16 (encoding them is not counted)"
     rows: list[tuple[str, Row]] = [
         ("data", ("a sample", size / 1e6, "MB", what)),
         (

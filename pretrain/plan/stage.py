@@ -12,8 +12,9 @@ from typing import Any
 from data_prep.encoders import DOWNSAMPLE
 from pretrain.config import Config, load
 from pretrain.models import DiTConfig
-from pretrain.models.cost import count_activations, count_flops, count_parameters, grid_of
+from pretrain.models.cost import count_activations, count_flops, count_parameters, grid_of, training_phases
 from pretrain.models.grids import Grid
+from pretrain.plan.encoding import FEATURE_WIDTH
 from pretrain.plan.setting import Cluster, Setting
 from pretrain.resilience.capacity import GIB, States, checkpoint_bytes, states
 
@@ -84,17 +85,24 @@ class Stage:
 
     @cached_property
     def training_flops(self) -> float:
-        """FLOPs of one image's training: three forward passes, in the mean over all steps where token routing is for some.
+        """FLOPs of one image's training: three forward passes, in the mean over all steps where a method is for some.
 
         What `recompute` repeats is not counted, as in MFU.
         """
-        routing = self.config.routing.build(self.model)
-        if routing is None:
-            return 3 * self.forward_flops
-        tokens, steps = self.setting.caption_tokens, self.config.steps
-        routed = count_flops(self.model, self.grid, tokens, routing=routing).total
-        share = routing.steps(steps) / steps
-        return 3 * (share * routed + (1 - share) * self.forward_flops)
+        steps, methods = (
+            self.config.steps,
+            (self.config.routing.build(self.model), self.config.alignment.build(self.model)),
+        )
+        phases = training_phases(
+            self.model, self.grid, self.setting.caption_tokens, steps, *methods, self.feature_width
+        )
+        starts = [0, *(end for end, _ in phases)]
+        return sum((end - start) * flops for start, (end, flops) in zip(starts, phases, strict=False)) / steps
+
+    @property
+    def feature_width(self) -> int:
+        """The width of the features in the data set that an aligned stage needs; 0 for none."""
+        return FEATURE_WIDTH if self.config.alignment.weight else 0
 
     @property
     def flops(self) -> float:

@@ -67,6 +67,8 @@ def shared_memory_problems(folder: Path, config: Config, card: schema.Card, samp
     data = config.data
     side, kinds = data.resolution // card.vae["downsample"], 2 if card.posterior == "mean_std" else 1
     sample = 2 * (kinds * card.vae["channels"] * side**2 + card.token_cap * card.text_encoder["width"])
+    if config.alignment.weight and card.features is not None:
+        sample += 2 * (data.resolution // card.features["cell"]) ** 2 * card.features["width"]
     mend = "for the batches kept ready; mount it larger (--shm-size), or lower data.workers or data.prefetch"
     return disk_problems("shared memory", folder, data.workers * data.prefetch * samples * sample, mend)
 

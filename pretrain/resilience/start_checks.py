@@ -16,6 +16,7 @@ from pretrain.checkpoint.reader import Checkpoint, DamagedCheckpoint
 from pretrain.checkpoint.restore import map_parameters, parameter_shapes
 from pretrain.config import Config, upgrade
 from pretrain.models import DiTConfig
+from pretrain.models.alignment import PREFIX
 
 # Of a backbone: what is drawn while training only, and may change.
 TRAINING_ONLY = ("mask_dropout",)
@@ -50,6 +51,11 @@ def _resume_problems(own: Checkpoint, config: Config, data: dict[str, Any] | Non
             f"run_dir: {own.path} holds another optimizer's moments; undo the change, or start another run_dir with init_from: "
             f"{different_optimizer}"
         )
+    if different_alignment := _alignment_change(own, config):
+        found.append(
+            f"run_dir: {own.path} has other parameters; undo the change (alignment.until ends an alignment), or start another "
+            f"run_dir with init_from: {different_alignment}"
+        )
     if data is not None and (different := [k for k, v in data.items() if own.state["data"].get(k) != v]):
         lines = [f"  {k}: there {own.state['data'].get(k)}, now {data[k]}" for k in different]
         found.append(
@@ -74,7 +80,7 @@ def _init_problems(config: Config) -> list[str]:
         return [f"init_from: {error}"]
     if other is None:
         return [f"init_from: {run} has no complete checkpoint yet; train it first"]
-    shapes = {name: slot.shape for name, slot in other.slots.items()}
+    shapes = {name: slot.shape for name, slot in other.slots.items() if not name.startswith(PREFIX)}
     mapping = map_parameters(parameter_shapes(config.model.backbone()), shapes)
     different = model_differences(other.state["config"], config)
     if mapping.problems:
@@ -89,6 +95,8 @@ def _init_problems(config: Config) -> list[str]:
         return [
             f"carry_moments: {other.path} holds another optimizer's moments; leave carry_moments out: {different_optimizer}"
         ]
+    if config.carry_moments and (different_alignment := _alignment_change(other, config)):
+        return [f"carry_moments: {other.path} has other parameters; leave carry_moments out: {different_alignment}"]
     return []
 
 
@@ -96,6 +104,13 @@ def _optimizer_change(there: dict[str, Any], config: Config) -> str | None:
     """The optimizer's name, where a checkpoint's config has another one."""
     before, now = there.get("optimizer", {}).get("name", "adamw"), config.optimizer.name
     return None if before == now else f"optimizer.name: there {before}, here {now}"
+
+
+def _alignment_change(there: Checkpoint, config: Config) -> str | None:
+    """Whether a checkpoint's model has the projection of an alignment, where the config's has none, or the reverse."""
+    before, now = any(name.startswith(PREFIX) for name in there.slots), config.alignment.weight > 0
+    words = {True: "with alignment", False: "without (alignment.weight=0)"}
+    return None if before == now else f"alignment: there {words[before]}, here {words[now]}"
 
 
 def meaning_changes(there: dict[str, Any], config: Config) -> list[str]:

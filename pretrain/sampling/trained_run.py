@@ -12,6 +12,7 @@ from data_prep.schema import Card
 from pretrain.checkpoint import reader as checkpoint
 from pretrain.config import Config, kept_config
 from pretrain.models import DiT
+from pretrain.models.alignment import PREFIX
 from pretrain.pipeline import FocusDiTPipeline, FocusDiTTransformer2DModel
 from pretrain.recipes import Recipe, recipe_of
 from pretrain.schedulers import build_scheduler
@@ -60,7 +61,8 @@ def load_run(
     config = kept_config(run)
     card = Card.load(run)
     model = DiT(config.model.backbone())
-    model.load_state_dict(found.parameters(weights))
+    trained = found.parameters(weights).items()
+    model.load_state_dict({name: values for name, values in trained if not name.startswith(PREFIX)})
     dtypes = (recipe or recipe_of("plain")).dtypes(device)
     default = dtypes.get("default")
     model.to(device, dtypes.get("transformer", default)).eval()

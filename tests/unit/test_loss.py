@@ -1,4 +1,4 @@
-"""A micro-batch's loss against the formula, with a prediction that is known; and token routing by the step's number."""
+"""A micro-batch's loss against the formula, with a prediction that is known; token routing and alignment by the step's number."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pretrain.data.batch import Batch
 from pretrain.diffusion import RectifiedFlow, draw
 from pretrain.loss import TrainingLoss
 from pretrain.models import DiT, DiTConfig, PackedText, preset
+from pretrain.models.alignment import Alignment, Projection
 from pretrain.models.routing import Routing
 
 SEEDS = (3, 2**50)
@@ -70,13 +71,13 @@ def test_the_loss_is_the_mean_squared_velocity_where_the_prediction_is_zero(batc
 # ---- token routing ----
 
 
-def step(model: DiT, batch: Batch, number: int, *words: str) -> tuple[Tensor, list[Tensor], Any]:
-    """A step's loss, the model's gradients, and what the monitor was told of the routing."""
+def step(model: DiT, batch: Batch, number: int, *words: str) -> tuple[Tensor, list[Tensor], list[Any]]:
+    """What a step minimises, the model's gradients, and what the monitor was told of routing and alignment."""
     recorded: list[Any] = []
     training_loss = made(SMALL, model, model, *words, recorded=recorded)
-    loss = training_loss.compute(batch, training_loss.plan(number)).mean
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return loss.detach(), list(torch.autograd.grad(loss, parameters)), recorded[0][-1]
+    loss = training_loss.compute(batch, training_loss.plan(number)).total
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return loss.detach(), [g for g in gradients if g is not None], recorded[0][-2:]
 
 
 @pytest.mark.parametrize("name", ["tread", "deferred_masking"])
@@ -87,11 +88,11 @@ def test_end_points_are_the_plain_step_to_the_bit(name: str, batch: Batch) -> No
     loss, gradients, _ = step(model, batch, 7)
     for number, change in ((7, "share=0"), (7, "until=0"), (7, "until=0.7")):
         same, others, told = step(model, batch, number, *words, f"routing.{change}")
-        assert torch.equal(same, loss) and told is None
+        assert torch.equal(same, loss) and told == (None, None)
         assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
     routed, others, told = step(model, batch, 6, *words, "routing.until=0.7")
     assert (routed - loss).abs() > 1e-4 * loss
-    assert told == Routing(name, 0.5, 1, 3 if name == "tread" else 4, 0.7)
+    assert told == (Routing(name, 0.5, 1, 3 if name == "tread" else 4, 0.7), None)
 
 
 def test_a_samples_kept_tokens_do_not_depend_on_its_batch(batch: Batch) -> None:
@@ -115,3 +116,42 @@ def test_routed_steps_are_compared_among_each_other_alone() -> None:
     routed, plain = made(SMALL, model, model, *words), made(SMALL, model, model)
     assert [routed.plan(number).group for number in range(5)] == [-1, -1, -1, 0, 0]
     assert {plain.plan(number).group for number in range(5)} == {0}
+
+
+# ---- alignment ----
+
+ALIGNED = ("alignment.weight=0.5", "alignment.block=1", "alignment.until=0.7", "model.preset=dit_tiny_deep")
+
+
+def with_projection(batch: Batch) -> tuple[DiT, Batch]:
+    """A model and a batch with features of the width 7; the tokens are of 4 × 4 latent pixels."""
+    model = build(SMALL)
+    model.alignment = Projection(32, Alignment(0.5, 1, 16, 0.7), 7)
+    return model, replace(batch, features_BhwF=torch.randn(2, 8, 8, 7).half())
+
+
+def test_alignment_is_added_with_its_weight_and_ends_after_until(batch: Batch) -> None:
+    """Without it, a step is the plain one to the bit: by the weight 0, or after `until`; with it all other numbers are."""
+    model, batch = with_projection(batch)
+    plain, gradients, _ = step(model, batch, 6)
+    for number, words in ((7, ALIGNED), (6, (*ALIGNED, "alignment.weight=0"))):
+        same, others, told = step(model, batch, number, *words)
+        assert torch.equal(same, step(model, batch, number)[0]) and told == (None, None)
+        assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
+    training_loss = made(SMALL, model, model, *ALIGNED)
+    loss = training_loss.compute(batch, training_loss.plan(6))
+    assert torch.equal(loss.mean, plain) and loss.alignment is not None
+    assert torch.equal(loss.total, plain + 0.5 * loss.alignment)
+    assert -1 < loss.alignment < 1
+    aligned, others, told = step(model, batch, 6, *ALIGNED)
+    assert torch.equal(aligned, loss.total) and told == (None, Alignment(0.5, 1, 2048, 0.7))
+    assert len(others) == len(gradients) + 6  # the projection's
+
+
+def test_aligned_steps_are_compared_among_each_other_alone() -> None:
+    model = build(SMALL)
+    aligned = made(SMALL, model, model, *ALIGNED)
+    both = made(SMALL, model, model, *ALIGNED, "routing.name=tread", "routing.until=0.3", "routing.first=1")
+    groups = [[loss.plan(number).group for number in (0, 3, 7)] for loss in (aligned, both)]
+    assert groups[0][0] == groups[0][1] == groups[1][1] and groups[0][2] == groups[1][2] == 0
+    assert len({groups[1][0], groups[0][0], 0, -1}) == 4

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,6 +65,43 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
 def points(run_dir: Path, tag: str) -> dict[int, float]:
     """A curve of metrics.jsonl, by step."""
     return {line["step"]: line[tag] for line in lines(run_dir)}
+
+
+def test_the_alignment_has_a_curve_of_its_own_while_it_is_on(tmp_path: Path, clock: HandClock) -> None:
+    """The mean over the interval's aligned micro-batches, across a checkpoint; its FLOPs count while it is on."""
+    monitor = made(tmp_path, "alignment.weight=0.5", "alignment.hidden=8")
+    alignment = monitor.config.alignment.build(monitor.backbone)
+    batch: Any = SimpleNamespace(
+        keys=("a", "b"), text=SimpleNamespace(lengths=LENGTHS), features_BhwF=torch.zeros(2, 4, 4, 7)
+    )
+
+    def take(number: int, value: float | None) -> None:
+        loss = Loss(torch.tensor(1.0), torch.ones(2), torch.full((2,), 100.0))
+        if value is None:
+            monitor.record(batch, loss, None, ComputeBudget())
+        else:
+            loss = replace(loss, alignment=torch.tensor(value, requires_grad=True), alignment_weight=0.5)
+            monitor.record(batch, loss, None, ComputeBudget(), None, alignment)
+        clock.now += 1
+        monitor.step(number, APPLIED, 1e-3)
+
+    monitor.resume(0, [])
+    take(1, -0.25)
+    sums = monitor.pending_sums()
+    monitor.resume(1, sums)
+    take(2, -0.75)
+    take(3, -0.5)
+    take(4, None)
+    take(5, None)
+    take(6, None)
+    monitor.close()
+    assert scalars(tmp_path, "alignment/negative_cosine") == {2: -0.5, 4: -0.5}
+    assert scalars(tmp_path, "train/loss") == {2: 1.0, 4: 1.0, 6: 1.0}
+    plain = 2 * training_flops(monitor.backbone, 2, monitor.grid, sum(LENGTHS))
+    both = plain + 12 * 2 * alignment.macs(monitor.backbone.width, 7, math.prod(monitor.grid))
+    mfu = scalars(tmp_path, "speed/mfu_percent")
+    assert mfu[6] == pytest.approx(100 * plain / (2 * 1e9), rel=1e-5)
+    assert mfu[2] == pytest.approx(100 * both / (2 * 1e9), rel=1e-5)
 
 
 def micro_batch(monitor: Monitor, losses: tuple[float, float], timesteps: tuple[float, float]) -> None:
@@ -222,7 +260,7 @@ def test_loss_by_source(tmp_path: Path, clock: HandClock) -> None:
 
 
 def test_each_curve_is_in_a_panel_and_each_panel_has_a_curve(tmp_path: Path, clock: HandClock) -> None:
-    """But for curves that need several processes, a GPU, a validation, an evaluation, a checkpoint or the parameters."""
+    """But for curves that need several processes, a GPU, a validation, an evaluation, a checkpoint, an alignment or the parameters."""
     monitor = made(tmp_path, sources=("art", "maps", "photos"))
     monitor.resume(0, [])
     for number in (1, 2):
@@ -234,7 +272,7 @@ def test_each_curve_is_in_a_panel_and_each_panel_has_a_curve(tmp_path: Path, clo
     empty = {chart.pattern.partition("/")[0] for chart in charts if not any(chart.match(tag) for tag in tags)}
     several = {"process_step_p50_s", "process_step_p95_s", "process_forward_s"}
     validated = {"validation", "validation_ema.*", "shared_expert_percent"}
-    assert empty == several | validated | {"memory", "evaluate", "parameter_norm", "update_norm", "speed"}
+    assert empty == several | validated | {"alignment", "memory", "evaluate", "parameter_norm", "update_norm", "speed"}
 
 
 def test_a_run_that_starts_again_from_nothing_starts_its_curves_again(tmp_path: Path) -> None:
