@@ -260,7 +260,7 @@ def test_loss_by_source(tmp_path: Path, clock: HandClock) -> None:
 
 
 def test_each_curve_is_in_a_panel_and_each_panel_has_a_curve(tmp_path: Path, clock: HandClock) -> None:
-    """But for curves that need several processes, a GPU, a validation, an evaluation, a checkpoint, an alignment or the parameters."""
+    """But for curves of several processes, a GPU, a validation, an evaluation, a checkpoint, an alignment or the parameters."""
     monitor = made(tmp_path, sources=("art", "maps", "photos"))
     monitor.resume(0, [])
     for number in (1, 2):
