@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from data_prep.weights import CONVERT_TEXT, CONVERT_VAE, TEXT_ENCODERS, VAES, local_folder, require_safetensors
 
 DOWNSAMPLE = 8  # pixels per latent pixel of every supported VAE, along each side
-FEATURE_CELL = (
-    16  # pixels per vector of a vision encoder's features, along each side: those of a token of 2 × 2 latent pixels
-)
+# Pixels per vector of a vision encoder's features, along each side: those of a token of 2 × 2 latent pixels.
+FEATURE_CELL = 16
 ALIGNMENT = 64  # bytes; torch's allocator gives it, and MKL computes equal bits for equal alignment only
 CHARACTERS_PER_TOKEN = 100  # longer captions are cut before they are tokenized
 TOKEN_BUDGET = 16384  # tokens that are encoded together, with padding

@@ -30,7 +30,7 @@ from pretrain.ablate.study import Row, Scale, Study
 from pretrain.config import Config, load
 from pretrain.curves import curve
 from pretrain.demo import PROMPT_SEED
-from pretrain.models.cost import count_flops, count_parameters, grid_of
+from pretrain.models.cost import count_parameters, grid_of, mean_training_flops
 
 CAPTION = 12  # tokens of a caption of shapes, about
 VALIDATION = {"validation/loss": "validation loss", "validation_ema/loss": "validation loss, average"}
@@ -186,13 +186,13 @@ class Cell:
 
 
 def forward_flops(config: Config) -> float:
-    """Forward FLOPs of an image, the mean over a training's steps, of which the first may leave tokens out."""
-    backbone, routing = config.model.backbone(), config.routing.build(config.model.backbone())
-    grid = grid_of(backbone, config.data.resolution, DOWNSAMPLE)
-    routed = routing.steps(config.steps) / config.steps if routing else 0.0
-    return (1 - routed) * count_flops(backbone, grid, CAPTION).total + routed * count_flops(
-        backbone, grid, CAPTION, routing=routing
-    ).total
+    """Forward FLOPs of an image, the mean over a training's steps, of which the first may leave tokens out.
+
+    An alignment's projection, which no row has, is not counted.
+    """
+    backbone = config.model.backbone()
+    grid, routing = grid_of(backbone, config.data.resolution, DOWNSAMPLE), config.routing.build(backbone)
+    return mean_training_flops(backbone, grid, CAPTION, config.steps, routing, alignment=None, features=0) / 3
 
 
 def shapes_prompts(path: Path, count: int) -> Path:

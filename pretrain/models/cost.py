@@ -212,6 +212,22 @@ def training_phases(
     return phases
 
 
+def mean_training_flops(
+    c: DiTConfig,
+    grid: Grid,
+    text_tokens: float,
+    steps: int,
+    routing: Routing | None,
+    alignment: Alignment | None,
+    features: int,
+) -> float:
+    """FLOPs of one image's training, the mean over the steps of `training_phases`, which has the same arguments."""
+    total, start = 0.0, 0
+    for end, flops in training_phases(c, grid, text_tokens, steps, routing, alignment, features):
+        total, start = total + (end - start) * flops, end
+    return total / steps
+
+
 def count_activations(
     c: DiTConfig, grid: Grid, text_tokens: float, budget: ComputeBudget | None = None, recompute: bool = False
 ) -> float:

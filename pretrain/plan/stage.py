@@ -12,7 +12,7 @@ from typing import Any
 from data_prep.encoders import DOWNSAMPLE
 from pretrain.config import Config, load
 from pretrain.models import DiTConfig
-from pretrain.models.cost import count_activations, count_flops, count_parameters, grid_of, training_phases
+from pretrain.models.cost import count_activations, count_flops, count_parameters, grid_of, mean_training_flops
 from pretrain.models.grids import Grid
 from pretrain.plan.encoding import FEATURE_WIDTH
 from pretrain.plan.setting import Cluster, Setting
@@ -89,15 +89,9 @@ class Stage:
 
         What `recompute` repeats is not counted, as in MFU.
         """
-        steps, methods = (
-            self.config.steps,
-            (self.config.routing.build(self.model), self.config.alignment.build(self.model)),
-        )
-        phases = training_phases(
-            self.model, self.grid, self.setting.caption_tokens, steps, *methods, self.feature_width
-        )
-        starts = [0, *(end for end, _ in phases)]
-        return sum((end - start) * flops for start, (end, flops) in zip(starts, phases, strict=False)) / steps
+        config, model, tokens = self.config, self.model, self.setting.caption_tokens
+        methods = config.routing.build(model), config.alignment.build(model)
+        return mean_training_flops(model, self.grid, tokens, config.steps, *methods, self.feature_width)
 
     @property
     def feature_width(self) -> int:
