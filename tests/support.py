@@ -94,6 +94,8 @@ def _call(log: str, env: dict[str, str], target: Callable[..., Any], args: tuple
     os.environ.update(env)
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     os.chdir(ROOT)
+    # The default of a program of its own: else each pool or loader that it starts would preload a fork server of its own.
+    multiprocessing.set_start_method(None, force=True)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
