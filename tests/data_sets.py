@@ -138,7 +138,7 @@ def orders(jobs: list[dict[str, Any]], world: int, folder: Path) -> list[list[di
     port, outs = str(free_port()), [folder / f"order_{rank}_of_{world}" for rank in range(world)]
     log = folder / f"log_of_{world}"
     started = [fork(log, _read_orders, jobs, out, **launcher(r, world, port)) for r, out in enumerate(outs)]
-    assert set(ended(started, seconds=600)) == {0}, log.read_text()
+    assert set(ended(started)) == {0}, log.read_text()
     return [json.loads(out.read_text()) for out in outs]
 
 
