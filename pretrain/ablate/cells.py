@@ -25,8 +25,10 @@ from typing import Any
 
 from data_prep.common.files import atomic_write
 from data_prep.encoders import DOWNSAMPLE
+from data_prep.schema import CARD
 from data_prep.shapes import scenes
 from pretrain.ablate.study import Row, Scale, Study
+from pretrain.checkpoint.export_folder import read_json
 from pretrain.config import Config, load
 from pretrain.curves import curve
 from pretrain.demo import PROMPT_SEED
@@ -186,13 +188,13 @@ class Cell:
 
 
 def forward_flops(config: Config) -> float:
-    """Forward FLOPs of an image, the mean over a training's steps, of which the first may leave tokens out.
-
-    An alignment's projection, which no row has, is not counted.
-    """
+    """Forward FLOPs of an image, the mean over a training's steps, of which the first may leave tokens out or align them."""
     backbone = config.model.backbone()
     grid, routing = grid_of(backbone, config.data.resolution, DOWNSAMPLE), config.routing.build(backbone)
-    return mean_training_flops(backbone, grid, CAPTION, config.steps, routing, alignment=None, features=0) / 3
+    alignment, width = config.alignment.build(backbone), 0
+    if alignment is not None:
+        width = read_json(Path(config.data.path) / CARD)["features"]["width"]
+    return mean_training_flops(backbone, grid, CAPTION, config.steps, routing, alignment, width) / 3
 
 
 def shapes_prompts(path: Path, count: int) -> Path:

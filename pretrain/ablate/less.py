@@ -1,7 +1,8 @@
 """less: methods that train for less, each alone and together, beside the plain run (docs/train_for_less.md).
 
-Each at equal images, at equal FLOPs and in equal seconds, by the time that a step of its took with the same seed. At `large` the
-methods are those that a 1B run would use.
+Each at equal images, at equal FLOPs and in equal seconds, by the time that a step of its took with the same seed. Muon, whose
+update is not counted, and alignment, but for its small projection, take the plain run's FLOPs: equal images say it for both. At
+`large` the methods are those that a 1B run would use.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ from pretrain.ablate.study import DATA, Row, Scale, Study
 from pretrain.demo import HELD_OUT
 
 MUON, TREAD = ("optimizer.name=muon", "optimizer.lr={muon_lr}"), ("routing.name=tread",)
+ALIGNED = ("alignment.weight=0.5", "alignment.hidden={alignment_hidden}")
+BOTH: tuple[Literal["flops", "seconds"], ...] = ("flops", "seconds")
 METHODS = {
-    "muon": ("Muon", MUON),
-    "tread": ("TREAD, half of the tokens", TREAD),
-    "deferred": ("deferred masking, half of the tokens", ("routing.name=deferred_masking",)),
-    "together": ("Muon and TREAD", (*MUON, *TREAD)),
+    "muon": ("Muon", MUON, BOTH[1:]),
+    "tread": ("TREAD, half of the tokens", TREAD, BOTH),
+    "deferred": ("deferred masking, half of the tokens", ("routing.name=deferred_masking",), BOTH),
+    "aligned": ("alignment (REPA)", ALIGNED, BOTH[1:]),
+    "together": ("Muon and TREAD", (*MUON, *TREAD), BOTH),
 }
-EQUAL: dict[Literal["flops", "seconds"], str] = {"flops": "equal FLOPs", "seconds": "equal seconds"}
 
 ROWS = {"plain": Row("AdamW, all tokens", None)}
-for name, (label, settings) in METHODS.items():
+for name, (label, settings, equals) in METHODS.items():
     ROWS[name] = Row(f"{label}, equal images", "plain", settings)
-    for equal, words in EQUAL.items():
+    for equal in equals:
+        words = {"flops": "equal FLOPs", "seconds": "equal seconds"}[equal]
         ROWS[f"{name}_{equal}"] = replace(ROWS[name], label=f"{label}, {words}", equal=equal, timed_by=name)
 
 STUDY = Study(
@@ -35,9 +39,9 @@ STUDY = Study(
             "demo_256",
             (
                 *("model.preset=dit_tiny_deep", "model.mask=adaln_single", "model.ffn=shared", "preview.every=0"),
-                *(f"data.path={DATA}", HELD_OUT, "optimizer.name=adamw", "optimizer.lr=2.5e-3", "steps=400"),
+                *(f"data.path={DATA}", HELD_OUT, "optimizer.name=adamw", "optimizer.lr=2.5e-3", "steps=200"),
             ),
-            words={"muon_lr": "4e-3"},
+            words={"muon_lr": "4e-3", "alignment_hidden": "128"},
             seeds=(0, 1, 2),
             prompts=128,
             about="2.1M parameters on captioned shapes (not run yet)",
@@ -45,7 +49,7 @@ STUDY = Study(
         "large": Scale(
             "stage1_256",
             ("steps=30000",),
-            words={"muon_lr": "2e-4"},
+            words={"muon_lr": "2e-4", "alignment_hidden": "2048"},
             seeds=(0,),
             prompts=0,
             about="stage1_256 on data of your own; give --prompts and --metrics",

@@ -102,6 +102,7 @@ def make_data() -> None:
     """The studies' own data set of captioned shapes, where it is not there. Raises RuntimeError where it cannot be made."""
     if Path(DATA, "dataset.json").exists():
         return
-    for command in data_commands(f"{DATA}_tars", DATA, PICTURES, small_share=1):
+    *draw, encode = data_commands(f"{DATA}_tars", DATA, PICTURES, small_share=1)
+    for command in [*draw, [*encode, "--features", "tiny"]]:
         if subprocess.run(command).returncode:
             raise RuntimeError(f"the data could not be made: {shlex.join(command)}")
