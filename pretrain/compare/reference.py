@@ -113,7 +113,9 @@ def read(file: Path) -> Reference:
     with file.open(encoding="utf-8", newline="") as lines:
         head, *rows = list(csv.reader(lines)) or [[]]
     if head[:2] != ["curve", "step"] or len(head) < 4 or not rows:
-        raise ValueError(f"{file}: no reference; python -m pretrain.compare.reference make {file} RUN RUN RUN writes one")
+        raise ValueError(
+            f"{file}: no reference; python -m pretrain.compare.reference make {file} RUN RUN RUN writes one"
+        )
     found: dict[str, dict[int, np.ndarray]] = {}
     for number, row in enumerate(rows, start=2):
         try:
@@ -137,7 +139,9 @@ def check(file: Path, run: Path) -> list[str]:
     reference = read(file)
     found = curves(run, reference.curves)
     if not found:
-        raise ValueError(f"{run} has none of the curves of {file} ({', '.join(reference.curves)}): give a run directory")
+        raise ValueError(
+            f"{run} has none of the curves of {file} ({', '.join(reference.curves)}): give a run directory"
+        )
     return [f"{tag}: {_verdict(reference.band(tag), found.get(tag, {}))}" for tag in reference.curves]
 
 
@@ -166,7 +170,9 @@ def plot(reference: Reference) -> Figure:
     for panel, (tag, values) in zip(panels, reference.curves.items(), strict=False):
         steps, points = list(values), np.array(list(values.values()))
         for column, name in enumerate(reference.runs):
-            panel.plot(steps, points[:, column], color=COLOURS[column % len(COLOURS)], alpha=0.5, linewidth=0.8, label=name)
+            panel.plot(
+                steps, points[:, column], color=COLOURS[column % len(COLOURS)], alpha=0.5, linewidth=0.8, label=name
+            )
         for part in reference.band(tag):
             panel.fill_between([part.start, part.end], part.low, part.high, color="0.3", alpha=0.25, linewidth=0)
             panel.plot([part.start, part.end], [part.mean] * 2, color="0.2", linewidth=1.2)
@@ -180,7 +186,9 @@ def plot(reference: Reference) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = command_parser("Keeps the curves of several runs of one config, and says whether another run lies within them.")
+    parser = command_parser(
+        "Keeps the curves of several runs of one config, and says whether another run lies within them."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, words, runs in (("make", "write the CSV and its PNG", "+"), ("check", "compare a run with it", None)):
         command = commands.add_parser(name, help=words, description=words)
