@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from data_prep import schema
+from data_prep.common.memory import keep_freed_memory
 from data_prep.common.storage import Remote, is_remote
 from data_prep.common.words import counted
 from data_prep.encoders import default_device
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or default_device()
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch finds no GPU here; use --device cpu")
+    if device == "cpu":
+        keep_freed_memory()
     sources = sources_from(args)
     jobs = [job for each in sources for job in each.jobs()]
     root = args.work or Path(args.output)
