@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "pretrain.evaluate.__main__",
     "ablate": "pretrain.ablate.__main__",
     "compare": "pretrain.compare.__main__",
+    "reference": "pretrain.compare.reference",
     "demo": "pretrain.demo",
 }
 
