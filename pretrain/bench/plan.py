@@ -1,8 +1,9 @@
 """The planner's simulation against measured training steps of 1, 2 and 4 processes over gloo.
 
 Each ingredient is measured by itself, in as many processes at once: a micro-batch's passes of a bare model, the optimizer on a
-process's share, a reduction of one bucket and of next to nothing. The simulation puts them together. All numbers of processes
-take turns, round by round, so that all meet the same load of the machine.
+process's share, a reduction of as many buckets at once as a step has, and of next to nothing. The simulation puts them together.
+Its jitter is how the processes' passes differ within a turn; what slows all of them is none. All numbers of processes take turns,
+round by round, so that all meet the same load of the machine.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,6 @@ from pretrain.distributed.engine import squared_norm
 from pretrain.distributed.world import World, reduce_scatter
 from pretrain.loss import TrainingLoss
 from pretrain.models import DiT
-from pretrain.plan.measured import spread
 from pretrain.plan.simulation import Network, Work, mean_step
 from pretrain.plan.work import AGREEMENTS, buckets_of
 from pretrain.resilience.signals import StopRequest
@@ -40,7 +40,7 @@ from pretrain.state import RunState
 
 STAGE, MICRO_BATCHES, IMAGES, CAPTION = "demo_256", 2, 4, 20
 BUCKET = 500_000  # elements
-COLUMNS = ("passes", "optimizer", "a bucket", "latency", "measured", "simulated", "ratio")
+COLUMNS = ("passes", "optimizer", "buckets", "latency", "measured", "simulated", "ratio")
 SMALL = 64  # elements of a reduction that is all latency
 PATIENCE = 600  # seconds for a turn; a process that fails lets the others fail then
 Times = dict[str, list[float]]
@@ -66,22 +66,33 @@ def run(args: argparse.Namespace) -> str:
             found = pool.starmap(_measure, jobs, chunksize=1)
             pool.close()
             pool.join()
-    return table({size: times for (_, rank, size, *_), times in zip(jobs, found, strict=True) if rank == 0})
+    by_size: dict[int, list[Times]] = defaultdict(list)
+    for (_, _, size, *_), times in zip(jobs, found, strict=True):
+        by_size[size].append(times)
+    return table(by_size)
 
 
-def table(found: Mapping[int, Times]) -> str:
-    """Measured and simulated steps, in milliseconds."""
+def table(found: Mapping[int, Sequence[Times]]) -> str:
+    """Measured and simulated steps, in milliseconds, of process 0; `found` has all processes of each number of them."""
     lines = [
         f"{STAGE}'s model, {MICRO_BATCHES} micro-batches of {IMAGES} images in each process; {os.cpu_count()} CPU cores; ms",
         f"  {'processes':<10}" + "".join(f"{title:>11}" for title in COLUMNS),
     ]
-    for size, times in found.items():
-        middle = {name: statistics.median(values) for name, values in times.items()}
-        simulated = simulated_step(size, middle, spread(times["passes"]) / MICRO_BATCHES**0.5)
-        values = [middle.get(name, 0.0) for name in ("passes", "optimizer", "bucket", "latency", "step")]
+    for size, processes in found.items():
+        middle = {name: statistics.median(values) for name, values in processes[0].items()}
+        simulated = simulated_step(size, middle, jitter_of([p["passes"] for p in processes]) / MICRO_BATCHES**0.5)
+        values = [middle.get(name, 0.0) for name in ("passes", "optimizer", "buckets", "latency", "step")]
         cells = "".join(f"{1e3 * value:>11.1f}" for value in [*values, simulated])
         lines.append(f"  {size:<10}{cells}{simulated / middle['step']:>11.2f}")
     return "\n".join(lines)
+
+
+def jitter_of(times: Sequence[Sequence[float]]) -> float:
+    """The relative standard deviation between processes at the same turn; `times` are each process's, turn by turn."""
+    if len(times) == 1:
+        return 0.0
+    turns = zip(*times, strict=True)
+    return statistics.fmean(statistics.variance(turn) / statistics.fmean(turn) ** 2 for turn in turns) ** 0.5
 
 
 def simulated_step(size: int, times: Mapping[str, float], jitter: float) -> float:
@@ -89,9 +100,11 @@ def simulated_step(size: int, times: Mapping[str, float], jitter: float) -> floa
     config, _ = load(STAGE)
     shape = config.model.backbone()
     buckets = buckets_of(shape, muon=False, bucket_size=BUCKET, processes=size)
-    latency = times.get("latency", 0.0)
+    # Those that are reduced beside one another hide their latencies.
+    one = times.get("buckets", 0.0) / len(buckets)
+    latency = min(times.get("latency", 0.0), one)
     through = 4 * BUCKET * (size - 1) / size
-    rate = through / max(1e-9, times.get("bucket", 0.0) - latency) / 1e9 if size > 1 else 1.0
+    rate = through / max(1e-9, one - latency) / 1e9 if size > 1 else 1.0
     hop = latency / max(1, size - 1)
     parameters = sum(b.size for b in buckets) / 4
     work = Work(
@@ -195,7 +208,13 @@ def _ingredients(t: training.Trainer, batch: Any, world: World) -> dict[str, Cal
 
     found: dict[str, Callable[[], object]] = {"passes": passes, "optimizer": update}
     if world.size > 1:
-        bucket, small = torch.ones(BUCKET), torch.ones(SMALL)
-        found["bucket"] = lambda: reduce_scatter(bucket, world)()
+        in_a_step = buckets_of(t.model.config, muon=False, bucket_size=BUCKET, processes=world.size)
+        buckets, small = [torch.ones(BUCKET) for _ in in_a_step], torch.ones(SMALL)
+
+        def reduce() -> None:
+            for wait in [reduce_scatter(bucket, world) for bucket in buckets]:
+                wait()
+
+        found["buckets"] = reduce
         found["latency"] = lambda: reduce_scatter(small, world)()
     return found

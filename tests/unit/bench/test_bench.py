@@ -130,10 +130,12 @@ def test_a_simulated_step_is_the_sum_of_its_ingredients() -> None:
     """One process: passes and optimizer; several: the buckets, the exchange and the gather besides, at the rate of a bucket."""
     alone = {"passes": 0.3, "optimizer": 0.1}
     assert plan.simulated_step(1, alone, jitter=0.0) == pytest.approx(plan.MICRO_BATCHES * 0.3 + 0.1)
-    free = alone | {"bucket": 1e-9, "latency": 0.0}
+    free = alone | {"buckets": 1e-9, "latency": 0.0}
     assert plan.simulated_step(4, free, jitter=0.0) == pytest.approx(plan.MICRO_BATCHES * 0.3 + 0.1, abs=1e-3)
-    slow = alone | {"bucket": 0.5, "latency": 0.0}
-    buckets = count_parameters(load(plan.STAGE)[0].model.backbone()).total / plan.BUCKET
+    shape = load(plan.STAGE)[0].model.backbone()
+    at_once = len(plan.buckets_of(shape, muon=False, bucket_size=plan.BUCKET, processes=4))
+    slow = alone | {"buckets": 0.5 * at_once, "latency": 0.0}
+    buckets = count_parameters(shape).total / plan.BUCKET
     # Reduced, gathered, and exchanged: 1/4 of all, but whole, where a ring moves 3/4.
     collectives = 0.5 * buckets * (2 + (1 / 4) / (3 / 4))
     assert plan.simulated_step(4, slow, jitter=0.0) == pytest.approx(
@@ -142,8 +144,14 @@ def test_a_simulated_step_is_the_sum_of_its_ingredients() -> None:
 
 
 def test_the_table_of_simulated_steps() -> None:
-    lines = plan.table({1: {"passes": [0.3, 0.3], "optimizer": [0.1], "step": [1.4, 1.4, 9.0]}}).splitlines()
+    lines = plan.table({1: [{"passes": [0.3, 0.3], "optimizer": [0.1], "step": [1.4, 1.4, 9.0]}]}).splitlines()
     assert lines[-1].split() == ["1", "300.0", "100.0", "0.0", "0.0", "1400.0", "700.0", "0.50"]
+
+
+def test_jitter_is_what_differs_between_processes_not_what_slows_all() -> None:
+    assert plan.jitter_of([[0.3, 0.9, 0.3], [0.3, 0.9, 0.3]]) == 0
+    assert plan.jitter_of([[0.9, 1.8], [1.1, 2.2]]) == pytest.approx(0.2 / 2**0.5)
+    assert plan.jitter_of([[0.3, 0.9]]) == 0
 
 
 def test_the_planner_beside_measured_steps(capfd):
