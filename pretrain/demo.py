@@ -130,7 +130,7 @@ def normal(stage: str) -> list[str]:
     """Whether a stage's curves are as in other runs, where their reference is at hand."""
     file = REFERENCE / f"{stage}.csv"
     if not file.is_file():
-        return [f"{stage}: {file} is not there, so nothing says what is normal"]
+        return [f"{stage}  docs/reference/{stage}.csv is not here, so nothing says what is normal"]
     return [f"{stage}  {line}" for line in compare_with_reference(file, Path("runs") / stage)]
 
 
