@@ -39,12 +39,12 @@ STUDY = Study(
             "demo_256",
             (
                 *("model.preset=dit_tiny_deep", "model.mask=adaln_single", "model.ffn=shared", "preview.every=0"),
-                *(f"data.path={DATA}", HELD_OUT, "optimizer.name=adamw", "optimizer.lr=2.5e-3", "steps=200"),
+                *(f"data.path={DATA}", HELD_OUT, "optimizer.name=adamw", "optimizer.lr=2.5e-3", "steps=150"),
             ),
             words={"muon_lr": "4e-3", "alignment_hidden": "128"},
             seeds=(0, 1, 2),
             prompts=128,
-            about="2.1M parameters on captioned shapes (not run yet)",
+            about="2.1M parameters on captioned shapes",
         ),
         "large": Scale(
             "stage1_256",

@@ -218,11 +218,11 @@ def test_routing_counts_in_equal_flops(tmp_path: Path) -> None:
     config = load("demo_256", less(tmp_path, "tread").settings)[0]
     model, grid = config.model.backbone(), (8, 8)
     whole, routed = (count_flops(model, grid, CAPTION, routing=r).total for r in (None, config.routing.build(model)))
-    assert (config.steps, model.depth) == (200, 8) and routed < 0.8 * whole
+    assert (config.steps, model.depth) == (150, 8) and routed < 0.8 * whole
     mean = 0.1 * whole + 0.9 * routed
     assert less(tmp_path, "tread").forward_flops == pytest.approx(mean)
     assert less(tmp_path, "plain").forward_flops == whole == less(tmp_path, "muon").forward_flops
-    assert load("demo_256", less(tmp_path, "tread_flops").settings)[0].steps == round(200 * whole / mean)
+    assert load("demo_256", less(tmp_path, "tread_flops").settings)[0].steps == round(150 * whole / mean)
 
 
 def test_alignment_counts_with_the_features_of_the_data(tmp_path: Path, monkeypatch) -> None:
@@ -241,7 +241,7 @@ def test_equal_seconds_follow_from_the_measured_times_of_the_same_seed(tmp_path:
     with pytest.raises(ValueError, match=r"follow from the time of muon, seed 1: do it first"):
         _ = less(tmp_path, "muon_seconds", seed=1).settings
     finish(less(tmp_path, "muon", seed=1), step_s=0.75)
-    assert less(tmp_path, "muon_seconds", seed=1).settings == [*less(tmp_path, "muon", seed=1).settings, "steps=160"]
+    assert less(tmp_path, "muon_seconds", seed=1).settings == [*less(tmp_path, "muon", seed=1).settings, "steps=120"]
 
 
 def test_rows_of_equal_seconds_come_after_those_that_time_them(tmp_path: Path, monkeypatch, capsys) -> None:
