@@ -163,7 +163,7 @@ def plot(reference: Reference) -> Figure:
     """A panel for each curve: every run pale, the band of each part's mean strong."""
     from matplotlib.figure import Figure
 
-    from pretrain.sampling.plots import COLOURS
+    from pretrain.sampling.plots import COLOURS, log_scale
 
     figure = Figure(figsize=(10, 2.6 * math.ceil(len(reference.curves) / 2)), layout="constrained")
     panels = figure.subplots(math.ceil(len(reference.curves) / 2), 2, squeeze=False).ravel()
@@ -176,7 +176,9 @@ def plot(reference: Reference) -> Figure:
         for part in reference.band(tag):
             panel.fill_between([part.start, part.end], part.low, part.high, color="0.3", alpha=0.25, linewidth=0)
             panel.plot([part.start, part.end], [part.mean] * 2, color="0.2", linewidth=1.2)
-        panel.set(xlabel="step", ylabel=tag, yscale="log")
+        panel.set(xlabel="step", ylabel=tag)
+        if points.max() > 5 * points.min():
+            log_scale(panel)
         panel.grid(alpha=0.3)
     for panel in panels[len(reference.curves) :]:
         panel.set_axis_off()

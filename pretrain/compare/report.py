@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from data_prep.common.files import atomic_write
 from data_prep.common.paths import distinct_names
 from pretrain.compare.records import AXES, LOSSES, TRAINING, Run, read_runs
 from pretrain.models.cost import CAPTION
 from pretrain.sampling.jobs import write_png
-from pretrain.sampling.plots import COLOURS, LINES, to_picture
+from pretrain.sampling.plots import COLOURS, LINES, log_scale, to_picture
 
 WINDOW = 0.1  # of the way to a place: a training loss there is the mean over it
 SHARES = (0.25, 0.5, 1.0)  # of the way that all runs have gone
@@ -161,10 +160,8 @@ def plot(runs: Sequence[Run]) -> Figure:
                 _draw(panel, one, tag, axis, COLOURS[number % len(COLOURS)], LINES[number % len(LINES)])
             panel.set_xlabel(f"training, {axis}")
             panel.grid(alpha=0.3)
-        row[0].set(ylabel=f"{tag}\n(mean squared error)", yscale="log")
-        row[0].yaxis.set(
-            major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter()
-        )
+        row[0].set_ylabel(f"{tag}\n(mean squared error)")
+        log_scale(row[0])
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(runs), 4))
     return figure
 

@@ -9,8 +9,9 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +25,12 @@ def to_picture(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return Image.open(buffer).convert("RGB")
+
+
+def log_scale(panel: Axes) -> None:
+    """Gives a panel a logarithmic y axis, with its numbers written out at 1, 2 and 5."""
+    panel.set_yscale("log")
+    panel.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
 
 
 def plot_mask_means(means_SK: Tensor, timesteps: Sequence[float], removed: Sequence[int]) -> Image.Image:
