@@ -9,6 +9,7 @@ from statistics import mean, variance
 
 import pytest
 from PIL import Image
+from support import ROOT
 from torch.utils.tensorboard import SummaryWriter
 
 from pretrain import demo
@@ -106,7 +107,7 @@ def test_refusals(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("stage", demo.STAGES)
 def test_the_demos_reference_is_of_its_config(stage: str) -> None:
-    reference, config = read(demo.REFERENCE / f"{stage}.csv"), load(stage, [])[0]
+    reference, config = read(ROOT / demo.REFERENCE / f"{stage}.csv"), load(stage, [])[0]
     assert len(reference.runs) >= 3 and set(reference.curves) == set(CURVES)
     assert all(max(values) == config.steps for values in reference.curves.values())
-    assert (demo.REFERENCE / f"{stage}.png").is_file()
+    assert (ROOT / demo.REFERENCE / f"{stage}.png").is_file()
