@@ -72,6 +72,7 @@ def test_the_first_commands_from_the_wheel(environment: Path, tmp_path: Path) ->
         "models",
         "plan",
         "prune",
+        "reference",
         "sample",
         "shapes",
         "train",
