@@ -105,7 +105,7 @@ def report(asked: list[Scene], seconds: float) -> str:
         "by the strict measure (data_prep/shapes.py)",
         f"  {'colours':<20}{_share([r.colours for r in strict])}",
         f"  {'shapes':<20}{_share([r.shapes for r in strict if r.shapes is not None])}",
-        f"time {seconds / 60:.1f} minutes, peak memory {memory:.1f} GiB in each of {PROCESSES} processes",
+        f"time {seconds / 60:.1f} minutes, peak memory {memory:.1f} GiB in a process",
         "",
         f"pictures:    {grid}",
         f"TensorBoard: {Path(sys.executable).parent / 'tensorboard'} --logdir runs",
