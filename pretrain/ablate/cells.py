@@ -32,7 +32,7 @@ from pretrain.checkpoint.export_folder import read_json
 from pretrain.config import Config, load
 from pretrain.curves import curve
 from pretrain.demo import PROMPT_SEED
-from pretrain.models.cost import count_parameters, grid_of, mean_training_flops
+from pretrain.models.cost import count_parameters, grid_of, mean_flops, training_phases
 
 CAPTION = 12  # tokens of a caption of shapes, about
 VALIDATION = {"validation/loss": "validation loss", "validation_ema/loss": "validation loss, average"}
@@ -194,7 +194,7 @@ def forward_flops(config: Config) -> float:
     alignment, width = config.alignment.build(backbone), 0
     if alignment is not None:
         width = read_json(Path(config.data.path) / CARD)["features"]["width"]
-    return mean_training_flops(backbone, grid, CAPTION, config.steps, routing, alignment, width) / 3
+    return mean_flops(training_phases(backbone, grid, CAPTION, config.steps, routing, alignment, width)) / 3
 
 
 def shapes_prompts(path: Path, count: int) -> Path:

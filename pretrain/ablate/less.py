@@ -15,12 +15,13 @@ from pretrain.demo import HELD_OUT
 
 MUON, TREAD = ("optimizer.name=muon", "optimizer.lr={muon_lr}"), ("routing.name=tread",)
 ALIGNED = ("alignment.weight=0.5", "alignment.hidden={alignment_hidden}")
+SECONDS: tuple[Literal["flops", "seconds"], ...] = ("seconds",)
 BOTH: tuple[Literal["flops", "seconds"], ...] = ("flops", "seconds")
 METHODS = {
-    "muon": ("Muon", MUON, BOTH[1:]),
+    "muon": ("Muon", MUON, SECONDS),
     "tread": ("TREAD, half of the tokens", TREAD, BOTH),
     "deferred": ("deferred masking, half of the tokens", ("routing.name=deferred_masking",), BOTH),
-    "aligned": ("alignment (REPA)", ALIGNED, BOTH[1:]),
+    "aligned": ("alignment (REPA)", ALIGNED, SECONDS),
     "together": ("Muon and TREAD", (*MUON, *TREAD), BOTH),
 }
 

@@ -81,8 +81,9 @@ def collect(folders: Sequence[Path]) -> Reference:
         steps = sorted(set.intersection(*(set(of_run.get(tag, {})) - {0} for of_run in found)))
         if steps:
             shared[tag] = {step: np.array([of_run[tag][step] for of_run in found]) for step in steps}
-        if any(not np.isfinite(values).all() for values in shared.get(tag, {}).values()):
-            raise ValueError(f"{tag} is not finite in each of these runs: they cannot say what is normal")
+        for folder, of_run in zip(folders, np.array(list(shared.get(tag, {}).values())).T, strict=False):
+            if not np.isfinite(of_run).all():
+                raise ValueError(f"{folder}: {tag} is not finite, so the run cannot say what is normal; leave it out")
     if CURVES[0] not in shared:
         raise ValueError(
             f"{', '.join(map(str, folders))} have no step of {CURVES[0]} in common: give runs of one config that have "
@@ -110,8 +111,10 @@ def write(reference: Reference, file: Path) -> str:
 
 def read(file: Path) -> Reference:
     """Reads a CSV that `write` wrote. Raises ValueError where it is none."""
-    with file.open(encoding="utf-8", newline="") as lines:
-        head, *rows = list(csv.reader(lines)) or [[]]
+    try:
+        head, *rows = list(csv.reader(file.read_text(encoding="utf-8").splitlines())) or [[]]
+    except (UnicodeDecodeError, csv.Error):
+        head, rows = [], []
     if head[:2] != ["curve", "step"] or len(head) < 4 or not rows:
         raise ValueError(
             f"{file}: no reference; python -m pretrain.compare.reference make {file} RUN RUN RUN writes one"
@@ -119,10 +122,10 @@ def read(file: Path) -> Reference:
     found: dict[str, dict[int, np.ndarray]] = {}
     for number, row in enumerate(rows, start=2):
         try:
-            tag, step, *values = row
-            found.setdefault(tag, {})[int(step)] = np.array([float(value) for value in values])
             if len(row) != len(head):
                 raise ValueError(f"{len(row)} columns instead of {len(head)}")
+            tag, step, *values = row
+            found.setdefault(tag, {})[int(step)] = np.array([float(value) for value in values])
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: {error}; make it again") from error
     return Reference(tuple(head[2:]), found)
@@ -151,8 +154,9 @@ def _verdict(band: Sequence[Part], values: Mapping[int, float]) -> str:
         return "not far enough to say" if values else "not recorded in this run"
     outside = []
     for part in reached:
-        mean = np.mean([value for step, value in values.items() if part.start < step <= part.end] or [math.nan])
-        if not part.low <= mean <= part.high:  # what is not finite is outside, too
+        inside = [value for step, value in values.items() if part.start < step <= part.end]
+        # A run with fewer points may have none here; what is not finite is outside, too.
+        if inside and not part.low <= (mean := np.mean(inside)) <= part.high:
             steps = f"steps {part.start + 1} to {part.end}"
             outside.append(f"{mean:.4g} in {steps}, where {part.low:.4g} to {part.high:.4g} is normal")
     so_far = f"up to step {reached[-1].end}" if len(reached) < len(band) else "to the end"

@@ -11,6 +11,7 @@ with modules built on the meta device, and the activations with what torch keeps
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 
@@ -212,20 +213,12 @@ def training_phases(
     return phases
 
 
-def mean_training_flops(
-    c: DiTConfig,
-    grid: Grid,
-    text_tokens: float,
-    steps: int,
-    routing: Routing | None,
-    alignment: Alignment | None,
-    features: int,
-) -> float:
-    """FLOPs of one image's training, the mean over the steps of `training_phases`, which has the same arguments."""
+def mean_flops(phases: Sequence[tuple[int, float]]) -> float:
+    """FLOPs of one image, the mean over the steps of `training_phases`."""
     total, start = 0.0, 0
-    for end, flops in training_phases(c, grid, text_tokens, steps, routing, alignment, features):
+    for end, flops in phases:
         total, start = total + (end - start) * flops, end
-    return total / steps
+    return total / start
 
 
 def count_activations(

@@ -12,7 +12,7 @@ from typing import Any
 from data_prep.encoders import DOWNSAMPLE
 from pretrain.config import Config, load
 from pretrain.models import DiTConfig
-from pretrain.models.cost import count_activations, count_flops, count_parameters, grid_of, mean_training_flops
+from pretrain.models.cost import count_activations, count_flops, count_parameters, grid_of, mean_flops, training_phases
 from pretrain.models.grids import Grid
 from pretrain.plan.encoding import FEATURE_WIDTH
 from pretrain.plan.setting import Cluster, Setting
@@ -91,7 +91,7 @@ class Stage:
         """
         config, model, tokens = self.config, self.model, self.setting.caption_tokens
         methods = config.routing.build(model), config.alignment.build(model)
-        return mean_training_flops(model, self.grid, tokens, config.steps, *methods, self.feature_width)
+        return mean_flops(training_phases(model, self.grid, tokens, config.steps, *methods, self.feature_width))
 
     @property
     def feature_width(self) -> int:

@@ -62,8 +62,8 @@ def test_a_training_outlives_a_signal_a_lost_node_and_a_requeue(cluster, data_se
     assert "demo_256 is complete: 200 steps, 800 images" in result.log
     assert "stopped by SIGUSR1 (process 0, 1) after step" in result.log
     # Slurm may ask a start to end that the one before it was meant for: here a job starts again after 2 s, not after 120.
-    # On a machine that is busy enough Slurm fails to launch one ("Communication connection failure"), which says nothing.
-    assert result.log.count("going on from ") >= 2
+    # One that a busy Slurm cannot launch ("Communication connection failure") comes back, too.
+    assert result.log.count("going on from ") + result.log.count("Application launch failed") >= 3
     last = newest(run_dir)
     assert last is not None
     last.verify()

@@ -76,6 +76,14 @@ def test_a_run_unlike_them(made: Path, tmp_path: Path, step: int, value: float, 
     assert ";" not in line  # the other parts are within
 
 
+def test_a_run_with_fewer_points_is_judged_by_those(made: Path, tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
+        writer.add_scalar(LOSS, 0.3, 50)  # of steps 41 to 60 alone
+        writer.add_scalar(LOSS, 1 / math.sqrt(150), 160)
+    (line, *_) = check(made, tmp_path)
+    assert line.startswith(f"{LOSS}: 0.3 in steps 41 to 60, where ") and ";" not in line, line
+
+
 def test_a_curve_that_the_run_lacks(made: Path, tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
         writer.add_scalar(LOSS, 0.3, 10)
@@ -88,12 +96,15 @@ def test_refusals(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["make", "r.csv", run], "two different run directories"),
         (["make", "r.csv", run, run], "two different run directories"),
         (["make", "r.csv", run, str(tmp_path / "nothing")], "no step of train/loss in common"),
-        (["make", "r.csv", run, other], "train/loss is not finite"),
+        (["make", "r.csv", run, other], f"{other}: train/loss is not finite"),
         (["check", str(made), str(tmp_path / "nothing")], "has none of the curves"),
         (["check", str(tmp_path / "no.csv"), run], "No such file"),
     ]:
         assert main(args) == 1
         assert words in capsys.readouterr().err, args
+    (tmp_path / "binary.csv").write_bytes(b"\xff\x00")
+    assert main(["check", str(tmp_path / "binary.csv"), run]) == 1
+    assert f"{tmp_path / 'binary.csv'}: no reference" in capsys.readouterr().err
     text = made.read_text()
     for damaged, words in [
         ("", "no reference"),
