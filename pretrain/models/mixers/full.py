@@ -32,7 +32,8 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x_BND: Tensor, rotary: Rotary) -> Tensor:
-        q, k, v = rearrange(self.qkv(x_BND), "B N (three h d) -> three B h N d", three=3, h=self.heads)
+        # Three parts of the last axis: their gradients are joined by one copy.
+        q, k, v = (rearrange(part, "B N (h d) -> B h N d", h=self.heads) for part in self.qkv(x_BND).chunk(3, dim=-1))
         y_BhNd = F.scaled_dot_product_attention(rotary.turn(q), rotary.turn(k), v)
         return self.out(rearrange(y_BhNd, "B h N d -> B N (h d)"))
 
