@@ -145,15 +145,15 @@ class DataSection(Section):
 
 
 class RoutingSection(Section):
-    name: Literal["none", "tread", "deferred_masking"] = "none"
-    """Token routing: a part of each sample's tokens skips some blocks while training, and comes back (tread) or is left out to
-    the end and of the loss (deferred_masking; docs/train_for_less.md)."""
+    name: Literal["none", "tread", "sprint", "deferred_masking"] = "none"
+    """Token routing: a part of each sample's tokens skips some blocks while training, and comes back (tread; sprint, by the
+    model's fusion) or is left out to the end and of the loss (deferred_masking; docs/train_for_less.md)."""
     share: Share = 0.5
     """Share of the tokens that is left out, drawn for each sample anew in each epoch."""
-    first: NotNegative = 2
-    """Block, counted from 0, before which they are left out."""
+    first: NotNegative | None = None
+    """Block, counted from 0, before which they are left out; by default 2, for sprint that of model.fusion."""
     last: Positive | None = None
-    """Block before which they come back, for tread; by default two blocks before the end."""
+    """Block before which they come back, for tread; by default two blocks before the end. For sprint that of model.fusion."""
     until: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Share of the run's steps after which all tokens are computed."""
 
@@ -161,8 +161,12 @@ class RoutingSection(Section):
         """The routing of a run of this backbone; None without one."""
         if self.name == "none":
             return None
-        last = backbone.depth if self.name == "deferred_masking" else self.last or backbone.depth - 2
-        return Routing(self.name, self.share, self.first, last, self.until)
+        first, last = 2 if self.first is None else self.first, self.last or backbone.depth - 2
+        if self.name == "deferred_masking":
+            last = backbone.depth
+        if self.name == "sprint" and backbone.fusion is not None:
+            first, last = backbone.fusion
+        return Routing(self.name, self.share, first, last, self.until)
 
     def problems(self, backbone: DiTConfig) -> list[str]:
         """Lists contradictions between the fields, and with a backbone that has no problems of its own."""
@@ -171,6 +175,11 @@ class RoutingSection(Section):
             found.append(
                 f"last: {self.last} is of tread; deferred_masking leaves tokens out to the end: leave routing.last out"
             )
+        for name in ("first", "last"):
+            if self.name == "sprint" and (block := getattr(self, name)) is not None:
+                found.append(
+                    f"{name}: {block} is of other methods; for sprint model.fusion says it: leave routing.{name} out"
+                )
         routing = self.build(backbone)
         return found + (routing.problems(backbone) if routing else [])
 

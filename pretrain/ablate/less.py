@@ -14,12 +14,14 @@ from pretrain.ablate.study import DATA, Row, Scale, Study
 from pretrain.demo import HELD_OUT
 
 MUON, TREAD = ("optimizer.name=muon", "optimizer.lr={muon_lr}"), ("routing.name=tread",)
+SPRINT = ("routing.name=sprint", "routing.share=0.75", "model.fusion={fusion}")
 ALIGNED = ("alignment.weight=0.5", "alignment.hidden={alignment_hidden}")
 SECONDS: tuple[Literal["flops", "seconds"], ...] = ("seconds",)
 BOTH: tuple[Literal["flops", "seconds"], ...] = ("flops", "seconds")
 METHODS = {
     "muon": ("Muon", MUON, SECONDS),
     "tread": ("TREAD, half of the tokens", TREAD, BOTH),
+    "sprint": ("SPRINT, a quarter of the tokens", SPRINT, BOTH),
     "deferred": ("deferred masking, half of the tokens", ("routing.name=deferred_masking",), BOTH),
     "aligned": ("alignment (REPA)", ALIGNED, SECONDS),
     "together": ("Muon and TREAD", (*MUON, *TREAD), BOTH),
@@ -42,7 +44,7 @@ STUDY = Study(
                 *("model.preset=dit_tiny_deep", "model.mask=adaln_single", "model.ffn=shared", "preview.every=0"),
                 *(f"data.path={DATA}", HELD_OUT, "optimizer.name=adamw", "optimizer.lr=2.5e-3", "steps=150"),
             ),
-            words={"muon_lr": "4e-3", "alignment_hidden": "128"},
+            words={"muon_lr": "4e-3", "alignment_hidden": "128", "fusion": "[2,6]"},
             seeds=(0, 1, 2),
             prompts=128,
             about="2.1M parameters on captioned shapes",
@@ -50,7 +52,7 @@ STUDY = Study(
         "large": Scale(
             "stage1_256",
             ("steps=30000",),
-            words={"muon_lr": "2e-4", "alignment_hidden": "2048"},
+            words={"muon_lr": "2e-4", "alignment_hidden": "2048", "fusion": "[2,26]"},
             seeds=(0,),
             prompts=0,
             about="stage1_256 on data of your own; give --prompts and --metrics",

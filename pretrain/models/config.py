@@ -60,6 +60,9 @@ class DiTConfig:
     """Dropout of the query mask while training (`mask.dropout_factors`)."""
     norm_eps: float = 1e-6
     """Epsilon of the blocks' LayerNorms."""
+    fusion: tuple[int, int] | None = None
+    """[first, last]: what blocks first … last − 1 add joins the tokens before them by a trained projection, for
+    `routing.name=sprint` (fusion.py); None leaves it out."""
     removed_ffns: tuple[int, ...] = ()
     """Numbers of the blocks whose FFN was pruned away; their query masks stay, as the next blocks read them."""
 
@@ -100,7 +103,7 @@ class DiTConfig:
             found += self._bind(ATTENTIONS[self.attention]).problems()
         if self.density in DENSITIES:
             found += self._bind(DENSITIES[self.density]).problems()
-        return found + self._position_problems() + self._ffn_problems()
+        return found + self._position_problems() + self._ffn_problems() + self._fusion_problems()
 
     def _position_problems(self) -> list[str]:
         found = []
@@ -127,6 +130,28 @@ class DiTConfig:
             found.append(f"shared_width: {self.shared_width} must be 1, 2 or 3 (widths D of the 4D entries)")
         if not 0 <= self.mask_dropout < 1:
             found.append(f"mask_dropout: {self.mask_dropout} must be in [0, 1)")
+        return found
+
+    @property
+    def usual_fusion(self) -> list[int]:
+        """SPRINT's blocks [first, last]: two of dense tokens at either end, fewer in shallow models."""
+        ends = min(2, self.depth // 4)
+        return [ends, self.depth - ends]
+
+    def _fusion_problems(self) -> list[str]:
+        if self.fusion is None:
+            return []
+        found, blocks = [], list(self.fusion)
+        if len(blocks) != 2 or not 0 <= blocks[0] < blocks[1] <= self.depth:
+            found.append(
+                f"fusion: {blocks} must be two blocks with 0 ≤ first < last ≤ {self.depth}, the depth, such as "
+                f"{self.usual_fusion}"
+            )
+        for name, alone in (("attention", "full"), ("density", "dense")):
+            if getattr(self, name) != alone:
+                found.append(
+                    f"fusion: it goes with {name}={alone} alone, not with {getattr(self, name)}; leave one of them out"
+                )
         return found
 
     def grid_problems(self, grid: Grid) -> list[str]:

@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pretrain.models import fusion
 from pretrain.models.alignment import Alignment
 from pretrain.models.budget_choices import every_budget
 from pretrain.models.compute_budget import ComputeBudget
@@ -129,6 +130,8 @@ def count_flops(
     rest: float = 2 * N * c.latent_channels * c.patch**2 * D + TimeEmbed.frequencies * D + D * D + 6 * D * D
     if c.text_width:
         rest += L * (c.text_width * D + D * D)
+    if c.fusion:
+        rest += fusion.macs(D, N, N if routing is None else routing.kept(N))
     return Flops(round(2 * attention), ffns, round(2 * query_mask), round(2 * rest))
 
 
@@ -247,5 +250,7 @@ def count_activations(
             kept += n * ((5 if c.mask != "none" else 4) * D + 2 * size)
         blocks.append(kept)
     ends = N * (3 * D + c.latent_channels * c.patch**2) + (L * (c.text_width + 3 * D) if c.text_width else 0)
+    if c.fusion:  # what the deep blocks added
+        ends += N * D
     inputs = N + sum(tokens[:-1])
     return 2 * (ends + (inputs * D + max(blocks) if recompute else sum(blocks)))

@@ -13,7 +13,7 @@ Initialisation. `DiT.initialise` sets weights and biases, then each module with 
 | scale-shift tables                                     | gates 1, the rest normal(1/√D)                            |
 | query mask's time table, or its shift                  | normal(0.02), or 0                                        |
 | query mask's last bias                                 | 2: masks start near 0.88, where their gradient still flows |
-| a token mixer's own, the alignment's projection        | its file in `mixers/`, `alignment.py`                     |
+| a token mixer's own, fusion, alignment's projection    | its file in `mixers/`, `fusion.py`, `alignment.py`        |
 
 PixArt-alpha starts its gates at random, these outputs at Xavier's and its last layer at 0. With the first two, the tiny
 FocusDiT's masks shut the FFNs of the first blocks (means under 0.01 within 100 steps), since what a fresh FFN adds is noise.
@@ -50,6 +50,7 @@ from pretrain.models.embeddings import (
 )
 from pretrain.models.focusdit import ffn
 from pretrain.models.focusdit.skip import LOW, Skip
+from pretrain.models.fusion import Fusion
 from pretrain.models.grids import Grid, spread
 from pretrain.models.mixers.base import CoarseGrid, Modulation, Positions, TokenState
 from pretrain.models.routing import Route
@@ -191,6 +192,7 @@ class DiT(nn.Module):
         attention, density = config.methods
         mixers = density.mixers(attention.mixer)
         self.blocks = nn.ModuleList(Block(config, index, mixer) for index, mixer in enumerate(mixers))
+        self.fusion = Fusion(D, *config.fusion) if config.fusion else None
         self.final = FinalLayer(config)
         self.initialise()
 
@@ -319,16 +321,26 @@ class DiT(nn.Module):
         state = TokenState(x_BND, grid, x_BND.new_ones(x_BND.shape[0], x_BND.shape[1], 1))
         trace = _Trace(self.alignment.block if align and self.alignment is not None else None)
         run, depth = partial(self._run_blocks, trace, conditioning), len(self.blocks)
-        if route is None:
+        deep = self.fusion if route is None else route
+        if deep is None:
             state = run(range(depth), state, shared, keep_KBN)
         else:
-            state = run(range(route.first), state, shared, keep_KBN)
-            routed = replace(shared, positions=route.positions(shared.positions))
-            kept = run(range(route.first, route.last), route.leave(state), routed, route.dropout(keep_KBN))
-            state = run(range(route.last, depth), route.come_back(kept, state), shared, keep_KBN)
+            before = run(range(deep.first), state, shared, keep_KBN)
+            if route is None:
+                after = run(range(deep.first, deep.last), before, shared, keep_KBN)
+            else:
+                routed = replace(shared, positions=route.positions(shared.positions))
+                after = run(range(deep.first, deep.last), route.leave(before), routed, route.dropout(keep_KBN))
+            state = run(range(deep.last, depth), self._together(before, after, route), shared, keep_KBN)
         sample_BCHW = self.final(state, conditioning.time_BD)
         aligned = None if self.alignment is None or trace.tokens_BnD is None else self.alignment(trace.tokens_BnD)
         return Prediction(sample_BCHW, () if self.config.mask == "none" else tuple(trace.masks), grid, aligned)
+
+    def _together(self, before: TokenState, after: TokenState, route: Route | None) -> TokenState:
+        """All tokens, from before and after the deep blocks, which with a route computed the kept ones alone."""
+        if self.fusion is not None:
+            return self.fusion(before, after, route)
+        return after if route is None else route.come_back(after, before)
 
     def _run_blocks(
         self,

@@ -6,6 +6,7 @@ A method's own file says which of its parameters come and go with it, and which 
     mediators' tables and convolution    `mixers/mediators.py`: their own start
     FlexDiT's W1 and W2                  `mixers/flexdit.py`: their own start, 0 and the identity: all tokens are kept as they are
     FlexDiT's pooling blocks' values     `mixers/flexdit.py`: the last third of the trained `qkv`
+    SPRINT's fusion                      `fusion.py`: its own start, which changes nothing
     alignment's projection               `alignment.py`: its own start, also where the trained one is of another width
 
 Parameters of the trained model that the settings leave out are left behind.
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from pretrain.models import alignment
+from pretrain.models import alignment, fusion
 from pretrain.models.focusdit import mask
 from pretrain.models.mixers import ATTENTIONS, DENSITIES
 from pretrain.models.mixers.base import DerivedParameter, Method
@@ -26,6 +27,7 @@ _METHODS: tuple[type[Method], ...] = (*ATTENTIONS.values(), *DENSITIES.values())
 # Parts of the names of parameters that come and go with the settings.
 optional_parameters: tuple[str, ...] = (
     *mask.OPTIONAL_PARAMETERS,
+    fusion.PREFIX,
     alignment.PREFIX,
     *(part for method in _METHODS for part in method.optional_parameters),
 )

@@ -1,12 +1,13 @@
 """Token routing while training: some blocks compute a random part of each image's tokens alone, so that a step costs less.
 
-TREAD (arXiv 2501.04765) and SPRINT (arXiv 2510.21986) leave tokens out before block `first`; before block `last` they come back
-with the state that they had. Deferred masking (micro_diffusion, arXiv 2407.15811) leaves them out to the end: the first blocks
-mix all tokens, so that those that stay know of the others, and the loss is of the patches that stay. Either way a last phase of
-the training computes all tokens, as sampling does.
+TREAD (arXiv 2501.04765) leaves tokens out before block `first`; before block `last` they come back with the state that they had.
+SPRINT (arXiv 2510.21986) does, too, and joins both paths by a projection of the backbone (`fusion.py`). Deferred masking
+(micro_diffusion, arXiv 2407.15811) leaves them out to the end: the first blocks mix all tokens, so that those that stay know of
+the others, and the loss is of the patches that stay. Either way a last phase of the training computes all tokens, as sampling
+does.
 
-Ours: the blocks are the backbone's own. SPRINT's projection that fuses both paths, and micro_diffusion's small patch mixer in
-front of the backbone, would be further parameters; TREAD as here has none, and the mixer's part is that of blocks 0 … first − 1.
+Ours: the blocks are the backbone's own. micro_diffusion's small patch mixer in front of the backbone would be further
+parameters; its part is that of blocks 0 … first − 1.
 
 Letters: B images, K blocks, N tokens of an image, n those that are kept, H W height and width of the latent, X any width.
 """
@@ -29,9 +30,10 @@ class Routing:
     """A run's routing.
 
     Attributes:
-        name: tread | deferred_masking.
+        name: tread | sprint | deferred_masking.
         share: of an image's tokens that are left out, in [0, 1).
-        first, last: blocks first … last − 1 compute the kept tokens alone; for deferred masking `last` is the depth.
+        first, last: blocks first … last − 1 compute the kept tokens alone; for deferred masking `last` is the depth, for sprint
+            both are those of the backbone's fusion.
         until: share of the run's steps, from its start, that are routed.
     """
 
@@ -43,7 +45,14 @@ class Routing:
 
     def problems(self, backbone: DiTConfig) -> list[str]:
         """Reasons why a backbone without problems cannot be trained so, each as `field: problem and mend`."""
+        if self.name == "sprint" and backbone.fusion is None:
+            usual = "model.fusion=[{},{}]".format(*backbone.usual_fusion)
+            return [f"name: sprint needs the projection that joins both paths; add it to the model by {usual}"]
         found = []
+        if self.name != "sprint" and backbone.fusion is not None:
+            found.append(
+                f"name: a model with model.fusion goes with sprint or none, not {self.name}; leave one of them out"
+            )
         if not 0 <= self.first < self.last <= backbone.depth:
             found.append(
                 f"first: {self.first} (and last: {self.last}) must be blocks with 0 ≤ first < last ≤ {backbone.depth}, "

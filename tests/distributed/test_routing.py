@@ -16,18 +16,21 @@ WORDS = (
     "model.mask_dropout=0.1",
     "checkpoint.every=3",
     "deepspeed.train_micro_batch_size_per_gpu=1",
-    "routing.first=1",
     "routing.until=0.5",
 )
+BLOCKS = {
+    "tread": ["routing.first=1", "routing.last=2"],
+    "sprint": ["model.fusion=[1,2]"],
+    "deferred_masking": ["routing.first=1"],
+}
 
 
-@pytest.mark.parametrize("name", ["tread", "deferred_masking"])
+@pytest.mark.parametrize("name", BLOCKS)
 def test_killed_and_resumed_across_until_it_is_bitwise_uninterrupted(
     name: str, data_set: Path, train, tmp_path: Path
 ) -> None:
     """Steps 1 to 4 are routed; the checkpoint is of step 3, the kill after step 6. One process computes the same losses."""
-    words = [*WORDS, f"routing.name={name}", f"data.path={data_set}"]
-    words += ["routing.last=2"] if name == "tread" else []
+    words = [*WORDS, f"routing.name={name}", *BLOCKS[name], f"data.path={data_set}"]
     straight, run, alone = (tmp_path / folder for folder in ("straight", "run", "alone"))
     train("demo_256", *words, f"run_dir={straight}", processes=2)
     log, kill = tmp_path / "log", partial(at_step, 5, 0, "SIGKILL")

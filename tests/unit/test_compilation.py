@@ -94,10 +94,12 @@ def test_few_graphs_in_training_whatever_the_captions_with_previews_among(kind):
 
 
 @pytest.mark.parametrize("kind", ["dit", "focusdit"])
-@pytest.mark.parametrize(("first", "last"), [(2, 10), (0, 12)])
-def test_token_routing_keeps_the_bound(first, last, kind):
+@pytest.mark.parametrize(("name", "first", "last"), [("tread", 2, 10), ("tread", 0, 12), ("sprint", 2, 10)])
+def test_token_routing_keeps_the_bound(name, first, last, kind):
     """Routed steps and then steps of all tokens."""
-    config, routing = replace(BACKBONES[kind], **SMALL, depth=12), Routing("tread", 0.5, first, last, 0.5)
+    fusion = (first, last) if name == "sprint" else None
+    config = replace(BACKBONES[kind], **SMALL, depth=12, fusion=fusion)
+    routing = Routing(name, 0.5, first, last, 0.5)
     eager, model = build(config), build(config)
     compile_for_training(model, backend="eager")
     before = compiled_graphs()

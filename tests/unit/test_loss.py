@@ -74,17 +74,28 @@ def test_the_loss_is_the_mean_squared_velocity_where_the_prediction_is_zero(batc
 def step(model: DiT, batch: Batch, number: int, *words: str) -> tuple[Tensor, list[Tensor], list[Any]]:
     """What a step minimises, the model's gradients, and what the monitor was told of routing and alignment."""
     recorded: list[Any] = []
-    training_loss = made(SMALL, model, model, *words, recorded=recorded)
+    training_loss = made(model.config, model, model, *words, recorded=recorded)
     loss = training_loss.compute(batch, training_loss.plan(number)).total
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     return loss.detach(), [g for g in gradients if g is not None], recorded[0][-2:]
 
 
-@pytest.mark.parametrize("name", ["tread", "deferred_masking"])
-def test_end_points_are_the_plain_step_to_the_bit(name: str, batch: Batch) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings", "fusion"),
+    [
+        ("tread", ["routing.first=1", "routing.last=3"], None),
+        ("sprint", ["model.fusion=[2,6]"], (1, 3)),
+        ("deferred_masking", ["routing.first=1"], None),
+    ],
+)
+def test_end_points_are_the_plain_step_to_the_bit(
+    name: str, settings: list[str], fusion: tuple[int, int] | None, batch: Batch
+) -> None:
     """No token left out, no routed step, or a step after `until`."""
-    model, words = build(SMALL), [f"routing.name={name}", "routing.first=1", "model.preset=dit_tiny_deep"]
-    words += ["routing.last=3"] if name == "tread" else []
+    model, words = (
+        build(replace(SMALL, fusion=fusion)),
+        [f"routing.name={name}", "model.preset=dit_tiny_deep", *settings],
+    )
     loss, gradients, _ = step(model, batch, 7)
     for number, change in ((7, "share=0"), (7, "until=0"), (7, "until=0.7")):
         same, others, told = step(model, batch, number, *words, f"routing.{change}")
@@ -92,7 +103,7 @@ def test_end_points_are_the_plain_step_to_the_bit(name: str, batch: Batch) -> No
         assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
     routed, others, told = step(model, batch, 6, *words, "routing.until=0.7")
     assert (routed - loss).abs() > 1e-4 * loss
-    assert told == (Routing(name, 0.5, 1, 3 if name == "tread" else 4, 0.7), None)
+    assert told == (Routing(name, 0.5, 1, 4 if name == "deferred_masking" else 3, 0.7), None)
 
 
 def test_a_samples_kept_tokens_do_not_depend_on_its_batch(batch: Batch) -> None:

@@ -202,6 +202,7 @@ def test_linear_attention_forms_no_matrix_of_all_tokens_by_all_tokens(neighbours
     [
         ({"mask": "release", "ffn": "shared"}, ComputeBudget()),
         ({"text_width": 0, "removed_ffns": (1, 3), "mask": "adaln_single"}, ComputeBudget()),
+        ({"mask": "release", "fusion": (1, 3)}, ComputeBudget()),
         ({"attention": "mediators"}, ComputeBudget.of(mediators=4)),
         ({"attention": "mediators"}, ComputeBudget.of(mediators=64)),
         (FLEXDIT, ComputeBudget.of(flexdit=0)),

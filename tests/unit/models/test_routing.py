@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +37,16 @@ TREAD = Routing("tread", 0.6, 1, 4, 1.0)
 ROUTINGS = {
     "tread": TREAD,
     "tread, from the patches to the end": replace(TREAD, first=0, last=5),
+    "sprint": Routing("sprint", 0.6, 1, 4, 1.0),
+    "sprint, from the patches to the end": Routing("sprint", 0.6, 0, 5, 1.0),
     "deferred masking": Routing("deferred_masking", 0.6, 2, 5, 1.0),
 }
+
+
+def shape_for(routing: Routing, **changes: Any) -> DiTConfig:
+    """The small backbone, for sprint with its fusion."""
+    fusion = (routing.first, routing.last) if routing.name == "sprint" else None
+    return replace(SMALL, fusion=fusion, **changes)
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, PackedText]:
@@ -87,7 +96,7 @@ def reference(model: DiT, routing: Routing, keep_KBN: Tensor | None) -> Referenc
             if k == routing.first:
                 bypassing, x, m = (x, m), x[:, kept], m[:, kept]
             if k == routing.last:
-                x, m = together(bypassing, (x, m), kept)
+                x, m = back(model, bypassing, (x, m), kept)
             inside = routing.first <= k < routing.last
             keep = None if keep_KBN is None else keep_KBN[k, b : b + 1].to(x.dtype)
             keep = keep[:, kept] if keep is not None and inside else keep
@@ -97,7 +106,7 @@ def reference(model: DiT, routing: Routing, keep_KBN: Tensor | None) -> Referenc
             own.append(m.mean())
         masks.append(torch.stack(own))
         if routing.last == config.depth:
-            x, m = together(bypassing, (x, m), kept)
+            x, m = back(model, bypassing, (x, m), kept)
         prediction = model.final(TokenState(x, GRID, m), conditioning.time_BD)
         error = (prediction.float() - target().target_BCHW[b]).square().mean((0, 1))
         if routing.name == "deferred_masking":
@@ -105,6 +114,18 @@ def reference(model: DiT, routing: Routing, keep_KBN: Tensor | None) -> Referenc
             error = torch.stack(patches)
         losses.append(error.mean())
     return Reference(torch.stack(losses).mean(), None if config.mask == "none" else torch.stack(masks).mean(0))
+
+
+def back(model: DiT, before, after, kept: list[int]) -> list[Tensor]:
+    """All tokens where the left-out ones come back: as they were, or by SPRINT's fusion, token by token."""
+    x, m = together(before, after, kept)
+    if model.fusion is None:
+        return [x, m]
+    f, s = model.fusion, before[0]
+    added = [
+        (after[0][:, kept.index(i)] - s[:, i]) @ f.added.weight.T if i in kept else f.left_out[None] for i in range(15)
+    ]
+    return [s @ f.before.weight.T + f.before.bias + torch.stack(added, dim=1), m]
 
 
 def together(before, after, kept: list[int]) -> list[Tensor]:
@@ -127,7 +148,7 @@ def routed_loss(model: DiT, routing: Routing, keep_KBN: Tensor | None) -> tuple[
 @pytest.mark.parametrize(("mask", "ffn"), KINDS)
 def test_a_plain_loop_gives_the_same_loss_gradients_and_masks(mask: str, ffn: str, routing: Routing) -> None:
     """A left-out token comes back as it was before `first`, with the mask of the block before; dropout is its own token's."""
-    model = build(replace(SMALL, mask=mask, ffn=ffn)).double()
+    model = build(shape_for(routing, mask=mask, ffn=ffn)).double()
     keep = None if mask == "none" else dropout(5)
     expected = reference(model, routing, keep)
     loss, masks = routed_loss(model, routing, keep)
@@ -175,7 +196,7 @@ def test_with_deferred_masking_left_out_patches_are_no_part_of_the_loss() -> Non
 
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=list(ROUTINGS))
 def test_recompute_changes_no_gradient(routing: Routing) -> None:
-    model = build(replace(SMALL, mask="release", ffn="shared")).double()
+    model = build(shape_for(routing, mask="release", ffn="shared")).double()
     kept = gradients(model, routed_loss(model, routing, dropout(5))[0])
     model.recompute = True
     again = gradients(model, routed_loss(model, routing, dropout(5))[0])
@@ -197,7 +218,7 @@ def test_all_tokens_kept_in_place_is_the_plain_pass() -> None:
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=list(ROUTINGS))
 @pytest.mark.parametrize(("mask", "ffn"), [("none", "uniform"), ("release", "shared"), ("adaln_single", "tapered")])
 def test_flops_are_those_of_torchs_counter(mask: str, ffn: str, routing: Routing) -> None:
-    config = replace(SMALL, mask=mask, ffn=ffn)
+    config = shape_for(routing, mask=mask, ffn=ffn)
     model, (latent, timestep, _) = DiT(config), inputs(torch.float32)
     text = PackedText.pack([torch.zeros(5, 10, requires_grad=True) for _ in range(2)])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -213,6 +234,7 @@ def test_flops_are_those_of_torchs_counter(mask: str, ffn: str, routing: Routing
     [
         ("`tread`, half of the tokens, blocks 2 to 25", Routing("tread", 0.5, 2, 26, 0.9)),
         ("`tread`, three quarters, blocks 2 to 25", Routing("tread", 0.75, 2, 26, 0.9)),
+        ("`sprint`, three quarters, blocks 2 to 25", Routing("sprint", 0.75, 2, 26, 0.9)),
         ("`deferred_masking`, half, blocks 2 to 27", Routing("deferred_masking", 0.5, 2, 28, 0.9)),
         ("`deferred_masking`, three quarters, blocks 4 to 27", Routing("deferred_masking", 0.75, 4, 28, 0.9)),
     ],
@@ -221,8 +243,9 @@ def test_flops_of_docs_train_for_less(row: str, routing: Routing) -> None:
     backbone = preset("focusdit_1b_shared2d")
 
     def relative(side: int) -> str:
-        some, every = (count_flops(backbone, (side, side), CAPTION, None, r).total for r in (routing, None))
-        return f"{some / every:.2f}"
+        fused = replace(backbone, fusion=(2, 26) if routing.name == "sprint" else None)
+        some = count_flops(fused, (side, side), CAPTION, None, routing).total
+        return f"{some / count_flops(backbone, (side, side), CAPTION).total:.2f}"
 
     text = (ROOT / "docs/train_for_less.md").read_text(encoding="utf-8")
     assert f"| {row} | {relative(16)} | {relative(32)} |\n" in text
@@ -246,6 +269,8 @@ def test_sections_to_routings() -> None:
     assert RoutingSection().build(SMALL) is None
     assert RoutingSection(name="tread").build(SMALL) == Routing("tread", 0.5, 2, 3, 0.9)
     assert RoutingSection(name="tread", first=1, last=5).build(SMALL) == Routing("tread", 0.5, 1, 5, 0.9)
+    fused = replace(SMALL, fusion=(1, 4))
+    assert RoutingSection(name="sprint", share=0.75).build(fused) == Routing("sprint", 0.75, 1, 4, 0.9)
     assert RoutingSection(name="deferred_masking", share=0.75).build(SMALL) == Routing(
         "deferred_masking", 0.75, 2, 5, 0.9
     )
@@ -264,11 +289,29 @@ DEEP = ["data.path=/set", "model.preset=dit_tiny_deep"]
         (["name=tread", "share=1"], "routing.share: Input should be less than 1, not 1"),
         (["name=tread", "share=-0.1"], "routing.share: Input should be greater than or equal to 0, not -0.1"),
         (["name=tread", "until=1.5"], "routing.until: Input should be less than or equal to 1, not 1.5"),
-        (["name=sprint"], "routing.name: Input should be 'none', 'tread' or 'deferred_masking', not 'sprint'"),
+        (["name=sprint"], "routing.name: sprint needs the projection that joins both paths; add it to the model by model.fus"),
+        (["name=dream"], "routing.name: Input should be 'none', 'tread', 'sprint' or 'deferred_masking', not 'dream'"),
     ],
 )  # fmt: skip
 def test_refusals(words: list[str], said: str) -> None:
     (line,) = complaint(*DEEP, *(f"routing.{word}" for word in words))
+    assert line.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["routing.name=tread"], "routing.name: a model with model.fusion goes with sprint or none, not tread; "),
+        (["routing.name=sprint", "routing.first=2"], "routing.first: 2 is of other methods; for sprint model.fusion says it: "),
+        (["routing.name=sprint", "routing.last=6"], "routing.last: 6 is of other methods; for sprint model.fusion says it: "),
+        (["model.density=flexdit"], "model.fusion: it goes with density=dense alone, not with flexdit; "),
+        (["model.attention=mediators"], "model.fusion: it goes with attention=full alone, not with mediators; "),
+        (["model.fusion=[6,2]"], "model.fusion: [6, 2] must be two blocks with 0 ≤ first < last ≤ 8, the depth, such as [2, 6]"),
+        (["model.fusion=[2,9]"], "model.fusion: [2, 9] must be two blocks with 0 ≤ first < last ≤ 8, the depth, such as [2, 6]"),
+    ],
+)  # fmt: skip
+def test_refusals_of_a_model_with_a_fusion(words: list[str], said: str) -> None:
+    (line,) = complaint(*DEEP, "model.fusion=[2,6]", *words)
     assert line.startswith(said)
 
 
