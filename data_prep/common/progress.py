@@ -82,4 +82,5 @@ class Progress:
         rate = (self._done - self._before) / max(1e-9, time.monotonic() - self._start)
         minutes = max(0, self._total - self._done) / max(1e-9, rate) / 60
         units = f"{self._unit}s"
-        return f"{self._done} of {self._total} {units}, {rate:.1f} {units}/s, about {minutes:.0f} min left"
+        pace = f"{rate:.1f} {units}/s" if rate >= 0.1 else f"{1 / max(1e-9, rate) / 60:.1f} min each"
+        return f"{self._done} of {self._total} {units}, {pace}, about {minutes:.0f} min left"

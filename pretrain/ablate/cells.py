@@ -36,6 +36,7 @@ from pretrain.models.cost import count_parameters, grid_of, mean_flops, training
 
 CAPTION = 12  # tokens of a caption of shapes, about
 VALIDATION = {"validation/loss": "validation loss", "validation_ema/loss": "validation loss, average"}
+CELL = "cell.json"  # a cell's figures
 PRUNED = "pruned"  # the folder of a pruned row's model
 LAST = 0.1  # share of the steps over whose end the training loss is averaged
 
@@ -108,12 +109,16 @@ class Cell:
         return float(done["step_s"])
 
     @property
+    def is_there(self) -> bool:
+        """Whether there are figures, of whatever settings."""
+        return (self.folder / CELL).is_file()
+
+    @property
     def finished(self) -> Mapping[str, Any] | None:
         """The cell's figures; None until it is done. Raises ValueError where they are of other settings."""
-        path = self.folder / "cell.json"
-        if not path.is_file():
+        if not self.is_there:
             return None
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = json.loads((self.folder / CELL).read_text(encoding="utf-8"))
         if there["settings"] != self.settings:
             raise ValueError(
                 f"{self.folder} was made with other settings ({' '.join(there['settings'])}): choose another --out, or remove it"
@@ -155,7 +160,7 @@ class Cell:
                         f"{self.name}, seed {self.seed}: exit code {code}; {self.folder / 'log.txt'} says why"
                     )
         found = self._figures(judging, time.monotonic() - start)
-        atomic_write(self.folder / "cell.json", json.dumps(found, indent=1) + "\n")
+        atomic_write(self.folder / CELL, json.dumps(found, indent=1) + "\n")
         return found
 
     def _figures(self, judging: Judging, seconds: float) -> dict[str, Any]:

@@ -72,14 +72,16 @@ def run_all(cells: Sequence[Cell], judging: Judging, args: argparse.Namespace) -
     """Runs cells, some at once, those that need another's training after it. Raises RuntimeError for those that failed."""
     threads = max(1, (os.cpu_count() or 1) // (args.jobs * args.processes))
     failed: list[str] = []
-    with Progress(len(cells), "cell") as progress, ThreadPoolExecutor(args.jobs) as pool:
+    there = [cell for cell in cells if cell.is_there]
+    with Progress(len(cells), "cell", done=len(there)) as progress, ThreadPoolExecutor(args.jobs) as pool:
 
         def one(cell: Cell) -> None:
             try:
                 cell.run(judging, args.processes, threads)
             except (RuntimeError, ValueError) as error:  # the others go on
                 failed.append(str(error))
-            progress.update()
+            if cell not in there:
+                progress.update()
 
         # Those that draw from another row's training, or take its time, come after it.
         for own, timed in ((True, False), (True, True), (False, False)):

@@ -126,7 +126,9 @@ def test_cells_run_once_and_make_the_table(
     assert whole["parameters"] - found["parameters"] == ffns and found["flops"] < whole["flops"]
     with Image.open(tmp_path / "study/table.png") as image:
         assert image.width > 200
+    assert "2 of 2 cells, " in said
     assert main(command) == 0 and len(ran) == 4
+    assert "cells, " not in capsys.readouterr().out, "what is done already is no progress"
     assert main([*command, "optimizer.lr=1e-4"]) == 1
     assert "was made with other settings" in capsys.readouterr().err
 

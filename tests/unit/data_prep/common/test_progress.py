@@ -57,6 +57,13 @@ def test_what_was_done_before_does_not_count_for_the_rate(clock: Clock, capsys: 
     assert capsys.readouterr().out == "900 of 1000 parts, 0.3 parts/s, about 5 min left\n"
 
 
+def test_items_that_take_minutes(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(42, "cell", done=2) as shown:
+        clock.now += 90
+        shown.update()
+    assert capsys.readouterr().out == "3 of 42 cells, 1.5 min each, about 58 min left\n"
+
+
 def test_a_line_of_the_callers_own(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(2, "B", line=lambda: "half of it") as shown:
         shown.update()
