@@ -23,8 +23,8 @@ from data_prep.shapes_checker import by_figure, judge
 from pretrain.curves import curve
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")
-PICTURES, SMALL_SHARE = 800, 0.5
-HELD_OUT = "data.validation=0.05"  # by its name, one of the four tars: 50 pictures
+PICTURES, SMALL_SHARE, PER_TAR = 1600, 0.7, 100
+HELD_OUT = "data.validation=0.05"  # by its name, one of the sixteen tars: 100 pictures
 PROCESSES = 2  # of the training
 PROMPTS, PROMPT_SEED = 64, 1000  # another seed than the training pictures have
 REFERENCE = Path("docs/reference")  # what is normal; where the demo is not run in a checkout, nothing says it
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     prompts.write_text("".join(f"{s.caption}\n" for s in asked))
     draw = [python, "-m", "pretrain.sample", "--run", f"runs/{STAGES[-1]}"]
     commands = [
-        *data_commands(TARS, DATA, PICTURES, SMALL_SHARE),
+        *data_commands(TARS, DATA, PICTURES, SMALL_SHARE, PER_TAR),
         *(training_command(stage, HELD_OUT) for stage in STAGES),
         [*draw, "--prompts", str(prompts), "--out", str(OUT), "--overwrite"],
     ]
@@ -55,11 +55,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def data_commands(tars: str, data: str, pictures: int, small_share: float) -> list[list[str]]:
+def data_commands(tars: str, data: str, pictures: int, small_share: float, per_tar: int) -> list[list[str]]:
     """The commands that make a data set of captioned shapes; tars that are there are taken as they are."""
     there = (Path(data) / "dataset.json").exists() and Path(tars).exists()
     python = [sys.executable, "-m"]
-    count = ["--pictures", str(pictures), "--small-share", f"{small_share:g}"]
+    count = ["--pictures", str(pictures), "--small-share", f"{small_share:g}", "--per-tar", str(per_tar)]
     draw = [*python, "data_prep.shapes", "--output", tars, *count]
     encode = [*python, "data_prep.encode", "--input", f"{tars}/*.tar", "--output", data, "--encoders", "tiny"]
     return [encode] if there else [draw, encode]

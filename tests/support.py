@@ -28,6 +28,8 @@ SMALL = (
     "deepspeed.train_batch_size=4",
     "deepspeed.train_micro_batch_size_per_gpu=2",
     "preview.every=0",
+    "optimizer.name=adamw",
+    "optimizer.lr=2.5e-3",
     "optimizer.warmup_steps=2",
     "logging.every=1",
 )

@@ -15,7 +15,7 @@ from typing import Any
 from data_prep.common.progress import Progress
 from pretrain.ablate.cells import Cell, Judging, shapes_prompts
 from pretrain.ablate.report import write
-from pretrain.ablate.study import DATA, PICTURES, Scale, Study
+from pretrain.ablate.study import DATA, PER_TAR, PICTURES, Scale, Study
 from pretrain.demo import data_commands
 
 
@@ -104,7 +104,7 @@ def make_data() -> None:
     """The studies' own data set of captioned shapes, where it is not there. Raises RuntimeError where it cannot be made."""
     if Path(DATA, "dataset.json").exists():
         return
-    *draw, encode = data_commands(f"{DATA}_tars", DATA, PICTURES, small_share=1)
+    *draw, encode = data_commands(f"{DATA}_tars", DATA, PICTURES, 1, PER_TAR)
     for command in [*draw, [*encode, "--features", "tiny"]]:
         if subprocess.run(command).returncode:
             raise RuntimeError(f"the data could not be made: {shlex.join(command)}")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-DATA, PICTURES = "data/ablation", 2400  # captioned shapes, for 256 px alone
+DATA, PICTURES, PER_TAR = "data/ablation", 2400, 250  # captioned shapes, for 256 px alone
 
 
 @dataclass(frozen=True)
