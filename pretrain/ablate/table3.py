@@ -57,8 +57,9 @@ STUDY = Study(
         "small": Scale(
             "demo_256",
             (
-                *("model.preset=dit_s2", "model.text_width=128", "model.absolute=sincos", *PLAIN, "optimizer.lr=1e-3"),
-                *("steps=600", "model.compile=true", "deepspeed.bf16.enabled=true"),
+                *("model.preset=dit_s2", "model.text_width=128", "model.absolute=sincos", *PLAIN),
+                *("optimizer.name=adamw", "optimizer.lr=1e-3", "steps=600"),
+                *("model.compile=true", "deepspeed.bf16.enabled=true"),
                 *("deepspeed.train_batch_size=256", "deepspeed.train_micro_batch_size_per_gpu=256"),
             ),
             words={

@@ -61,6 +61,7 @@ def _settings(args: argparse.Namespace, folder: str, world: World) -> tuple[Conf
         "preview.every": 0,
         "steps": 1000000,
         "logging.every": 20,
+        "optimizer.name": "adamw",
         "optimizer.ema_decay": 0.9999,
         "model.preset": args.preset,
         "model.depth": args.depth or backbone.depth,

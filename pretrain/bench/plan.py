@@ -149,6 +149,7 @@ def _take_turns(folder: Path, world: World, args: argparse.Namespace, turns: Any
         "logging.every": 1_000_000,
         "steps": 1_000_000,
         "logging.peak_tflops": 1,
+        "optimizer.name": "adamw",
         "deepspeed.train_batch_size": world.size * MICRO_BATCHES * IMAGES,
         "deepspeed.train_micro_batch_size_per_gpu": IMAGES,
         "deepspeed.zero_optimization.overlap_comm": "false",

@@ -52,6 +52,7 @@ def settings(session: Session, world: World, stage: str, **changes: Any) -> tupl
         "run_dir": session.folder / f"{stage}_{session.settings.device.replace(':', '_')}",
         "preview.every": 0,
         "logging.every": 1000,
+        "optimizer.name": "adamw",
         "init_from": "null",
         "deepspeed.train_batch_size": images * world.size,
         "deepspeed.train_micro_batch_size_per_gpu": images,

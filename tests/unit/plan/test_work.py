@@ -68,6 +68,6 @@ def test_times() -> None:
 
 def test_deepspeeds_own_bucket_where_none_is_named() -> None:
     """It is larger than the demo's model, so each of its two groups is one bucket."""
-    small = stage("--nodes", "1", name="demo_256")
+    small = stage("--nodes", "1", "optimizer.name=adamw", name="demo_256")
     sizes = [b.size for b in work_of(small, 0.0, overlap=True).buckets]
     assert len(sizes) == 2 and sum(sizes) == pytest.approx(4 * small.parameters, rel=1e-3)
