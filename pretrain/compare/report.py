@@ -120,7 +120,8 @@ def notes(runs: Sequence[Run]) -> list[str]:
     found = []
     if any(_differs(runs, key) for run in runs for key in run.facts if key.startswith("config.objective.")):
         found.append("the objectives differ, so that a loss of one does not compare with one of another")
-    if any(_differs(runs, key) for run in runs for key in run.facts if key.startswith("config.routing.")):
+    routed = any(run.facts.get("config.routing.name", "none") != "none" for run in runs)
+    if routed and any(_differs(runs, key) for run in runs for key in run.facts if key.startswith("config.routing.")):
         found.append(
             "token routing differs, so that a train/loss of one does not compare with one of another; others do"
         )

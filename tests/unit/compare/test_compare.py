@@ -152,6 +152,8 @@ def test_flops_of_a_run_with_token_routing(table, tmp_path) -> None:
     assert float(rows["train/loss", "FLOPs", 2][0].replace(",", "")) == pytest.approx(whole, rel=1e-3)
     assert rows["train/loss", "FLOPs", 2][2] == f"{loss(16):.4f}"
     assert "token routing differs, so that a train/loss of one does not compare" in said
+    other = make(tmp_path / "other", *words, "routing.first=3")
+    assert "token routing" not in table(plain, other)[1], "none of the two is routed"
 
 
 def test_validation_lies_between_its_points(table, tmp_path) -> None:
