@@ -61,6 +61,17 @@ def test_mediators_and_masks_from_a_plain_model():
     ) - len(shapes(DENSE))
 
 
+def test_a_fusion_comes_and_goes():
+    """A fresh one changes nothing (tests/unit/models/test_fusion.py)."""
+    fused, parts = replace(MASKED, fusion=(2, 6)), ("before.weight", "before.bias", "added.weight", "left_out")
+    found = made(fused, MASKED)
+    assert not found.problems and sorted(found.fresh) == sorted(f"fusion.{part}" for part in parts)
+    found = made(MASKED, fused)
+    assert not found.problems and not found.fresh and sorted(found.left) == sorted(f"fusion.{part}" for part in parts)
+    moved = made(replace(MASKED, fusion=(1, 7)), fused)
+    assert not moved.problems and not moved.fresh, "the same parameters for other blocks"
+
+
 def test_a_plain_model_from_one_with_mediators_leaves_them_behind():
     found = made(DENSE, replace(MASKED, attention="mediators", mediators=MediatorsSection((4,))))
     assert not found.problems and not found.fresh
