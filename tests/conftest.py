@@ -15,6 +15,7 @@ if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
         "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.environ['ATEN_CPU_CAPABILITY']}"
     )
 
+import signal
 import subprocess
 import sys
 import time
@@ -117,3 +118,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """SIGHUP as it is without nohup, which has it ignored in all that it starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

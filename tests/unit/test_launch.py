@@ -63,6 +63,7 @@ def test_lost_processes_are_started_again(tmp_path: Path, capfd: pytest.CaptureF
     assert "launch: ended with code 75; starting again (3 of 3 restarts left)\n" in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_all_and_nothing_starts_again(number: signal.Signals, tmp_path: Path) -> None:
     handler = f"signal.signal({int(number)}, lambda *_: (time.sleep(0.5), sys.exit(75)))"

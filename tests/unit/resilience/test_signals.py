@@ -25,7 +25,7 @@ def clock() -> HandClock:
 
 
 @pytest.fixture
-def stop(clock: HandClock) -> Iterator[StopRequest]:
+def stop(clock: HandClock, hangups: None) -> Iterator[StopRequest]:
     request = StopRequest(clock=clock)
     yield request
     request.close()
