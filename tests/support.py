@@ -23,7 +23,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 EARLIER = ROOT / "tests" / "earlier"  # tests/integration/test_earlier_version.py says what is there
-# Small steps of the demo's stage, for tests: 4 pictures a step.
+# Small steps of the demo's stage, for tests: 4 pictures a step, with AdamW.
 SMALL = (
     "deepspeed.train_batch_size=4",
     "deepspeed.train_micro_batch_size_per_gpu=2",

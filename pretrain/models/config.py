@@ -134,7 +134,7 @@ class DiTConfig:
 
     @property
     def usual_fusion(self) -> list[int]:
-        """SPRINT's blocks [first, last]: two of dense tokens at either end, fewer in shallow models."""
+        """SPRINT's blocks [first, last]: two blocks of all tokens at either end, fewer in shallow models."""
         ends = min(2, self.depth // 4)
         return [ends, self.depth - ends]
 
