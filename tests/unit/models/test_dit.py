@@ -26,7 +26,8 @@ KINDS = list(product(("none", "release", "adaln_single"), ("uniform", "shared", 
 
 
 def build(config: DiTConfig = PLAIN, seed: int = 0) -> DiT:
-    """A model in fp64 with random parameters, as after some training: nothing is 0."""
+    """A model in fp64 with random parameters, as after some training: nothing is 0. The same whatever ran before."""
+    torch.manual_seed(seed)
     model = DiT(config).double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -24,6 +24,7 @@ FOCUS = DiTConfig(
 
 def build(config: DiTConfig = FOCUS) -> DiT:
     """A model in fp64 with random parameters, the same at each call: nothing is 0, and the masks differ."""
+    torch.manual_seed(0)
     model, generator = DiT(config).double().eval(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

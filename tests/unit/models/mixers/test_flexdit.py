@@ -50,6 +50,7 @@ CELLS = {0: (4, 6), 3: (2, 3)}  # of GRID, by the bin
 
 def build(config: DiTConfig = FLEX, seed: int = 0) -> DiT:
     """A model in fp64 with random parameters, as after some training: nothing is 0."""
+    torch.manual_seed(seed)
     model = DiT(config).double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
