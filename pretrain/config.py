@@ -356,6 +356,11 @@ class Config(Section):
             found.append("carry_moments: true needs init_from, the run whose moments are taken")
         if self.preview.every and not self.preview.file().is_file():
             found.append(f"preview.prompts: no file {self.preview.file()}; give one, or set preview.every=0")
+        if self.preview.every and self.preview.guidance != 1 and not (self.data.caption_dropout or self.init_from):
+            found.append(
+                f"preview.guidance: {self.preview.guidance} needs predictions without a caption, which are not trained with "
+                "data.caption_dropout=0; set preview.guidance=1, or a caption_dropout such as 0.1"
+            )
         return found
 
 

@@ -23,10 +23,11 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 EARLIER = ROOT / "tests" / "earlier"  # tests/integration/test_earlier_version.py says what is there
-# Small steps of the demo's stage, for tests: 4 pictures a step, with AdamW.
+# Small steps of the demo's stage, for tests: 4 pictures a step, some without their caption, with AdamW.
 SMALL = (
     "deepspeed.train_batch_size=4",
     "deepspeed.train_micro_batch_size_per_gpu=2",
+    "data.caption_dropout=0.1",
     "preview.every=0",
     "optimizer.name=adamw",
     "optimizer.lr=2.5e-3",

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from pretrain.ablate.study import DATA, Row, Scale, Study
-from pretrain.demo import HELD_OUT
+from pretrain.ablate.study import ON_SHAPES, Row, Scale, Study
 
 MUON, TREAD = ("optimizer.name=muon", "optimizer.lr={muon_lr}"), ("routing.name=tread",)
 SPRINT = ("routing.name=sprint", "routing.share=0.75", "model.fusion={fusion}")
@@ -41,8 +40,8 @@ STUDY = Study(
         "tiny": Scale(
             "demo_256",
             (
-                *("model.preset=dit_tiny_deep", "model.mask=adaln_single", "model.ffn=shared", "preview.every=0"),
-                *(f"data.path={DATA}", HELD_OUT, "optimizer.name=adamw", "optimizer.lr=2.5e-3", "steps=150"),
+                *("model.preset=dit_tiny_deep", "model.mask=adaln_single", "model.ffn=shared", *ON_SHAPES),
+                *("optimizer.name=adamw", "optimizer.lr=2.5e-3", "steps=150"),
             ),
             words={"muon_lr": "4e-3", "alignment_hidden": "128", "fusion": "[2,6]"},
             seeds=(0, 1, 2),

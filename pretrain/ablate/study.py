@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pretrain.demo import HELD_OUT
+
 DATA, PICTURES, PER_TAR = "data/ablation", 2400, 250  # captioned shapes, for 256 px alone
+# What all studies of them have in common, over the demo's config: positions by token, and guidance.
+ON_SHAPES = (
+    *(f"data.path={DATA}", HELD_OUT, "preview.every=0", "model.position_scale=1"),
+    *("data.caption_dropout=0.1", "preview.guidance=3"),
+)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ the query mask is under 0.15 (§6, Fig. 9), and with the least used FFNs removed
 
 from __future__ import annotations
 
-from pretrain.ablate.study import DATA, Row, Scale, Study
-from pretrain.demo import HELD_OUT
+from pretrain.ablate.study import ON_SHAPES, Row, Scale, Study
 
 MASK = ("model.mask={mask}", "model.mask_dropout=0", "model.mask_previous=false")
 FIVE = (*MASK, "model.mask_hidden={layers_5}")
@@ -34,7 +33,7 @@ ROWS["skip"] = Row("VR3 + FFNs skipped under 0.15", "VR3", trained_as="VR3", dra
 
 ROWS["prune"] = Row("VR3 without the least used FFNs", "VR3", trained_as="VR3", prune=True)
 
-PLAIN = ("model.mask=none", "model.ffn=uniform", "preview.every=0", f"data.path={DATA}", HELD_OUT)
+PLAIN = ("model.mask=none", "model.ffn=uniform", *ON_SHAPES)
 TINY = ("model.preset=dit_tiny_deep", *PLAIN, "optimizer.name=muon", "optimizer.lr=3e-3", "steps=250")
 STUDY = Study(
     "Table 3 of the paper",

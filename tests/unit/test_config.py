@@ -214,6 +214,7 @@ def test_all_contradictions_at_once():
         "data.resolution=250",
         "carry_moments=true",
         "preview.prompts=nowhere.txt",
+        "preview.guidance=3",
         "optimizer.warmup_steps=1000",
     )
     assert starts(lines) == [
@@ -222,6 +223,7 @@ def test_all_contradictions_at_once():
         "model.mask_dropout",
         "model.shared_width",
         "optimizer.warmup_steps",
+        "preview.guidance",
         "preview.prompts",
     ]
     said, steps = "\n".join(lines), load("demo_256")[0].steps
@@ -230,6 +232,7 @@ def test_all_contradictions_at_once():
         "in [0, 1)",
         "divisible by 32",
         "needs init_from",
+        "set preview.guidance=1, or a caption_dropout such as 0.1",
         "preview.every=0",
         f"({steps})",
     ):
