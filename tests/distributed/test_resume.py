@@ -67,7 +67,7 @@ def test_stage_2_starts_from_stage_1(data_set: Path, uninterrupted: Path, train,
         finished = train("demo_512", *words, f"carry_moments={carry}", f"run_dir={run_dir}")
         assert "its weights and average" in finished.output
         assert "  data.resolution: 256 → 512\n" in finished.output
-        assert "  model.position_scale: None → 2.0\n" in finished.output
+        assert "  model.position_scale: 0.25 → 0.5\n" in finished.output
         found = newest(run_dir)
         assert found is not None
         assert found.run_state.position.step_in_epoch == 2
@@ -87,7 +87,7 @@ def test_what_may_change_is_listed_and_what_the_weights_mean_may_not(
     refused = train("demo_256", *words, *meaning, check=False)
     assert refused.codes == [1]
     told = [line.strip() for line in refused.output.splitlines()]
-    assert "model.position_scale: there 1.0, here 2.0" in told
+    assert "model.position_scale: there 0.25, here 2.0" in told
     assert "objective.name: there flow, here epsilon" in told
     assert f"problem  steps: 9 lies behind step 10, which {run} has done; give more steps, or another run_dir" in told
     assert same_state(run, uninterrupted)

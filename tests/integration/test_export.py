@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,21 @@ def pixels(path: Path) -> np.ndarray:
 def drawn(folder: Path) -> list[np.ndarray]:
     """The pictures of a sampling run, in order."""
     return [pixels(folder / json.loads(line)["file"]) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+
+
+def test_guidance_of_a_run_that_dropped_no_captions_is_warned_of(run, tmp_path, capsys):
+    """Such a run has seen no empty caption; the one above has."""
+    shutil.copytree(run, tmp_path / "run")
+    kept = tmp_path / "run" / "config.yaml"
+    text = kept.read_text()
+    assert "caption_dropout: 0.1\n" in text
+    kept.write_text(text.replace("caption_dropout: 0.1\n", "caption_dropout: 0.0\n"))
+    warned = []
+    for folder, guidance in ((run, "3"), (tmp_path / "run", "1"), (tmp_path / "run", "3")):
+        words = ["--prompt", PROMPTS[0], "--steps", "1", "--guidance", guidance, "--overwrite"]
+        assert sample.main(["--run", str(folder), "--out", str(tmp_path / "out"), *words]) == 0
+        warned.append("warning: --guidance 3: " in capsys.readouterr().err)
+    assert warned == [False, False, True]
 
 
 @pytest.mark.parametrize("encoders", ["copy", "reference"])

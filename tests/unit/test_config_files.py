@@ -54,7 +54,7 @@ def test_bases_of_bases_from_each_ones_own_folder(write) -> None:
     config, deepspeed = load(write("mine/top.yaml", "base: ../shared/middle.yaml\nseed: 4\ninit_from:\n"))
     assert (config.name, config.run_dir) == ("top", Path("runs/top")), "never the base's"
     assert (config.steps, config.seed, config.init_from) == (60, 4, None)
-    assert config.model.position_scale == 2
+    assert config.model.position_scale == load("demo_512")[0].model.position_scale == 0.5
     assert deepspeed == SMALL
 
 
