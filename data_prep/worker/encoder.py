@@ -29,8 +29,6 @@ from data_prep.pictures.images import Cut
 from data_prep.weights import parse_encoders
 from data_prep.worker.report import Tally
 
-# Pixels that the VAE encodes together, by the device's type; on a CPU few, so that a layer's output stays in its caches.
-PIXEL_BUDGETS = {"cuda": 1 << 20, "cpu": 1 << 18}
 # Least peak signal-to-noise ratio, in dB, with which the small VAE gives pictures back that it serves: shapes had 32 to 37
 # at 256 px, a photograph 16.
 TINY_FIDELITY = 25.0
@@ -174,7 +172,7 @@ class Encoder:
             for resolution, pixels_HW3 in cuts.items():
                 shapes.setdefault(pixels_HW3.shape, []).append((n, resolution))
         for (height, width, _), cuts_of_shape in sorted(shapes.items()):
-            step = max(1, PIXEL_BUDGETS[self.device.type] // (height * width))
+            step = max(1, pixels_at_once(self.device) // (height * width))
             for batch in (cuts_of_shape[k : k + step] for k in range(0, len(cuts_of_shape), step)):
                 pixels_BHW3 = torch.stack([torch.from_numpy(pictures[n][r]) for n, r in batch])
                 pixels_B3HW = pixels_to_floats(pixels_BHW3, self.device)
@@ -186,6 +184,11 @@ class Encoder:
                     for (n, r), vectors in zip(batch, self.vision.start_encoding(pixels_B3HW), strict=True):
                         features[n][r] = vectors
         return latents, features
+
+
+def pixels_at_once(device: torch.device) -> int:
+    """Pixels that the VAE encodes together; on a CPU few, so that a layer's output stays in its caches."""
+    return 1 << 18 if device.type == "cpu" else 1 << 20
 
 
 def _no_wait() -> None: ...

@@ -48,9 +48,9 @@ def _captions(session: Session) -> Numbers:
 
 def _pictures(session: Session, resolution: int) -> Numbers:
     """Pictures as a worker of data prep encodes them: so many together as its budget of pixels allows."""
-    from data_prep.worker.encoder import PIXEL_BUDGETS
+    from data_prep.worker.encoder import pixels_at_once
 
-    images = 2 if session.settings.small else PIXEL_BUDGETS[session.device.type] // resolution**2
+    images = 2 if session.settings.small else pixels_at_once(session.device) // resolution**2
     vae = Vae(str(_vae(session)), session.device)
     pictures = torch.rand(images, 3, resolution, resolution) * 2 - 1
 
