@@ -24,7 +24,7 @@ from pretrain.curves import curve
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")
 PICTURES, SMALL_SHARE, PER_TAR = 2000, 0.5, 100
-HELD_OUT = "data.validation=0.05"  # by its name, one of the sixteen tars: 100 pictures
+HELD_OUT = "data.validation=0.05"  # by its name, one of the twenty tars: 100 pictures
 PROCESSES = 2  # of the training
 PROMPTS, PROMPT_SEED = 64, 1000  # another seed than the training pictures have
 REFERENCE = Path("docs/reference")  # what is normal; where the demo is not run in a checkout, nothing says it
