@@ -127,7 +127,10 @@ def test_overrides():
 def test_the_model_section_changes_single_points_of_the_preset():
     unchanged = load("demo_256")[0].model
     assert unchanged.backbone() == replace(PRESETS["focusdit_tiny"], mask_dropout=0.0, position_scale=0.25)
-    for first, second in (("demo_256", "demo_512"), ("stage1_256", "stage2_512")):  # as far across as in the first stage
+    for first, second in (
+        ("demo_256", "demo_512"),
+        ("stage1_256", "stage2_512"),
+    ):  # as far across as in the first stage
         scales = [load(name)[0].model.backbone().position_scale for name in (first, second)]
         assert scales[1] == 2 * scales[0]
     changed = load("demo_256", ["model.ffn=tapered", "model.mask=release", "model.mask_dropout=0.2"])[
