@@ -23,7 +23,8 @@ def test_every_field_of_the_backbone_with_its_words() -> None:
 
 
 def test_fields_left_out_are_the_presets() -> None:
-    config = load("demo_256", ["model.preset=dit_tiny_deep", "model.mask_dropout=null"])[0]
+    words = ["model.preset=dit_tiny_deep", "model.mask_dropout=null", "model.position_scale=null"]
+    config = load("demo_256", words)[0]
     assert config.model.backbone() == preset("dit_tiny_deep")
 
 

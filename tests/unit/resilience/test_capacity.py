@@ -51,9 +51,10 @@ def test_the_run_directory_must_hold_the_checkpoints(small_disk: Path, tmp_path:
 
 
 def test_checkpoints_that_are_kept_for_ever_count() -> None:
-    last = capacity.kept_checkpoint_bytes(demo("checkpoint.keep_every=0"))
-    # of 700 steps there are checkpoints at 350 and 700
-    assert capacity.kept_checkpoint_bytes(demo("checkpoint.keep_every=350")) == last * 3 // 2
+    plain = demo("checkpoint.keep_every=0")
+    last, half = capacity.kept_checkpoint_bytes(plain), plain.steps // 2
+    assert plain.checkpoint.every == half  # so there are two checkpoints, and one is kept for ever
+    assert capacity.kept_checkpoint_bytes(demo(f"checkpoint.keep_every={half}")) == last * 3 // 2
 
 
 def test_a_run_directory_that_cannot_be(tmp_path: Path) -> None:
