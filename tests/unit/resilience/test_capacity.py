@@ -53,7 +53,7 @@ def test_the_run_directory_must_hold_the_checkpoints(small_disk: Path, tmp_path:
 def test_checkpoints_that_are_kept_for_ever_count() -> None:
     plain = demo("checkpoint.keep_every=0")
     last, half = capacity.kept_checkpoint_bytes(plain), plain.steps // 2
-    assert plain.checkpoint.every == half  # so there are two checkpoints, and one is kept for ever
+    assert plain.checkpoint.every == half  # checkpoints half-way and at the end
     assert capacity.kept_checkpoint_bytes(demo(f"checkpoint.keep_every={half}")) == last * 3 // 2
 
 
