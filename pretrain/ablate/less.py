@@ -20,10 +20,11 @@ BOTH: tuple[Literal["flops", "seconds"], ...] = ("flops", "seconds")
 METHODS = {
     "muon": ("Muon", MUON, SECONDS),
     "tread": ("TREAD, half of the tokens", TREAD, BOTH),
+    "tread_quarter": ("TREAD, a quarter of the tokens", (*TREAD, "routing.share=0.75"), BOTH),
     "sprint": ("SPRINT, a quarter of the tokens", SPRINT, BOTH),
     "deferred": ("deferred masking, half of the tokens", ("routing.name=deferred_masking",), BOTH),
     "aligned": ("alignment (REPA)", ALIGNED, SECONDS),
-    "together": ("Muon and TREAD", (*MUON, *TREAD), BOTH),
+    "together": ("Muon and SPRINT", (*MUON, *SPRINT), BOTH),
 }
 
 ROWS = {"plain": Row("AdamW, all tokens", None)}
