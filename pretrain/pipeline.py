@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +36,15 @@ from pretrain.recipes import Recipe, recipe_of
 from pretrain.transformer import FocusDiTTransformer2DModel, unpadded
 
 logger = logging.get_logger(__name__)
+
+
+@cache
+def warn_of_guidance(scale: float) -> None:
+    """Once for each scale, however many batches are drawn."""
+    logger.warning(
+        f"guidance_scale {scale:g}: this model was trained without a dropped caption (data.caption_dropout=0), so its "
+        "predictions without one may mean nothing; 1 is no guidance"
+    )
 
 
 def mediators_of(budgets_SB: Sequence[Sequence[ComputeBudget]]) -> Tensor | None:
@@ -68,6 +78,7 @@ class FocusDiTPipeline(DiffusionPipeline):
         recipe: default `recipe`.
         references: encoders that stand elsewhere, by component: name and fingerprint.
         data_fingerprint: of the card of the data set that the model was trained on.
+        caption_dropout: the share of captions that training replaced by the null text; None where it is not known.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -88,6 +99,7 @@ class FocusDiTPipeline(DiffusionPipeline):
         references: dict | None = None,
         data_fingerprint: str | None = None,
         recipe: str = "plain",
+        caption_dropout: float | None = None,
     ):
         super().__init__()
         recipe_of(recipe)
@@ -106,6 +118,7 @@ class FocusDiTPipeline(DiffusionPipeline):
             references=references,
             data_fingerprint=data_fingerprint,
             recipe=recipe,
+            caption_dropout=caption_dropout,
         )
         self._interrupt = False
 
@@ -173,6 +186,8 @@ class FocusDiTPipeline(DiffusionPipeline):
         text = self._text(prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt, chosen)
         null = text
         if guidance.scale != 1:
+            if self.config.caption_dropout == 0:
+                warn_of_guidance(guidance.scale)
             negative = chosen.negative_prompt if negative_prompt is None else negative_prompt
             embeds = negative_prompt_embeds, negative_prompt_attention_mask
             null = self._null_text(negative, *embeds, num_images_per_prompt, len(text), chosen)

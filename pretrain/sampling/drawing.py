@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,12 +104,6 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[Focus
         from pretrain.sampling.trained_run import load_run  # imports DeepSpeed, which an export does not need
 
         trained = load_run(args.run, args.weights, device, recipe_of(args.recipe or "plain"), args.step)
-        if args.guidance not in (None, 1) and not trained.config.data.caption_dropout:
-            print(
-                f"warning: --guidance {args.guidance:g}: {args.run} was trained without a dropped caption "
-                "(data.caption_dropout=0), so its predictions without one may mean nothing; 1 is no guidance",
-                file=sys.stderr,
-            )
         pipeline, origin = trained.pipeline, {"run": str(args.run), "step": trained.step, "weights": args.weights}
     else:
         if not args.model.is_dir():

@@ -80,6 +80,7 @@ def load_run(
         steps=p.steps,
         guidance=p.guidance,
         data_fingerprint=card.fingerprint,
+        caption_dropout=config.data.caption_dropout,
     )
     return TrainedRun(pipeline, config, card, found.run_state.step, found.run_state.images, weights, text, vae)
 

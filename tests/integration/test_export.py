@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import replace
@@ -18,7 +19,7 @@ from pretrain import export, prune, sample
 from pretrain.checkpoint.reader import newest
 from pretrain.models import PRESETS
 from pretrain.models.cost import count_parameters
-from pretrain.pipeline import FocusDiTPipeline
+from pretrain.pipeline import FocusDiTPipeline, warn_of_guidance
 from pretrain.sampling import drawing, pruning
 
 PROMPTS = ["a large red circle on the left on a white background", "a small blue square on a black background"]
@@ -50,19 +51,31 @@ def drawn(folder: Path) -> list[np.ndarray]:
     return [pixels(folder / json.loads(line)["file"]) for line in (folder / "prompts.jsonl").read_text().splitlines()]
 
 
-def test_guidance_of_a_run_that_dropped_no_captions_is_warned_of(run, tmp_path, capsys):
-    """Such a run has seen no empty caption; the one above has."""
+def test_guidance_of_a_model_that_dropped_no_captions_is_warned_of(run, prompts, tmp_path, caplog):
+    """Once, however many batches: such a run has seen no empty caption; the one above has."""
+    warn_of_guidance.cache_clear()
     shutil.copytree(run, tmp_path / "run")
     kept = tmp_path / "run" / "config.yaml"
     text = kept.read_text()
     assert "caption_dropout: 0.1\n" in text
     kept.write_text(text.replace("caption_dropout: 0.1\n", "caption_dropout: 0.0\n"))
-    warned = []
-    for folder, guidance in ((run, "3"), (tmp_path / "run", "1"), (tmp_path / "run", "3")):
-        words = ["--prompt", PROMPTS[0], "--steps", "1", "--guidance", guidance, "--overwrite"]
-        assert sample.main(["--run", str(folder), "--out", str(tmp_path / "out"), *words]) == 0
-        warned.append("warning: --guidance 3: " in capsys.readouterr().err)
-    assert warned == [False, False, True]
+    exported = tmp_path / "export"
+    assert export.main(["--run", str(tmp_path / "run"), "--out", str(exported)]) == 0
+    sources = [
+        ("--run", run, "3"),
+        *(("--run", tmp_path / "run", g) for g in "13"),
+        *(("--model", exported, g) for g in "14"),
+    ]
+    said = []
+    for option, folder, guidance in sources:
+        words = ["--prompts", str(prompts), "--batch-size", "1", "--steps", "1", "--overwrite"]
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="pretrain.pipeline"):
+            assert (
+                sample.main([option, str(folder), *words, "--guidance", guidance, "--out", str(tmp_path / "out")]) == 0
+            )
+        said.append(sum(f"guidance_scale {guidance}: this model was trained" in r.message for r in caplog.records))
+    assert said == [0, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("encoders", ["copy", "reference"])
