@@ -101,7 +101,7 @@ def _line(columns: Sequence[str]) -> str:
 
 
 def plot(study: Study, cells: Cells, path: Path) -> None:
-    """Writes a panel for each figure: the rows' seeds as points, their mean as a bar."""
+    """Writes a panel for each figure: the rows' seeds as points, their mean as a bar, that of the first row as a line."""
     names = figures_of(cells)
     rows = [row for row in study.rows if cells.get(row)]
     figure = Figure(
@@ -114,8 +114,10 @@ def plot(study: Study, cells: Cells, path: Path) -> None:
             if found:
                 panel.plot([place - 0.3, place + 0.3], [sum(found) / len(found)] * 2, color="black")
                 panel.plot([place] * len(found), found, "o", color="tab:blue", alpha=0.7)
+                if place == 0:
+                    panel.plot([0, len(rows) - 1], [sum(found) / len(found)] * 2, "--", color="0.5", linewidth=0.8)
         panel.set(title=name)
-        panel.set_xticks(range(len(rows)), rows, rotation=45)
+        panel.set_xticks(range(len(rows)), rows, rotation=45, ha="right", rotation_mode="anchor")
         panel.grid(axis="y", alpha=0.3)
     for panel in panels[len(names) :]:
         panel.set_visible(False)
