@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 from support import SMALL, contents, scalars
 
 from data_prep import encode, verify
@@ -19,6 +20,7 @@ OPTIONS = ("--encoders", "tiny", "--decoders", "1")
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """An empty bucket `pictures`; the environment is that of a user of it."""
+    S3FileSystem.clear_instance_cache()  # else one that knows the server of another test is taken
     server = ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     host, port = server.get_host_and_port()
