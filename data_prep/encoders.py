@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,13 @@ class TextEncoder:
         self.width = self.model.config.d_model
         self.fingerprint = fingerprint(self.model, {"vocabulary": self.tokenizer.get_vocab()})
 
+    @classmethod
+    def of(cls, about: Mapping[str, str], device: torch.device | str, dtype: torch.dtype | None = None) -> TextEncoder:
+        """The one of a data set's card. Raises ValueError where its weights are no longer those that encoded the data set."""
+        encoder = cls(about["name"], device, dtype)
+        require_fingerprint("text encoder", str(encoder.folder), encoder.fingerprint, about["fingerprint"])
+        return encoder
+
     def encode(self, captions: Sequence[str], token_cap: int) -> tuple[list[Tensor], dict[int, str]]:
         """Encodes captions as `encode_captions` does."""
         return encode_captions(self.tokenizer, self.model, captions, token_cap, self.device)
@@ -276,6 +283,13 @@ class Vae:
         self.channels: int = self.model.config.latent_channels
         self.shift, self.scale = (v.to(self.device) for v in _normalisation(self.model))
         self.fingerprint = fingerprint(self.model, {"class": type(self.model).__name__, **self.normalisation})
+
+    @classmethod
+    def of(cls, about: Mapping[str, str], device: torch.device | str, dtype: torch.dtype | None = None) -> Vae:
+        """The one of a data set's card. Raises ValueError where its weights are no longer those that encoded the data set."""
+        vae = cls(about["name"], device, dtype)
+        require_fingerprint("VAE", str(vae.folder), vae.fingerprint, about["fingerprint"])
+        return vae
 
     @property
     def normalisation(self) -> dict[str, list[float]]:

@@ -77,7 +77,7 @@ def start_training(config: str, *overrides: str, processes: int = 1) -> list[sub
 _FORKSERVER = multiprocessing.get_context("forkserver")
 # Else each process imports for many seconds.
 _FORKSERVER.set_forkserver_preload(
-    ["data_prep.encode", "pretrain.training", "pretrain.sample", "transformers.models.t5.modeling_t5"]
+    ["data_prep.encode", "pretrain.training", "pretrain.pipeline", "transformers.models.t5.modeling_t5"]
 )
 
 

@@ -19,7 +19,7 @@ from data_prep.checks.part import PartCheck, check_part
 from data_prep.common import mds
 from data_prep.common.progress import LOG_SECONDS, Progress
 from data_prep.common.words import counted
-from data_prep.encoders import Vae, default_device, require_fingerprint
+from data_prep.encoders import Vae, default_device
 from data_prep.pictures.grids import labelled_grid, to_image
 from data_prep.worker import report as reports
 
@@ -125,8 +125,7 @@ def sample(files: Files, count: int, seed: int, device: str | None) -> tuple[Ima
     card, damages = read_card(files)
     if card is None:
         raise ValueError(str(damages[0]))
-    vae = Vae(card.vae["name"], device or default_device())
-    require_fingerprint("VAE", str(vae.folder), vae.fingerprint, card.vae["fingerprint"])
+    vae = Vae.of(card.vae, device or default_device())
     rows = list(_chosen(files, card, count, seed))
     pictures = [to_image(vae.decode(schema.latent_of(row, r).mean[None])[0]) for row, r in rows]
     return labelled_grid(pictures, [row["caption"] for row, _ in rows]), [row["key"] for row, _ in rows]

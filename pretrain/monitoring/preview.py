@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.common.files import permit_as_umask, temporary_name
-from data_prep.encoders import DOWNSAMPLE, Vae
+from data_prep.encoders import DOWNSAMPLE, TextEncoder, Vae
 from data_prep.pictures.grids import labelled_grid, to_image
 from data_prep.schema import Card, load_null_text
 from pretrain.compilation import eager_mode
@@ -25,8 +25,6 @@ from pretrain.models import DiT, PackedText
 from pretrain.monitoring.monitor import Monitor
 from pretrain.sampling.pictures import mask_map
 from pretrain.sampling.prompts import read_prompts
-from pretrain.sampling.trained_run import load_text_encoder, load_vae
-from pretrain.schedulers import build_scheduler, set_timesteps
 
 
 class Preview:
@@ -46,7 +44,7 @@ class Preview:
         words = "\n".join([self.card.fingerprint, *self.prompts])
         path = self.config.run_dir / f"preview_text_{hashlib.sha256(words.encode()).hexdigest()[:12]}.safetensors"
         if self.world.rank == 0 and not path.exists():
-            encoder = load_text_encoder(self.card, self.world.device)
+            encoder = TextEncoder.of(self.card.text_encoder, self.world.device)
             texts = encoder.encode(self.prompts, self.card.token_cap)[0]
             new = path.with_name(temporary_name(path.name))
             save_file({f"{i:04d}": t for i, t in enumerate(texts)}, new)
@@ -76,7 +74,7 @@ class Preview:
         everyone = all_gather(drawn, self.world)
         if self.world.rank != 0:
             return
-        self.vae = self.vae or load_vae(self.card, self.world.device)
+        self.vae = self.vae or Vae.of(self.card.vae, self.world.device)
         latents = {i: latent for some in everyone for i, latent in some.items()}
         pictures = self.vae.decode(torch.stack([latents[i] for i in range(len(self.prompts))]))
         monitor.image("samples/ema", labelled_grid([to_image(p) for p in pictures], self.prompts, columns=4), step)
@@ -87,6 +85,8 @@ class Preview:
     @torch.no_grad()
     def _generate(self, model: DiT, mine: list[int]) -> Generated:
         """Draws the latents of the prompts with these numbers."""
+        from pretrain.schedulers import build_scheduler, set_timesteps  # late: diffusers takes a start half a second
+
         p, weight = self.config.preview, model.final.proj.weight
         side = self.config.data.resolution // DOWNSAMPLE
         noise = start_noise([p.seed + i for i in mine], (model.config.latent_channels, side, side)).to(weight.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -65,5 +64,7 @@ def mask_map(
 
 def _heat(values_HW: Tensor) -> Image.Image:
     """Values in 0..1 as colours, dark blue to yellow."""
+    from matplotlib import colormaps  # late: it takes a training's start a third of a second
+
     colours_HW4 = colormaps["viridis"](values_HW.float().clamp(0, 1).cpu().numpy(), bytes=True)
     return Image.fromarray(colours_HW4[..., :3])

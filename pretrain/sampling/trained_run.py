@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data_prep.encoders import TextEncoder, Vae, require_fingerprint
+from data_prep.encoders import TextEncoder, Vae
 from data_prep.schema import Card
 from pretrain.checkpoint import reader as checkpoint
 from pretrain.config import Config, kept_config
@@ -66,8 +66,8 @@ def load_run(
     dtypes = (recipe or recipe_of("plain")).dtypes(device)
     default = dtypes.get("default")
     model.to(device, dtypes.get("transformer", default)).eval()
-    text = load_text_encoder(card, device, dtypes.get("text_encoder", default))
-    vae = load_vae(card, device, dtypes.get("vae", default))
+    text = TextEncoder.of(card.text_encoder, device, dtypes.get("text_encoder", default))
+    vae = Vae.of(card.vae, device, dtypes.get("vae", default))
     p = config.preview
     pipeline = FocusDiTPipeline(
         text.tokenizer,
@@ -83,17 +83,3 @@ def load_run(
         caption_dropout=config.data.caption_dropout,
     )
     return TrainedRun(pipeline, config, card, found.run_state.step, found.run_state.images, weights, text, vae)
-
-
-def load_text_encoder(card: Card, device: torch.device, dtype: torch.dtype | None = None) -> TextEncoder:
-    """The data set's text encoder. Raises ValueError where it is not the one that encoded the data set."""
-    encoder = TextEncoder(card.text_encoder["name"], device, dtype)
-    require_fingerprint("text encoder", encoder.name, encoder.fingerprint, card.text_encoder["fingerprint"])
-    return encoder
-
-
-def load_vae(card: Card, device: torch.device, dtype: torch.dtype | None = None) -> Vae:
-    """The data set's VAE. Raises ValueError where it is not the one that encoded the data set."""
-    vae = Vae(card.vae["name"], device, dtype)
-    require_fingerprint("VAE", vae.name, vae.fingerprint, card.vae["fingerprint"])
-    return vae

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from data_prep.encoders import TextEncoder
 from data_prep.schema import Card
 from pretrain.config import load
 from pretrain.distributed.world import World
 from pretrain.models import DiT
 from pretrain.monitoring import preview as module
 from pretrain.monitoring.preview import Preview
-from pretrain.sampling.trained_run import load_text_encoder
 
 ALONE = World(0, 1, torch.device("cpu"))
 PROMPTS = ["a small red circle", "a large blue square on a green background"]
@@ -90,9 +90,9 @@ def test_previews_are_due_every_so_many_steps_and_after_the_last(made) -> None:
 def test_the_prompts_are_encoded_once_for_all_starts(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = made()
     (path,) = tmp_path.glob("preview_text_*.safetensors")
-    expected = load_text_encoder(first.card, ALONE.device).encode(PROMPTS, first.card.token_cap)[0]
+    expected = TextEncoder.of(first.card.text_encoder, ALONE.device).encode(PROMPTS, first.card.token_cap)[0]
     assert [torch.equal(a, b) for a, b in zip(load_file(path).values(), expected, strict=True)] == [True, True]
-    monkeypatch.setattr(module, "load_text_encoder", None)  # would fail
+    monkeypatch.setattr(module, "TextEncoder", None)  # would fail
     again = made()
     assert all(torch.equal(a, b) for a, b in zip(first.texts, again.texts, strict=True))
 
