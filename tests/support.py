@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import subprocess
@@ -157,6 +157,16 @@ def ended(started: Iterable[ForkServerProcess], seconds: float = 300) -> list[in
     started, deadline = list(started), time.monotonic() + seconds
     for process in started:
         process.join(max(0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+        process.join()
+    return codes
+
+
+def end_with_the_first(started: Sequence[ForkServerProcess], seconds: float = 300) -> list[int | None]:
+    """The exit codes at the end of the first of them; the others are killed, as `srun --kill-on-bad-exit` does."""
+    multiprocessing.connection.wait([process.sentinel for process in started], timeout=seconds)
     codes = [process.exitcode for process in started]
     for process in started:
         process.kill()

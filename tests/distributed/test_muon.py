@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from faults import at_step
-from support import SMALL, ended, fork_training, same_state, scalars, state_of
+from support import SMALL, end_with_the_first, fork_training, same_state, scalars, state_of
 
 from pretrain.checkpoint.reader import newest
 from pretrain.resilience.signals import REQUEUE
@@ -35,8 +35,8 @@ def straight(data_set: Path, train, tmp_path_factory: pytest.TempPathFactory) ->
 def test_killed_and_gone_on_is_bitwise_uninterrupted(straight: Path, data_set: Path, train, tmp_path: Path) -> None:
     words, log = [*WORDS, f"data.path={data_set}", f"run_dir={tmp_path / 'run'}"], tmp_path / "log"
     kill = partial(at_step, 5, 0, "SIGKILL")
-    processes = fork_training(log, "demo_256", *words, "guard.seconds=30", processes=2, before=kill)
-    assert -signal.SIGKILL in ended(processes), log.read_text()
+    processes = fork_training(log, "demo_256", *words, processes=2, before=kill)
+    assert -signal.SIGKILL in end_with_the_first(processes), log.read_text()
     assert "step 3, epoch 0" in train("demo_256", *words, processes=2).output
     assert same_state(tmp_path / "run", straight)
     assert scalars(tmp_path / "run", "train/loss") == scalars(straight, "train/loss")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from faults import at_step
-from support import SMALL, scalars, state_of
+from support import SMALL, end_with_the_first, fork_training, scalars, state_of
 
 from pretrain.checkpoint.reader import newest
 from pretrain.diffusion import step_budget
@@ -49,9 +50,9 @@ def test_killed_and_gone_on_in_another_number_of_processes(
     """Killed, then resumed: bitwise the uninterrupted run on as many processes, and the same losses on another number."""
     assert len(budgets(together)) >= 4
     words = (*ALL, "steps=8", f"data.path={data_set}", f"run_dir={tmp_path / 'two'}")
-    soon = "guard.seconds=30"  # the other one ends soon after the killed one; a busy machine's steps take a second
-    killed = train("demo_256", *words, soon, processes=2, check=False, before=partial(at_step, 5, 1, "SIGKILL"))
-    assert -9 in killed.codes
+    log, kill = tmp_path / "log", partial(at_step, 5, 1, "SIGKILL")
+    processes = fork_training(log, "demo_256", *words, processes=2, before=kill)
+    assert -signal.SIGKILL in end_with_the_first(processes), log.read_text()
     assert newest(tmp_path / "two").run_state.step == 3  # type: ignore[union-attr]
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     assert "going on from" in train("demo_256", *words, processes=2).output

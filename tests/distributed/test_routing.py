@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from faults import at_step
-from support import SMALL, ended, fork_training, same_state, scalars
+from support import SMALL, end_with_the_first, fork_training, same_state, scalars
 
 WORDS = (
     *SMALL,
@@ -34,8 +34,8 @@ def test_killed_and_resumed_across_until_it_is_bitwise_uninterrupted(
     straight, run, alone = (tmp_path / folder for folder in ("straight", "run", "alone"))
     train("demo_256", *words, f"run_dir={straight}", processes=2)
     log, kill = tmp_path / "log", partial(at_step, 5, 0, "SIGKILL")
-    processes = fork_training(log, "demo_256", *words, f"run_dir={run}", "guard.seconds=30", processes=2, before=kill)
-    assert -signal.SIGKILL in ended(processes), log.read_text()
+    processes = fork_training(log, "demo_256", *words, f"run_dir={run}", processes=2, before=kill)
+    assert -signal.SIGKILL in end_with_the_first(processes), log.read_text()
     assert "step 3, epoch 0" in train("demo_256", *words, f"run_dir={run}", processes=2).output
     assert same_state(run, straight)
     assert scalars(run, "train/loss") == scalars(straight, "train/loss")

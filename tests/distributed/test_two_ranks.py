@@ -51,7 +51,7 @@ def test_preview_on_two_ranks_leaves_the_weights_alone(data_set: Path, train, tm
 
 
 def test_a_world_size_that_does_not_divide(data_set: Path, train, tmp_path: Path) -> None:
-    words = [*SMALL, f"data.path={data_set}", f"run_dir={tmp_path}", "deepspeed.train_batch_size=6"]
+    words = [*SMALL, f"data.path={data_set}", f"run_dir={tmp_path}", "deepspeed.train_batch_size=6", "guard.seconds=10"]
     finished = train("demo_256", *words, "deepspeed.train_micro_batch_size_per_gpu=2", processes=2, check=False)
     assert finished.codes == [1, 1]
     assert "2 processes × micro-batch 2 do not divide the global batch of 6" in finished.output

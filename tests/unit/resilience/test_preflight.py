@@ -152,6 +152,7 @@ def test_processes_look_together(train, data_set: Path, tmp_path: Path) -> None:
 def test_a_start_is_refused_with_every_problem_once(train, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     words = [f"data.path={tmp_path}/none", *SMALL, f"run_dir={tmp_path}/file/run", "deepspeed.train_batch_size=5"]
+    words.append("guard.seconds=10")  # process 0 waits for two fifths of it, so that the other can read
     finished = train("demo_256", *words, processes=2, check=False)
     assert finished.codes == [1, 1]
     told = [line for line in finished.output.splitlines() if line.startswith("  problem")]
