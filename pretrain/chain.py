@@ -1,9 +1,10 @@
 """Check that each stage can follow the one before it, before any is submitted:
 
-    python -m pretrain.chain STAGE1 "OVERRIDES" STAGE2 "OVERRIDES" [STAGE3 "OVERRIDES" …] [--encodes DATA "RESOLUTIONS"]
+    python -m pretrain.chain STAGE1 "OVERRIDES" STAGE2 "OVERRIDES" [STAGE3 "OVERRIDES" …] [--encodes DATA "RESOLUTIONS" "OPTIONS"]
 
 Each stage is given as to its script: a config's name, and overrides with blanks between. `--encodes` names a data set that
-is encoded before them and need not exist yet. Prints a line for each problem; exit code 2 if there is one.
+is encoded before them, with further options of data_prep/encode.py, and need not exist yet. Prints a line for each problem;
+exit code 2 if there is one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar="STAGE OVERRIDES",
         help="a config's name or the path of a YAML file, then section.key=value with blanks between, '' for none",
     )
-    parser.add_argument("--encodes", nargs=2, metavar=("DATA", "RESOLUTIONS"), help="a data set that is encoded before")
+    parser.add_argument(
+        "--encodes", nargs=3, metavar=("DATA", "RESOLUTIONS", "OPTIONS"), help="a data set that is encoded before"
+    )
     args = parser.parse_args(argv)
     stages = [(name, overrides.split()) for name, overrides in zip(args.stages[::2], args.stages[1::2], strict=False)]
     if len(args.stages) % 2 or len(stages) < 2:
@@ -35,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
 
     encoding = None
     if args.encodes:
-        encoding = Encoding(args.encodes[0], tuple(int(side) for side in args.encodes[1].split()))
+        data, sides, options = args.encodes
+        encoding = Encoding(data, tuple(int(side) for side in sides.split()), tuple(options.split()))
     found = problems(stages, encoding)
     for problem in found:
         print(f"error: {problem}", file=sys.stderr)

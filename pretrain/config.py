@@ -206,7 +206,7 @@ class AlignmentSection(Section):
 class OptimizerSection(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """Optimizer. muon: Muon for the matrices inside the blocks, AdamW for all else (docs/choices.md, "Muon")."""
-    lr: Annotated[float, Field(gt=0)] = 2e-4
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
     """Learning rate after warm-up, of AdamW and of Muon, whose updates are as large as AdamW's."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decays of AdamW's first and second moment."""
@@ -214,7 +214,7 @@ class OptimizerSection(Section):
     """Decay of Muon's momentum, with name muon."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Constant added to the root of AdamW's second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Weight decay for weight matrices; biases, tables and vectors have none."""
     warmup_steps: NotNegative = 1000
     """Steps over which the learning rate rises from 0."""

@@ -27,7 +27,7 @@ stage1=${STAGE1:-stage1_256} overrides1=${STAGE1_OVERRIDES:-} stage2=${STAGE2:-s
 overrides3=${STAGE3_OVERRIDES:-}
 encodes=()
 if [[ -n ${INPUT:-}${SOURCES:-} ]]; then
-    encodes=(--encodes "$OUTPUT" "${RESOLUTIONS:-256 512}")
+    encodes=(--encodes "$OUTPUT" "${RESOLUTIONS:-256 512}" " ${ENCODE_OPTIONS:-}") # a blank: options begin with dashes
     overrides1="data.path=$OUTPUT $overrides1" overrides2="data.path=$OUTPUT $overrides2"
     overrides3="data.path=$OUTPUT $overrides3"
 fi

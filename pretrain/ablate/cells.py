@@ -20,7 +20,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from data_prep.common.files import atomic_write
@@ -34,7 +36,6 @@ from pretrain.curves import curve
 from pretrain.demo import PROMPT_SEED
 from pretrain.models.cost import count_parameters, grid_of, mean_flops, training_phases
 
-CAPTION = 12  # tokens of a caption of shapes, about
 VALIDATION = {"validation/loss": "validation loss", "validation_ema/loss": "validation loss, average"}
 CELL = "cell.json"  # a cell's figures
 PRUNED = "pruned"  # the folder of a pruned row's model
@@ -88,7 +89,7 @@ class Cell:
             return own
         first = self.of_row(next(iter(self.study.rows)))
         ratio = (
-            first.forward_flops / forward_flops(load(self.scale.config, own)[0])
+            first.forward_flops / forward_flops(self._phases(load(self.scale.config, own)[0]))
             if row.equal == "flops"
             else first.step_s / self.of_row(row.timed_by or self.name).step_s
         )
@@ -97,11 +98,11 @@ class Cell:
     @property
     def forward_flops(self) -> float:
         """Forward FLOPs of an image, the mean over the training's steps."""
-        return forward_flops(load(self.scale.config, self.settings)[0])
+        return forward_flops(self._phases(load(self.scale.config, self.settings)[0]))
 
     @property
     def step_s(self) -> float:
-        """The measured median of a step's seconds. Raises ValueError before the cell is done."""
+        """The measured seconds of a step, the mean over the training's phases. Raises ValueError before the cell is done."""
         if (done := self.finished) is None:
             raise ValueError(
                 f"the steps of equal seconds follow from the time of {self.name}, seed {self.seed}: do it first"
@@ -167,7 +168,7 @@ class Cell:
         run, config = self.trained.folder / "run", load(self.scale.config, self.settings)[0]
         losses = curve(run, "train/loss")
         last = [value for step, value in losses.items() if step > (1 - LAST) * config.steps]
-        step_s = sorted(curve(run, "speed/step_s").values())
+        step_s = curve(run, "speed/step_s")
         figures = {"train loss": sum(last) / len(last)}
         for tag, name in VALIDATION.items():
             if held_out := curve(run, tag):
@@ -185,21 +186,42 @@ class Cell:
             "settings": self.settings,
             "figures": figures,
             "parameters": count_parameters(drawn.model.backbone()).total,
-            "flops": forward_flops(drawn),
+            "flops": forward_flops(self._phases(drawn, run)),
             "steps": config.steps,
-            "step_s": step_s[len(step_s) // 2] if step_s else None,
+            "step_s": mean_step_s(step_s, [end for end, _ in self._phases(config, run)]) if step_s else None,
             "seconds": seconds,
         }
 
+    def _phases(self, config: Config, folder: Path | None = None) -> list[tuple[int, float]]:
+        """FLOPs of an image in each phase of a training, of which the first may leave tokens out or align them.
 
-def forward_flops(config: Config) -> float:
-    """Forward FLOPs of an image, the mean over a training's steps, of which the first may leave tokens out or align them."""
-    backbone = config.model.backbone()
-    grid, routing = grid_of(backbone, config.data.resolution, DOWNSAMPLE), config.routing.build(backbone)
-    alignment, width = config.alignment.build(backbone), 0
-    if alignment is not None:
-        width = read_json(Path(config.data.path) / CARD)["features"]["width"]
-    return mean_flops(training_phases(backbone, grid, CAPTION, config.steps, routing, alignment, width)) / 3
+        `folder`: where the data set's card lies, by default with the data set; a run has a copy.
+        """
+        backbone, tokens = config.model.backbone(), self.scale.caption_tokens
+        grid, routing = grid_of(backbone, config.data.resolution, DOWNSAMPLE), config.routing.build(backbone)
+        alignment, width = config.alignment.build(backbone), 0
+        if alignment is not None:
+            width = read_json((folder or Path(config.data.path)) / CARD)["features"]["width"]
+        return training_phases(backbone, grid, tokens, config.steps, routing, alignment, width)
+
+
+def forward_flops(phases: Sequence[tuple[int, float]]) -> float:
+    """Forward FLOPs of an image, the mean over a training's phases."""
+    return mean_flops(phases) / 3
+
+
+def mean_step_s(step_s: Mapping[int, float], ends: Sequence[int]) -> float:
+    """Seconds of a step, the mean over the steps of phases, each taken as its median step.
+
+    Args:
+        step_s: measured seconds by step.
+        ends: the step with which each phase ends; one without a measured step is taken as the median of all.
+    """
+    phases = []
+    for start, end in pairwise([0, *ends]):
+        inside = [seconds for step, seconds in step_s.items() if start < step <= end]
+        phases.append((end, median_high(inside or step_s.values())))
+    return mean_flops(phases)
 
 
 def shapes_prompts(path: Path, count: int) -> Path:

@@ -13,6 +13,7 @@ from typing import Literal
 from pretrain.demo import HELD_OUT
 
 DATA, PICTURES, PER_TAR = "data/ablation", 2400, 250  # captioned shapes, for 256 px alone
+SHAPES_CAPTION = 12  # tokens of a caption of theirs, about
 # What all studies of them have in common, over the demo's config: positions by token, and guidance.
 ON_SHAPES = (
     *(f"data.path={DATA}", HELD_OUT, "preview.every=0", "model.position_scale=1"),
@@ -59,6 +60,7 @@ class Scale:
         prune: FFNs that the pruned rows go without.
         prompts: captioned shapes that are drawn and judged by the checker; 0: the user gives prompts and metrics.
         about: what it is made for.
+        caption_tokens: of a caption, about, for FLOPs.
     """
 
     config: str
@@ -68,6 +70,7 @@ class Scale:
     about: str
     words: Mapping[str, str] = field(default_factory=dict)
     prune: int = 0
+    caption_tokens: int = SHAPES_CAPTION
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Muon(torch.optim.AdamW):
         state["step"] += 1
         state["exp_avg"].lerp_(master.grad, 1 - beta)
         update = matrices.partition
-        update.copy_(torch.lerp(master.grad, state["exp_avg"], beta))
+        torch.lerp(master.grad, state["exp_avg"], beta, out=update)  # may be the gradient's own memory
         matrices.apply(rms_matched_orthogonal)
         master.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 

@@ -217,7 +217,7 @@ def training_phases(
 
 
 def mean_flops(phases: Sequence[tuple[int, float]]) -> float:
-    """FLOPs of one image, the mean over the steps of `training_phases`."""
+    """The mean over the steps of phases, such as those of `training_phases`, of FLOPs or another figure of a step."""
     total, start = 0.0, 0
     for end, flops in phases:
         total, start = total + (end - start) * flops, end

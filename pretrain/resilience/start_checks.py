@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pretrain.checkpoint import reader as checkpoint
 from pretrain.checkpoint.reader import Checkpoint, DamagedCheckpoint
 from pretrain.checkpoint.restore import map_parameters, parameter_shapes
-from pretrain.config import Config, upgrade
+from pretrain.config import AlignmentSection, Config, upgrade
 from pretrain.models import DiTConfig
 from pretrain.models.alignment import PREFIX
 
@@ -51,10 +51,10 @@ def _resume_problems(own: Checkpoint, config: Config, data: dict[str, Any] | Non
             f"run_dir: {own.path} holds another optimizer's moments; undo the change, or start another run_dir with init_from: "
             f"{different_optimizer}"
         )
-    if different_alignment := _alignment_change(own, config):
+    if different_alignment := _alignment_change(there, config):
         found.append(
-            f"run_dir: {own.path} has other parameters; undo the change (alignment.until ends an alignment), or start another "
-            f"run_dir with init_from: {different_alignment}"
+            f"run_dir: {own.path} was trained with another alignment; undo the change (alignment.until ends an alignment), or "
+            f"start another run_dir with init_from: {different_alignment}"
         )
     if data is not None and (different := [k for k, v in data.items() if own.state["data"].get(k) != v]):
         lines = [f"  {k}: there {own.state['data'].get(k)}, now {data[k]}" for k in different]
@@ -86,17 +86,31 @@ def _init_problems(config: Config) -> list[str]:
     if mapping.problems:
         lines = different or mapping.problems[:10]
         return [f"init_from: {other.path} is of another model:\n" + "\n".join(f"  {line}" for line in lines)]
-    if config.carry_moments and not mapping.identical:
+    return carry_problems(str(other.path), other.state["config"], config, mapping.identical)
+
+
+def carry_problems(where: str, there: dict[str, Any], config: Config, identical: bool) -> list[str]:
+    """Why another run's moments are not those of this one's parameters, where the config carries them.
+
+    Args:
+        where: that run, for the message; `there`: its config.
+        identical: whether the backbones' parameters are the same ones.
+    """
+    if not config.carry_moments:
+        return []
+    if not identical:
         return [
-            f"carry_moments: {other.path} is of a model with other settings, whose moments fit this one's parameters in part "
-            "only; leave carry_moments out:\n" + "\n".join(f"  {line}" for line in different)
+            f"carry_moments: {where} is of a model with other settings, whose moments fit this one's parameters in part "
+            "only; leave carry_moments out:\n" + "\n".join(f"  {line}" for line in model_differences(there, config))
         ]
-    if config.carry_moments and (different_optimizer := _optimizer_change(other.state["config"], config)):
+    if different_optimizer := _optimizer_change(there, config):
         return [
-            f"carry_moments: {other.path} holds another optimizer's moments; leave carry_moments out: {different_optimizer}"
+            f"carry_moments: {where} holds another optimizer's moments; leave carry_moments out: {different_optimizer}"
         ]
-    if config.carry_moments and (different_alignment := _alignment_change(other, config)):
-        return [f"carry_moments: {other.path} has other parameters; leave carry_moments out: {different_alignment}"]
+    if different_alignment := _alignment_change(there, config):
+        return [
+            f"carry_moments: {where} was trained with another alignment; leave carry_moments out: {different_alignment}"
+        ]
     return []
 
 
@@ -106,11 +120,17 @@ def _optimizer_change(there: dict[str, Any], config: Config) -> str | None:
     return None if before == now else f"optimizer.name: there {before}, here {now}"
 
 
-def _alignment_change(there: Checkpoint, config: Config) -> str | None:
-    """Whether a checkpoint's model has the projection of an alignment, where the config's has none, or the reverse."""
-    before, now = any(name.startswith(PREFIX) for name in there.slots), config.alignment.weight > 0
-    words = {True: "with alignment", False: "without (alignment.weight=0)"}
-    return None if before == now else f"alignment: there {words[before]}, here {words[now]}"
+def _alignment_change(there: dict[str, Any], config: Config) -> str | None:
+    """Where only one of a checkpoint's config and this one has an alignment, or its projection is another."""
+    backbone = config.model.backbone()
+    before = AlignmentSection.model_validate(there.get("alignment") or {}).build(backbone)
+    now = config.alignment.build(backbone)
+    if before is None or now is None:
+        words = {False: "with alignment", True: "without (alignment.weight=0)"}
+        return None if before is now else f"alignment: there {words[before is None]}, here {words[now is None]}"
+    pairs = {name: (getattr(before, name), getattr(now, name)) for name in ("block", "hidden")}
+    found = [f"alignment.{name}: there {there}, here {here}" for name, (there, here) in pairs.items() if there != here]
+    return ", ".join(found) or None
 
 
 def meaning_changes(there: dict[str, Any], config: Config) -> list[str]:

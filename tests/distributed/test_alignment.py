@@ -62,6 +62,8 @@ def test_micro_batches_kills_and_an_export(with_features: Path, train, tmp_path:
 
     refused = train("demo_256", *words, f"run_dir={alone}", "alignment.weight=0", "steps=9", check=False)
     assert refused.codes == [1] and "alignment: there with alignment, here without" in refused.output
+    refused = train("demo_256", *words, f"run_dir={alone}", "alignment.hidden=16", "steps=9", check=False)
+    assert refused.codes == [1] and "alignment.hidden: there 32, here 16" in refused.output
 
     export = fork_command(
         log, ["python", "-m", "pretrain.export", "--run", str(run), "--out", str(tmp_path / "export")]

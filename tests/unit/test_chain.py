@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,16 @@ def test_the_shipped_stages_fit() -> None:
     assert of("run_dir=runs/mine", "init_from=mine run_dir=runs/my_second") == []
     assert of("run_dir=/far/run", "init_from=/far/run model.position_scale=3") == []
     assert of("model.mask=none", "model.density=flexdit model.attention=mediators") == []
+    assert of("optimizer.name=muon", "optimizer.name=muon carry_moments=true") == []
+
+
+def test_features_must_be_asked_for_where_they_are_aligned_with() -> None:
+    """Else the first stage would say so, after all is encoded."""
+    (found,) = of("alignment.weight=0.5")
+    assert found.startswith(
+        "stage1_256: alignment.weight: 0.5 needs a vision encoder's features, with which /made is not"
+    )
+    assert of("alignment.weight=0.5", encoding=replace(MADE, options=("--features=dinov2-base",))) == []
 
 
 @pytest.mark.parametrize(
@@ -46,10 +57,30 @@ def test_the_shipped_stages_fit() -> None:
             "data.resolution: 768 is not among RESOLUTIONS (256 512), in which /made is encoded",
         ),
         ("", "optimizer.lr=-1", "optimizer.lr: Input should be greater than 0, not -1"),
+        (
+            "",
+            "carry_moments=true model.fusion=[2,26]",
+            "carry_moments: the stage before it is of a model with other settings, whose moments fit",
+        ),
+        (
+            "",
+            "carry_moments=true optimizer.name=muon",
+            "carry_moments: the stage before it holds another optimizer's moments; leave carry_moments out: optimizer.name",
+        ),
+        (
+            "",
+            "carry_moments=true alignment.weight=0.5",
+            "carry_moments: the stage before it was trained with another alignment; leave carry_moments out: alignment: there",
+        ),
+        (
+            "alignment.weight=0.5 alignment.block=3",
+            "carry_moments=true alignment.weight=0.5 alignment.hidden=64",
+            "carry_moments: the stage before it was trained with another alignment; leave carry_moments out: alignment.block: t",
+        ),
     ],
 )
 def test_stages_that_do_not_fit(first: str, second: str, problem: str) -> None:
-    (found,) = of(first, second)
+    (found,) = of(first, second, encoding=replace(MADE, options=("--features", "dinov2-base")))
     assert found.startswith(f"stage2_512: {problem}")
 
 
@@ -69,8 +100,8 @@ def test_without_encoding_the_data_set_must_be_there_and_fit(data_set: Path) -> 
 
 def test_a_third_stage_follows_the_second(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stages = [word for name in ("stage1_256", "stage2_512", "stage3_finetune") for word in (name, "data.path=/made")]
-    assert main([*stages, "--encodes", "/made", "256 512"]) == 0
-    assert main([*stages[:-1], "data.path=/made init_from=stage1_256", "--encodes", "/made", "256 512"]) == 2
+    assert main([*stages, "--encodes", "/made", "256 512", ""]) == 0
+    assert main([*stages[:-1], "data.path=/made init_from=stage1_256", "--encodes", "/made", "256 512", ""]) == 2
     said = "init_from: stage1_256 is not the stage before it, whose run_dir is runs/stage2_512"
     assert capsys.readouterr().err == f"error: stage3_finetune: {said}\n"
     third = (
@@ -91,9 +122,10 @@ def test_stages_without_overrides_are_wrong_usage(words: list[str], capsys: pyte
 
 def test_the_command_tells_every_problem_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        main(["stage1_256", "data.path=/made", "stage2_512", "data.path=/made", "--encodes", "/made", "256 512"]) == 0
+        main(["stage1_256", "data.path=/made", "stage2_512", "data.path=/made", "--encodes", "/made", "256 512", ""])
+        == 0
     )
-    assert main(["stage1_256", "x=1", "stage2_512", " data.path=/made  y=2 ", "--encodes", "/made", "256"]) == 2
+    assert main(["stage1_256", "x=1", "stage2_512", " data.path=/made  y=2 ", "--encodes", "/made", "256", ""]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(";")[0] for line in lines] == [
         "error: stage1_256: x: unknown field",
@@ -103,6 +135,6 @@ def test_the_command_tells_every_problem_and_fails(capsys: pytest.CaptureFixture
 
 def test_resolutions_that_are_no_numbers_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["stage1_256", "", "stage2_512", "", "--encodes", "/made", "256,512"])
+        main(["stage1_256", "", "stage2_512", "", "--encodes", "/made", "256,512", ""])
     assert ended.value.code == 2
     assert "RESOLUTIONS must be sides in pixels, such as '256 512', not '256,512'" in capsys.readouterr().err

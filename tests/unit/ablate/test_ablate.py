@@ -15,12 +15,12 @@ from support import ended, fork_command
 from pretrain.ablate import cells as cells_module
 from pretrain.ablate import running
 from pretrain.ablate.__main__ import main
-from pretrain.ablate.cells import CAPTION, Cell
+from pretrain.ablate.cells import Cell, mean_step_s
 from pretrain.ablate.less import STUDY as LESS
 from pretrain.ablate.neighbours import STUDY as NEIGHBOURS
 from pretrain.ablate.report import plot, table
 from pretrain.ablate.statistics import mean_and_sem, paired, student_p
-from pretrain.ablate.study import DATA, Row, Scale, Study
+from pretrain.ablate.study import DATA, SHAPES_CAPTION, Row, Scale, Study
 from pretrain.ablate.table3 import STUDY
 from pretrain.config import load
 from pretrain.models import DiTConfig
@@ -192,7 +192,7 @@ def test_rows_of_equal_flops_take_more_steps_by_what_a_step_costs_less(tmp_path:
     def cost(row: str) -> tuple[int, float]:
         config = load(scale.config, cells[row].settings)[0]
         model = config.model.backbone()
-        return config.steps, count_flops(model, (8, 8), CAPTION).total
+        return config.steps, count_flops(model, (8, 8), SHAPES_CAPTION).total
 
     base_steps, base_flops = cost("baseline")
     for row in ("FlexDiT", "mediators", "FocusDiT", "both"):
@@ -219,7 +219,9 @@ def test_routing_counts_in_equal_flops(tmp_path: Path) -> None:
     """Nine tenths of the steps compute half of the tokens in blocks 2 to 5, of eight."""
     config = load("demo_256", less(tmp_path, "tread").settings)[0]
     model, grid = config.model.backbone(), (8, 8)
-    whole, routed = (count_flops(model, grid, CAPTION, routing=r).total for r in (None, config.routing.build(model)))
+    whole, routed = (
+        count_flops(model, grid, SHAPES_CAPTION, routing=r).total for r in (None, config.routing.build(model))
+    )
     assert (config.steps, model.depth) == (150, 8) and routed < 0.8 * whole
     mean = 0.1 * whole + 0.9 * routed
     assert less(tmp_path, "tread").forward_flops == pytest.approx(mean)
@@ -244,6 +246,22 @@ def test_equal_seconds_follow_from_the_measured_times_of_the_same_seed(tmp_path:
         _ = less(tmp_path, "muon_seconds", seed=1).settings
     finish(less(tmp_path, "muon", seed=1), step_s=0.75)
     assert less(tmp_path, "muon_seconds", seed=1).settings == [*less(tmp_path, "muon", seed=1).settings, "steps=120"]
+
+
+def test_a_steps_seconds_are_those_of_all_phases() -> None:
+    """Nine routed steps of 2 s by their median, and one of 4 s; a phase of which no step was measured takes that of all."""
+    measured = {1: 9.0, **dict.fromkeys(range(2, 10), 2.0), 10: 4.0}
+    assert mean_step_s(measured, [9, 10]) == pytest.approx(0.9 * 2 + 0.1 * 4)
+    assert mean_step_s(measured, [10]) == 2
+    assert mean_step_s({5: 2.0}, [9, 10]) == 2
+
+
+def test_captions_of_photographs_count_at_large(tmp_path: Path) -> None:
+    """120 tokens, as everywhere but for shapes; cross-attention over them has its part in what routing spares."""
+    config = load("stage1_256", [])[0]
+    model = config.model.backbone()
+    large = Cell(LESS, LESS.scales["large"], "plain", 0, tmp_path)
+    assert large.forward_flops == pytest.approx(count_flops(model, (16, 16), 120).total)
 
 
 def test_rows_of_equal_seconds_come_after_those_that_time_them(tmp_path: Path, monkeypatch, capsys) -> None:
