@@ -89,7 +89,7 @@ class Cell:
             return own
         first = self.of_row(next(iter(self.study.rows)))
         ratio = (
-            first.forward_flops / forward_flops(self._phases(load(self.scale.config, own)[0]))
+            first.forward_flops / forward_flops(self.phases(load(self.scale.config, own)[0]))
             if row.equal == "flops"
             else first.step_s / self.of_row(row.timed_by or self.name).step_s
         )
@@ -98,7 +98,7 @@ class Cell:
     @property
     def forward_flops(self) -> float:
         """Forward FLOPs of an image, the mean over the training's steps."""
-        return forward_flops(self._phases(load(self.scale.config, self.settings)[0]))
+        return forward_flops(self.phases(load(self.scale.config, self.settings)[0]))
 
     @property
     def step_s(self) -> float:
@@ -186,13 +186,13 @@ class Cell:
             "settings": self.settings,
             "figures": figures,
             "parameters": count_parameters(drawn.model.backbone()).total,
-            "flops": forward_flops(self._phases(drawn, run)),
+            "flops": forward_flops(self.phases(drawn, run)),
             "steps": config.steps,
-            "step_s": mean_step_s(step_s, [end for end, _ in self._phases(config, run)]) if step_s else None,
+            "step_s": mean_step_s(step_s, [end for end, _ in self.phases(config, run)]) if step_s else None,
             "seconds": seconds,
         }
 
-    def _phases(self, config: Config, folder: Path | None = None) -> list[tuple[int, float]]:
+    def phases(self, config: Config, folder: Path | None = None) -> list[tuple[int, float]]:
         """FLOPs of an image in each phase of a training, of which the first may leave tokens out or align them.
 
         `folder`: where the data set's card lies, by default with the data set; a run has a copy.

@@ -15,7 +15,7 @@ from support import ended, fork_command
 from pretrain.ablate import cells as cells_module
 from pretrain.ablate import running
 from pretrain.ablate.__main__ import main
-from pretrain.ablate.cells import Cell, mean_step_s
+from pretrain.ablate.cells import Cell, forward_flops, mean_step_s
 from pretrain.ablate.less import STUDY as LESS
 from pretrain.ablate.neighbours import STUDY as NEIGHBOURS
 from pretrain.ablate.report import plot, table
@@ -236,6 +236,11 @@ def test_alignment_counts_with_the_features_of_the_data(tmp_path: Path, monkeypa
     (Path(DATA) / "dataset.json").write_text(json.dumps({"features": {"width": 48}}))
     more = less(tmp_path, "aligned").forward_flops - less(tmp_path, "plain").forward_flops
     assert more == 2 * 64 * (128 * 128 + 128 * 128 + 128 * 48) < 0.05 * less(tmp_path, "plain").forward_flops
+    # Of a run, by its own copy of the card: the data set may be in a bucket.
+    (tmp_path / "dataset.json").write_text(json.dumps({"features": {"width": 96}}))
+    aligned = less(tmp_path, "aligned")
+    config = load("demo_256", [*aligned.settings, "data.path=s3://bucket/shapes"])[0]
+    assert forward_flops(aligned.phases(config, tmp_path)) - aligned.forward_flops == 2 * 64 * 128 * 48
 
 
 def test_equal_seconds_follow_from_the_measured_times_of_the_same_seed(tmp_path: Path) -> None:
