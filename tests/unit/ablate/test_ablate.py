@@ -239,7 +239,7 @@ def test_alignment_counts_with_the_features_of_the_data(tmp_path: Path, monkeypa
     # Of a run, by its own copy of the card: the data set may be in a bucket.
     (tmp_path / "dataset.json").write_text(json.dumps({"features": {"width": 96}}))
     aligned = less(tmp_path, "aligned")
-    config = load("demo_256", [*aligned.settings, "data.path=s3://bucket/shapes"])[0]
+    config = load("demo_256", [*aligned.settings, "data.path=s3://bucket/shapes", "data.cache=/cache"])[0]
     assert forward_flops(aligned.phases(config, tmp_path)) - aligned.forward_flops == 2 * 64 * 128 * 48
 
 
