@@ -34,7 +34,7 @@ from pretrain.checkpoint.export_folder import read_json
 from pretrain.config import Config, load
 from pretrain.curves import curve
 from pretrain.demo import PROMPT_SEED
-from pretrain.models.cost import count_parameters, grid_of, mean_flops, training_phases
+from pretrain.models.cost import CAPTION, count_parameters, grid_of, mean_flops, training_phases
 
 VALIDATION = {"validation/loss": "validation loss", "validation_ema/loss": "validation loss, average"}
 CELL = "cell.json"  # a cell's figures
@@ -197,7 +197,7 @@ class Cell:
 
         `folder`: where the data set's card lies, by default with the data set; a run has a copy.
         """
-        backbone, tokens = config.model.backbone(), self.scale.caption_tokens
+        backbone, tokens = config.model.backbone(), self.scale.caption_tokens or CAPTION
         grid, routing = grid_of(backbone, config.data.resolution, DOWNSAMPLE), config.routing.build(backbone)
         alignment, width = config.alignment.build(backbone), 0
         if alignment is not None:

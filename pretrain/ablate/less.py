@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Literal
 
 from pretrain.ablate.study import ON_SHAPES, Row, Scale, Study
-from pretrain.models.cost import CAPTION
 
 MUON, TREAD = ("optimizer.name=muon", "optimizer.lr={muon_lr}"), ("routing.name=tread",)
 SPRINT = ("routing.name=sprint", "routing.share=0.75", "model.fusion={fusion}")
@@ -56,7 +55,7 @@ STUDY = Study(
             words={"muon_lr": "2e-4", "alignment_hidden": "2048", "fusion": "[2,26]"},
             seeds=(0,),
             prompts=0,
-            caption_tokens=CAPTION,
+            caption_tokens=None,
             about="stage1_256 on data of your own; give --prompts and --metrics",
         ),
     },

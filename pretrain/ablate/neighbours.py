@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from pretrain.ablate.study import Row, Scale, Study
 from pretrain.ablate.table3 import TINY
-from pretrain.models.cost import CAPTION
 
 MASKED, FLEXDIT = ("model.mask=adaln_single", "model.ffn=shared"), ("model.density=flexdit",)
 METHODS = {
@@ -42,7 +41,7 @@ STUDY = Study(
             ("model.preset=dit_xl2", "model.mask=none", "model.ffn=uniform", "steps=30000"),
             seeds=(0,),
             prompts=0,
-            caption_tokens=CAPTION,
+            caption_tokens=None,
             about="DiT-XL/2 on data of your own; give --prompts and --metrics",
         ),
     },

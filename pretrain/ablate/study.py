@@ -60,7 +60,7 @@ class Scale:
         prune: FFNs that the pruned rows go without.
         prompts: captioned shapes that are drawn and judged by the checker; 0: the user gives prompts and metrics.
         about: what it is made for.
-        caption_tokens: of a caption, about, for FLOPs.
+        caption_tokens: of a caption, about, for FLOPs; None: of captions of photographs (models/cost.py).
     """
 
     config: str
@@ -70,7 +70,7 @@ class Scale:
     about: str
     words: Mapping[str, str] = field(default_factory=dict)
     prune: int = 0
-    caption_tokens: int = SHAPES_CAPTION
+    caption_tokens: int | None = SHAPES_CAPTION
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ the query mask is under 0.15 (§6, Fig. 9), and with the least used FFNs removed
 from __future__ import annotations
 
 from pretrain.ablate.study import ON_SHAPES, Row, Scale, Study
-from pretrain.models.cost import CAPTION
 
 MASK = ("model.mask={mask}", "model.mask_dropout=0", "model.mask_previous=false")
 FIVE = (*MASK, "model.mask_hidden={layers_5}")
@@ -91,7 +90,7 @@ STUDY = Study(
             seeds=(0,),
             prune=8,
             prompts=0,
-            caption_tokens=CAPTION,
+            caption_tokens=None,
             about="the paper's: the 1B model, 30k steps at batch 1024; give --prompts and --metrics of your own",
         ),
     },

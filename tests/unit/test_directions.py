@@ -108,8 +108,7 @@ FLOORS: list[set[str]] = [
     {"pretrain/checkpoint", "pretrain/compilation.py", "pretrain/data", "pretrain/fp8.py"},
     {"pretrain/hub.py", "pretrain/recipes.py"},
     {"pretrain/transformer.py"},
-    {"pretrain/handover.py", "pretrain/pipeline.py"},
-    {"pretrain/chain.py"},
+    {"pretrain/pipeline.py"},
     {"pretrain/sampling"},
     {
         "pretrain/compare",
@@ -121,8 +120,8 @@ FLOORS: list[set[str]] = [
         "pretrain/sample.py",
     },
     {"pretrain/loss.py", "pretrain/resilience"},
-    {"pretrain/plan", "pretrain/training.py"},
-    {"pretrain/launch.py", "pretrain/train.py"},
+    {"pretrain/handover.py", "pretrain/plan", "pretrain/training.py"},
+    {"pretrain/chain.py", "pretrain/launch.py", "pretrain/train.py"},
     {"pretrain/ablate", "pretrain/bench"},
     {"pretrain/analyze"},
 ]
