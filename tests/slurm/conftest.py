@@ -112,8 +112,14 @@ class Cluster:
 
         One that has not ended by then is cancelled, and a TimeoutError tells its log.
         """
-        deadline = time.monotonic() + timeout
+        deadline, hurried = time.monotonic() + timeout, set()
         while unfinished := [job for job in self.show(job_id) if job["JobState"] in UNFINISHED]:
+            # A start that was asked to end by what the one before it was meant for is back in the queue, for two minutes.
+            for job in unfinished:
+                start = (job["JobId"], job["Restarts"])
+                if job["Reason"] == "BeginTime" and job["Restarts"] != "0" and start not in hurried:
+                    hurried.add(start)
+                    self._start_soon(job["JobId"])
             if time.monotonic() > deadline:
                 self.command("scancel", job_id)
                 job = unfinished[0]
@@ -125,16 +131,17 @@ class Cluster:
         return JobResult(job["JobState"], code or (signal and 128 + signal), self._log(job))
 
     def start_requeued(self, job_id: str, restarts: int = 1, timeout: float = 60) -> None:
-        """Wait for a job to be back in the queue, and start it at once, not after the two minutes that it would wait.
-
-        Not in the second in which it was killed: slurmd refuses that.
-        """
+        """Wait for a job to be back in the queue, and start it at once, not after the two minutes that it would wait."""
         deadline = time.monotonic() + timeout
         while (job := self.show(job_id)[0])["JobState"] != "PENDING" or int(job["Restarts"]) < restarts:
             if time.monotonic() > deadline or job["JobState"] not in UNFINISHED:
                 raise TimeoutError(f"job {job_id} is {job['JobState']}, not requeued: {self._log(job)}")
             time.sleep(0.2)
-        self.command("scontrol", "update", f"JobId={job_id}", "StartTime=now+2")
+        self._start_soon(job_id)
+
+    def _start_soon(self, job_id: str) -> None:
+        """Not in the second in which it was killed: slurmd refuses that. It may have started meanwhile."""
+        self.command("scontrol", "update", f"JobId={job_id}", "StartTime=now+2", check=False)
 
     @staticmethod
     def _log(job: dict[str, str]) -> str:
