@@ -129,7 +129,7 @@ def _alignment_change(there: dict[str, Any], config: Config) -> str | None:
         words = {False: "with alignment", True: "without (alignment.weight=0)"}
         return None if before is now else f"alignment: there {words[before is None]}, here {words[now is None]}"
     pairs = {name: (getattr(before, name), getattr(now, name)) for name in ("block", "hidden")}
-    found = [f"alignment.{name}: there {there}, here {here}" for name, (there, here) in pairs.items() if there != here]
+    found = [f"alignment.{name}: there {old}, here {new}" for name, (old, new) in pairs.items() if old != new]
     return ", ".join(found) or None
 
 
