@@ -4,7 +4,9 @@
       │
       ├──── draw()      the picture, at any size
       │
-      └──── check()     which colours and shapes a picture shows: the measure of the demo and of the tests
+      ├──── check()     which colours and shapes a picture shows: the measure of the demo and of the tests
+      │
+      └──── edge_distance()   how far its edges lie from where the scene has them
 
 `write_tars` draws many scenes into webdataset tars as img2dataset writes them (`key.jpg`, `key.txt`, `key.json`).
 Everything follows from a seed. The command line:
@@ -19,7 +21,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +66,8 @@ RELATIONS = {  # direction (x, y) from the second object to the first
 KINDS = tuple(RADII)
 # An object's area as a share of its bounding box, by which `check` tells the shapes apart.
 _FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}
+# An object's outline in radii.
+_OUTLINE = {"circle": 2 * np.pi, "square": 8.0, "triangle": 2 + 2 * 5**0.5}
 _SUPERSAMPLING = 2
 _LEAST_AREA = (
     0.01  # a colour that covers a smaller share of the picture is no object; the smallest triangle covers 0.045
@@ -214,11 +218,20 @@ def check(image: Image.Image, scene: Scene) -> CheckResult:
     return CheckResult(background == scene.background, found == scene.foreground, shapes)
 
 
+def edge_distance(image: Image.Image, scene: Scene) -> float:
+    """Mean distance of the objects' edges from where the scene has them, as a share of the square picture's side.
+
+    It is the area of another nearest palette colour than the scene's own picture has, by the length of all outlines. So a wrong
+    colour or an object that is not there counts with its whole area.
+    """
+    side = image.width
+    wrong = _nearest_colours(image) != _nearest_colours(draw(scene, side))
+    return float(wrong.mean()) / sum(_OUTLINE[o.shape] * o.radius for o in scene.objects)
+
+
 def _palette_labels(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     """Returns the nearest palette colour of each pixel [S, S], S = 128, and where all 3×3 neighbours have the same."""
-    pixels = np.asarray(image.convert("RGB").resize((128, 128), Image.Resampling.BOX), dtype=np.float32)
-    palette = np.array(list(COLOURS.values()), dtype=np.float32)
-    labels = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
+    labels = _nearest_colours(image.resize((128, 128), Image.Resampling.BOX))
     padded = np.pad(labels, 1, mode="edge")
     side = len(labels)
     solid = np.ones_like(labels, dtype=bool)
@@ -226,6 +239,13 @@ def _palette_labels(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
         for dx in range(3):
             solid &= padded[dy : dy + side, dx : dx + side] == labels
     return labels, solid
+
+
+def _nearest_colours(image: Image.Image) -> np.ndarray:
+    """Returns the number of the nearest palette colour of each pixel [H, W]."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    palette = np.array(list(COLOURS.values()), dtype=np.float32)
+    return ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
 
 
 def _shape_of(mask: np.ndarray) -> str:
@@ -237,10 +257,10 @@ def _shape_of(mask: np.ndarray) -> str:
     return min(_FILL, key=lambda name: abs(_FILL[name] - box.mean()))
 
 
-def scenes(count: int, seed: int) -> Iterator[Scene]:
-    """Yields `count` scenes of all kinds in turn, the same for the same seed."""
+def scenes(count: int, seed: int, kinds: Sequence[str] = KINDS) -> Iterator[Scene]:
+    """Yields `count` scenes of these kinds in turn, the same for the same seed. Raises ValueError for an unknown kind."""
     for i in range(count):
-        yield random_scene(random.Random(f"{seed}/{i}"), KINDS[i % len(KINDS)])
+        yield random_scene(random.Random(f"{seed}/{i}"), kinds[i % len(kinds)])
 
 
 def tar_of(path: Path) -> webdataset.TarWriter:
@@ -250,14 +270,21 @@ def tar_of(path: Path) -> webdataset.TarWriter:
     return webdataset.TarWriter(str(path), mtime=0, user="shapes", group="shapes")
 
 
-def write_tars(folder: Path, pictures: int, seed: int = 0, per_tar: int = 250, small_share: float = 0.5) -> list[Path]:
-    """Writes `pictures` scenes as JPEGs with captions into `folder/00000.tar`, …, and returns the tars' paths.
+def write_tars(
+    folder: Path,
+    pictures: int,
+    seed: int = 0,
+    per_tar: int = 250,
+    small_share: float = 0.5,
+    kinds: Sequence[str] = KINDS,
+) -> list[Path]:
+    """Writes `pictures` scenes, of `kinds` in turn, as JPEGs with captions into `folder/00000.tar`, …; returns the tars' paths.
 
     `small_share` of them are 320 px wide, and serve 256 px training only; the others are 512 px wide.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:05d}.tar" for i in range(-(-pictures // per_tar))]
-    todo = enumerate(scenes(pictures, seed))
+    todo = enumerate(scenes(pictures, seed, kinds))
     for tar_path in paths:
         with tar_of(tar_path) as tar:
             for i, scene in (entry for _, entry in zip(range(per_tar), todo, strict=False)):
@@ -286,10 +313,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--small-share", type=float, default=0.5, help="share of pictures of 320 px, which serve 256 px training only"
     )
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=KINDS,
+        metavar="KIND",
+        help=f"kinds of scenes, drawn in turn, of {', '.join(KINDS)}; one named twice comes twice as often (default: all)",
+    )
     args = parser.parse_args(argv)
     if not 0 <= args.small_share <= 1:
         parser.error(f"--small-share must be between 0 and 1, not {args.small_share:g}")
-    for tar in write_tars(args.output, args.pictures, args.seed, args.per_tar, args.small_share):
+    for tar in write_tars(args.output, args.pictures, args.seed, args.per_tar, args.small_share, args.kinds):
         print(tar)
     return 0
 

@@ -12,18 +12,21 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from PIL import Image
 
 from data_prep.common.command import command_parser
-from data_prep.shapes import Scene, check, scenes
+from data_prep.shapes import KINDS, Scene, check, edge_distance, scenes
 from data_prep.shapes_checker import by_figure, judge
 from pretrain.curves import curve
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")
 PICTURES, SMALL_SHARE, PER_TAR = 2000, 0.5, 100
+# A single object has 30 outlines to be learned, several of a kind have six.
+TRAINED_KINDS = ("one", "pair", "one", "pair", "count")
 HELD_OUT = "data.validation=0.05"  # by its name, one of the twenty tars: 100 pictures
 PROCESSES = 2  # of the training
 PROMPTS, PROMPT_SEED = 64, 1000  # another seed than the training pictures have
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     prompts.write_text("".join(f"{s.caption}\n" for s in asked))
     draw = [python, "-m", "pretrain.sample", "--run", f"runs/{STAGES[-1]}"]
     commands = [
-        *data_commands(TARS, DATA, PICTURES, SMALL_SHARE, PER_TAR),
+        *data_commands(TARS, DATA, PICTURES, SMALL_SHARE, PER_TAR, TRAINED_KINDS),
         *(training_command(stage, HELD_OUT) for stage in STAGES),
         [*draw, "--prompts", str(prompts), "--out", str(OUT), "--overwrite"],
     ]
@@ -55,12 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def data_commands(tars: str, data: str, pictures: int, small_share: float, per_tar: int) -> list[list[str]]:
+def data_commands(
+    tars: str, data: str, pictures: int, small_share: float, per_tar: int, kinds: Sequence[str] = KINDS
+) -> list[list[str]]:
     """The commands that make a data set of captioned shapes; tars that are there are taken as they are."""
     there = (Path(data) / "dataset.json").exists() and Path(tars).exists()
     python = [sys.executable, "-m"]
     count = ["--pictures", str(pictures), "--small-share", f"{small_share:g}", "--per-tar", str(per_tar)]
     draw = [*python, "data_prep.shapes", "--output", tars, *count]
+    draw += [] if kinds == KINDS else ["--kinds", *kinds]
     encode = [*python, "data_prep.encode", "--input", f"{tars}/*.tar", "--output", data, "--encoders", "tiny"]
     return [encode] if there else [draw, encode]
 
@@ -92,6 +98,7 @@ def report(asked: list[Scene], seconds: float) -> str:
     images = [Image.open(OUT / name).convert("RGB") for name in drawn]
     figures = by_figure(judge(image, scene).figures for image, scene in zip(images, asked, strict=True))
     strict = [check(image, scene) for image, scene in zip(images, asked, strict=True)]
+    distances = [edge_distance(image, scene) * image.width for image, scene in zip(images, asked, strict=True)]
     grid = OUT / "grid.png"
     shown = range(24)
     labelled_grid([images[i] for i in shown], [asked[i].caption for i in shown], side=224, columns=6).save(grid)
@@ -105,6 +112,7 @@ def report(asked: list[Scene], seconds: float) -> str:
         "by the strict measure (data_prep/shapes.py)",
         f"  {'colours':<20}{_share([r.colours for r in strict])}",
         f"  {'shapes':<20}{_share([r.shapes for r in strict if r.shapes is not None])}",
+        f"  {'edges':<20}{sum(distances) / len(distances):.1f} px from their places, on average",
         f"time {seconds / 60:.1f} minutes, peak memory {memory:.1f} GiB in a process",
         "",
         f"pictures:    {grid}",
