@@ -126,7 +126,7 @@ def test_overrides():
 
 def test_the_model_section_changes_single_points_of_the_preset():
     unchanged = load("demo_256")[0].model
-    assert unchanged.backbone() == replace(PRESETS["focusdit_tiny"], mask_dropout=0.0, position_scale=0.25)
+    assert unchanged.backbone() == replace(PRESETS["focusdit_tiny"], heads=16, mask_dropout=0.0, position_scale=0.25)
     for first, second in (
         ("demo_256", "demo_512"),
         ("stage1_256", "stage2_512"),
