@@ -24,10 +24,10 @@ from data_prep.shapes_checker import by_figure, judge
 from pretrain.curves import curve
 
 TARS, DATA, STAGES, OUT = "data/demo_tars", "data/demo", ("demo_256", "demo_512"), Path("runs/demo_512/samples")
-PICTURES, SMALL_SHARE, PER_TAR = 2000, 0.5, 100
+PICTURES, SMALL_SHARE, PER_TAR = 1600, 0.5, 80
 # A single object has 30 outlines to be learned, several of a kind have six.
 TRAINED_KINDS = ("one", "pair", "one", "pair", "count")
-HELD_OUT = "data.validation=0.05"  # by its name, one of the twenty tars: 100 pictures
+HELD_OUT = "data.validation=0.05"  # by its name, one of the twenty tars: 80 pictures
 PROCESSES = 2  # of the training
 PROMPTS, PROMPT_SEED = 64, 1000  # another seed than the training pictures have
 REFERENCE = Path("docs/reference")  # what is normal; where the demo is not run in a checkout, nothing says it
