@@ -75,7 +75,7 @@ def test_a_new_run_starts_from_it(data_set: Path, train, tmp_path: Path) -> None
     words += ["model.mediators.numbers=[1,4]", "model.density=flexdit", "model.flexdit.split=[0,1,1,1]"]
     words += ["deepspeed.train_batch_size=4", "deepspeed.train_micro_batch_size_per_gpu=2", "preview.every=0"]
     words += ["steps=1", "optimizer.warmup_steps=0", "optimizer.lr=1e-30", "carry_moments=true"]
-    words += ["optimizer.name=adamw"]
+    words += ["optimizer.name=adamw", "model.heads=null"]
     given = [f"init_from={tmp_path / 'earlier'}", f"run_dir={tmp_path / 'new'}", f"data.path={data_set}"]
     output = train("demo_256", *words, *given, before=use_earlier_preset).output
     assert "its weights and average, the optimizer's moments too" in output

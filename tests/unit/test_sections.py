@@ -23,7 +23,7 @@ def test_every_field_of_the_backbone_with_its_words() -> None:
 
 
 def test_fields_left_out_are_the_presets() -> None:
-    words = ["model.preset=dit_tiny_deep", "model.mask_dropout=null", "model.position_scale=null"]
+    words = ["model.preset=dit_tiny_deep", "model.heads=null", "model.mask_dropout=null", "model.position_scale=null"]
     config = load("demo_256", words)[0]
     assert config.model.backbone() == preset("dit_tiny_deep")
 
