@@ -14,9 +14,9 @@ from pretrain.demo import HELD_OUT
 
 DATA, PICTURES, PER_TAR = "data/ablation", 2400, 250  # captioned shapes, for 256 px alone
 SHAPES_CAPTION = 12  # tokens of a caption of theirs, about
-# What all studies of them have in common, over the demo's config: positions by token, and guidance.
+# What all studies of them have in common, over the demo's config: the preset's heads, positions by token, and guidance.
 ON_SHAPES = (
-    *(f"data.path={DATA}", HELD_OUT, "preview.every=0", "model.position_scale=1"),
+    *(f"data.path={DATA}", HELD_OUT, "preview.every=0", "model.heads=null", "model.position_scale=1"),
     *("data.caption_dropout=0.1", "preview.guidance=3"),
 )
 

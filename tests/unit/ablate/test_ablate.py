@@ -25,6 +25,7 @@ from pretrain.ablate.table3 import STUDY
 from pretrain.config import load
 from pretrain.models import DiTConfig
 from pretrain.models.cost import count_flops, count_parameters
+from pretrain.models.presets import preset
 
 # ---- the rows ----
 
@@ -322,3 +323,13 @@ def test_the_table_and_its_figure(tmp_path: Path) -> None:
     flops = Study("a study", rows | {"C": Row("other", "A", equal="flops")}, study.scales)
     steps = {row: {seed: c | {"steps": 300} for seed, c in seeds.items()} for row, seeds in cells.items()}
     assert table(flops, steps).splitlines()[3] == "| B | other | 2.50M | 1.00 | 1.50 | 300 | 0.9000 ± 0.4000 |  |"
+
+
+@pytest.mark.parametrize("study", [STUDY, NEIGHBOURS, LESS], ids=lambda study: study.title)
+def test_a_study_of_shapes_has_its_presets_shape_whatever_the_demos_recipe_is(study: Study) -> None:
+    scale = study.scales["tiny"]
+    config = load(scale.config, scale.settings)[0]
+    backbone, usual = config.model.backbone(), preset(config.model.preset)
+    for name in ("width", "heads", "depth", "patch", "position_scale"):
+        assert getattr(backbone, name) == getattr(usual, name), name
+    assert (config.data.caption_dropout, config.preview.guidance) == (0.1, 3.0)
