@@ -65,8 +65,7 @@ def data_commands(
     there = (Path(data) / "dataset.json").exists() and Path(tars).exists()
     python = [sys.executable, "-m"]
     count = ["--pictures", str(pictures), "--small-share", f"{small_share:g}", "--per-tar", str(per_tar)]
-    draw = [*python, "data_prep.shapes", "--output", tars, *count]
-    draw += [] if kinds == KINDS else ["--kinds", *kinds]
+    draw = [*python, "data_prep.shapes", "--output", tars, *count, "--kinds", *kinds]
     encode = [*python, "data_prep.encode", "--input", f"{tars}/*.tar", "--output", data, "--encoders", "tiny"]
     return [encode] if there else [draw, encode]
 
