@@ -132,12 +132,15 @@ class Cluster:
 
     def start_requeued(self, job_id: str, restarts: int = 1, timeout: float = 60) -> None:
         """Wait for a job to be back in the queue, and start it at once, not after the two minutes that it would wait."""
+        self.wait_until_requeued(job_id, restarts, timeout)
+        self._start_soon(job_id)
+
+    def wait_until_requeued(self, job_id: str, restarts: int = 1, timeout: float = 60) -> None:
         deadline = time.monotonic() + timeout
         while (job := self.show(job_id)[0])["JobState"] != "PENDING" or int(job["Restarts"]) < restarts:
             if time.monotonic() > deadline or job["JobState"] not in UNFINISHED:
                 raise TimeoutError(f"job {job_id} is {job['JobState']}, not requeued: {self._log(job)}")
             time.sleep(0.2)
-        self._start_soon(job_id)
 
     def _start_soon(self, job_id: str) -> None:
         """Not in the second in which it was killed: slurmd refuses that. It may have started meanwhile."""
