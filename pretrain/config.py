@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, create_model
 
 from data_prep.encoders import DOWNSAMPLE
-from pretrain.config_files import CONFIGS, KEPT_CONFIG, ConfigError, read_config, read_yaml
-from pretrain.config_problems import explain, field_of
+from pretrain.config_files import CONFIGS, KEPT_CONFIG, ConfigError, ConfigFiles, flatten, read_config, read_yaml
+from pretrain.config_problems import explain, field_of, without_effect
 from pretrain.deepspeed_config import read_deepspeed
 from pretrain.diffusion import EpsilonPrediction, Objective, RectifiedFlow
 from pretrain.models import DiTConfig, preset
@@ -379,10 +379,20 @@ def load(name: str, overrides: list[str] | None = None) -> tuple[Config, dict[st
         problems += [explain(e, Config, RENAMED) for e in error.errors()]
         problems += _contradictions(files.content, error)
     else:
-        problems += config.problems()
+        problems += [*config.problems(), *_without_effect(config, files)]
     if problems:
         raise ConfigError(f"{files.path}:\n" + "\n".join(f"  {p}" for p in problems))
     return config, deepspeed
+
+
+def _without_effect(config: Config, files: ConfigFiles) -> list[str]:
+    """Lists fields that were given for a method that is not chosen."""
+    try:
+        backbone = asdict(config.model.backbone())
+    except ValueError:  # an unknown preset: `Config.problems` says so
+        return []
+    values = flatten({**config.model_dump(), "model": backbone})
+    return without_effect(values, flatten(files.content), files.overrides)
 
 
 def kept_config(run: Path) -> Config:

@@ -48,10 +48,13 @@ class Layer:
 
 @dataclass
 class ConfigFiles:
-    """All layers merged. `deepspeed_changes` are laid over `deepspeed_file`; None where no file is named."""
+    """All layers merged. `overrides` are the values that were laid over the YAMLs, by their dotted names; `deepspeed_changes`
+    are laid over `deepspeed_file`; None where no file is named.
+    """
 
     path: Path
     content: Json
+    overrides: Json = field(default_factory=dict)
     deepspeed_file: Path | None = None
     deepspeed_changes: Json = field(default_factory=dict)
 
@@ -94,6 +97,7 @@ def read_config(
             if "deepspeed" in change:
                 _lay_deepspeed_over(files, _deepspeed(change.pop("deepspeed"), Path(), problems))
             merged = _lay_over(merged, change, replace_mapping=not key.startswith(f"{MAPPING}."))
+            files.overrides |= flatten(change)
         except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
             problems.append(f"{word}: {_one_line(error)}")
     files.content = _resolved(merged, problems)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
@@ -30,6 +30,69 @@ ELSEWHERE = {
     "resume": "none: a run goes on by itself where its run_dir has a checkpoint",
     "gradient_checkpointing": "model.recompute",
 }
+
+
+class Choice(NamedTuple):
+    """A field whose value decides whether others are read.
+
+    Attributes:
+        field: the deciding field.
+        off: its values with which the others have no effect.
+        on: one with which they have, to name as the mend.
+        others: their names; a section's stands for all of its fields.
+        made_later: a YAML may set the others and leave the choice to whoever takes the YAML.
+    """
+
+    field: str
+    off: tuple[Any, ...]
+    on: str
+    others: tuple[str, ...]
+    made_later: bool = False
+
+
+CHOICES = (
+    Choice(
+        "model.mask", ("none",), "release", tuple(f"model.mask_{of}" for of in ("hidden", "previous", "dropout")), True
+    ),
+    Choice("model.ffn", ("uniform", "tapered"), "shared", ("model.shared_width",), True),
+    Choice("model.attention", ("full",), "mediators", ("model.mediators",), True),
+    Choice("model.density", ("dense",), "flexdit", ("model.flexdit",), True),
+    Choice("data.validation", (None,), "0.01", ("data.validation_samples", "logging.validate_every"), True),
+    Choice(
+        "objective.name",
+        ("epsilon",),
+        "flow",
+        ("objective.times", "objective.mean", "objective.std", "objective.shift", "preview.shift"),
+    ),
+    Choice("objective.times", ("uniform",), "logit_normal", ("objective.mean", "objective.std")),
+    Choice("routing.name", ("none",), "tread", ("routing.share", "routing.first", "routing.last", "routing.until")),
+    Choice("alignment.weight", (0,), "0.5", ("alignment.block", "alignment.hidden", "alignment.until")),
+    Choice("optimizer.name", ("adamw",), "muon", ("optimizer.momentum",)),
+)
+
+
+def without_effect(values: Mapping[str, Any], given: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
+    """Lists fields that were given and that nothing reads, as a method that they belong to was not chosen.
+
+    A YAML's are left alone where its method was set aside by name: `optimizer.name=adamw` over a stage of Muon's is no mistake.
+
+    Args:
+        values: all fields, by their dotted names; those of `model` as the preset completes them.
+        given: those that a YAML or an override sets.
+        overrides: those that an override sets.
+    """
+    found: dict[str, str] = {}
+    for choice in CHOICES:
+        if (value := values[choice.field]) not in choice.off:
+            continue
+        named = overrides if choice.made_later or choice.field in given else given
+        others = tuple(f"{other}." for other in choice.others)
+        for name in named:
+            if named[name] is not None and f"{name}.".startswith(others):
+                shown = "null" if value is None else value
+                mend = f"leave it out, or set {choice.field}={choice.on}"
+                found.setdefault(name, f"{name}: has no effect with {choice.field}={shown}; {mend}")
+    return list(found.values())
 
 
 def explain(error: Any, config: type[BaseModel], renamed: Mapping[str, str]) -> str:
