@@ -13,12 +13,19 @@ from support import ROOT, contents
 
 from data_prep import schema
 from data_prep.shapes import write_tars
+from data_prep.worker.claims import read_claim
 from data_prep.worker.parts import whole_parts
 
 pytestmark = pytest.mark.slurm
 
 TARS, PER_TAR = 16, 12
 OPTIONS = "--decoders 1 --claim-timeout 6"
+
+
+def claims_now(root: Path) -> list[bytes]:
+    """What the claims say that tasks hold this very moment; one may be gone before it is read."""
+    claims = (read_claim(path) for path in (root / schema.WORK / "claims").glob("*.claim"))
+    return [claim for claim in claims if claim]
 
 
 def test_an_array_of_four_of_which_one_is_cancelled(cluster, tmp_path: Path) -> None:
@@ -36,11 +43,10 @@ def test_an_array_of_four_of_which_one_is_cancelled(cluster, tmp_path: Path) -> 
     options = ["--array=0-3", "--cpus-per-task=1", "--mem=0", "--gpus-per-node=0"]
     job = cluster.sbatch("slurm/encode.sh", *options, env=environment)
     deadline = time.monotonic() + 200
-    while not (claims := list((root / schema.WORK / "claims").glob("*.claim"))) or not whole_parts(root):
+    while not (claims := claims_now(root)) or not whole_parts(root):
         assert time.monotonic() < deadline, cluster.show(job)
         time.sleep(0.05)
-    # The task that holds a claim this very moment.
-    holder = json.loads(claims[0].read_text())["slurm_job"]
+    holder = json.loads(claims[0])["slurm_job"]
     (victim,) = [t for t in cluster.show(job) if t["JobId"] == holder]
     cluster.command("scancel", f"{victim['ArrayJobId']}_{victim['ArrayTaskId']}")
     cluster.wait(job, timeout=240)

@@ -20,6 +20,12 @@ TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0")
 STAGE = "slurm/stage1_256.sh"
 START_AND_RANK = """
 start, rank = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1, int(os.environ["RANK"])
+def after_the_other():
+    if rank: # the first to end, however late it started
+        (record / "ends").touch()
+    while not (record / "ends").exists():
+        time.sleep(0.05)
+    time.sleep(1 - rank)
 """
 # Ends with 75 on USR1, as training does once it has a checkpoint; in its first start only, the next one runs through.
 STOPPABLE = """
@@ -83,7 +89,7 @@ def come_back(cluster, job: str, timeout: float = 60) -> str:
         "time.sleep(2 * rank); sys.exit(75)",  # one is killed by srun before it can say so
         "sys.exit(75) if rank else os.kill(os.getpid(), 19)",  # one is stopped: it can only be killed
         "os.kill(os.getpid(), 9) if rank else time.sleep(100)",  # one is killed, as by the kernel for its memory
-        "time.sleep(1 - rank); os.kill(os.getpid(), 11) if rank else sys.exit(1)",  # a crash, and what it does to others
+        "after_the_other(); os.kill(os.getpid(), 11) if rank else sys.exit(1)",  # a crash, and what it does to others
     ],
 )
 def test_a_job_that_can_go_on_comes_back(cluster, submit, first_end: str) -> None:
@@ -98,7 +104,7 @@ def test_a_job_that_can_go_on_comes_back(cluster, submit, first_end: str) -> Non
     "end",
     [
         "sys.exit(1)",
-        "time.sleep(1 - rank); sys.exit(1 if rank else 75)",  # an error in one, and the watchdog of the other
+        "after_the_other(); sys.exit(1 if rank else 75)",  # an error in one, and the watchdog of the other
     ],
 )
 def test_an_error_ends_the_job_with_its_code(cluster, submit, end: str) -> None:
