@@ -277,7 +277,7 @@ def test_closing_while_busy() -> None:
         time.sleep(0.05)
     start = time.monotonic()
     pool.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 40, "it waited for its tasks"
     assert children() == []
     for future in futures:
         with pytest.raises(CancelledError):
