@@ -85,11 +85,13 @@ def without_effect(values: Mapping[str, Any], given: Mapping[str, Any], override
     for choice in CHOICES:
         if (value := values[choice.field]) not in choice.off:
             continue
+        if value == 0 and choice.field in overrides:  # the weight of 0 in a sweep of weights
+            continue
         named = overrides if choice.made_later or choice.field in given else given
         others = tuple(f"{other}." for other in choice.others)
         for name in named:
             if named[name] is not None and f"{name}.".startswith(others):
-                shown = "null" if value is None else value
+                shown = {None: "null", 0: "0"}.get(value, value)
                 mend = f"leave it out, or set {choice.field}={choice.on}"
                 found.setdefault(name, f"{name}: has no effect with {choice.field}={shown}; {mend}")
     return list(found.values())

@@ -13,12 +13,14 @@ from pretrain.models import PRESETS, DiTConfig, preset
 from pretrain.models.mixers.flexdit import FlexDiTSection
 from pretrain.models.mixers.mediators import MediatorsSection
 
+FLEXDIT = ("model.preset=dit_tiny_deep", "model.density=flexdit")
+
 
 def test_every_field_of_the_backbone_with_its_words() -> None:
     own = {"preset", "recompute", "compile", "fp8"}
     assert set(ModelSection.model_fields) - own == {f.name for f in fields(DiTConfig)}
     assert ModelSection.model_fields["depth"].description == "Blocks."
-    section = load("demo_256", ["model.flexdit.sparsity=[0.3,0.8]"])[0].model.flexdit  # type: ignore[attr-defined]
+    section = load("demo_256", [*FLEXDIT, "model.flexdit.sparsity=[0.3,0.8]"])[0].model.flexdit  # type: ignore[attr-defined]
     assert section.model_fields_set == {"sparsity"}
 
 
@@ -33,10 +35,10 @@ def test_fields_left_out_are_the_presets() -> None:
     [
         (["model.depth=3"], "depth", 3),
         (["model.position_scale=[1.0,2.0]"], "position_scale", (1.0, 2.0)),
-        (["model.mediators.numbers=[1]"], "mediators", MediatorsSection((1,))),
-        (["model.flexdit.split=[1,1,1,1]"], "flexdit", FlexDiTSection((1, 1, 1, 1), (0.61, 0.86))),
-        (["model.flexdit.sparsity=[0.3,0.8]"], "flexdit", FlexDiTSection(None, (0.3, 0.8))),
-        (["model.flexdit.grid=[8,8]"], "flexdit", FlexDiTSection(grid=(8, 8))),
+        (["model.attention=mediators", "model.mediators.numbers=[1]"], "mediators", MediatorsSection((1,))),
+        ([*FLEXDIT, "model.flexdit.split=[1,1,3,1]"], "flexdit", FlexDiTSection((1, 1, 3, 1), (0.61, 0.86))),
+        ([*FLEXDIT, "model.flexdit.sparsity=[0.3,0.8]"], "flexdit", FlexDiTSection(None, (0.3, 0.8))),
+        ([*FLEXDIT, "model.flexdit.grid=[8,8]"], "flexdit", FlexDiTSection(grid=(8, 8))),
     ],
 )
 def test_one_field_overrides_the_presets_and_leaves_its_neighbours(words, name, value) -> None:
