@@ -85,7 +85,7 @@ def without_effect(values: Mapping[str, Any], given: Mapping[str, Any], override
     for choice in CHOICES:
         if (value := values[choice.field]) not in choice.off:
             continue
-        if value == 0 and choice.field in overrides:  # the weight of 0 in a sweep of weights
+        if choice.field in overrides and not isinstance(value, str):  # switched off by 0 or null, as in a sweep
             continue
         named = overrides if choice.made_later or choice.field in given else given
         others = tuple(f"{other}." for other in choice.others)

@@ -145,7 +145,7 @@ def test_a_check_looks_at_what_a_start_begins_with(
     for name in (*TORCH, "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     init = f"init_from={uninterrupted if start == 'another model' else tmp_path / 'nowhere'}"
-    words = [*WORDS, f"data.path={data_set}", f"run_dir={tmp_path / 'fresh'}", init, "model.preset=dit_tiny"]
+    words = [*WORDS, f"data.path={data_set}", f"run_dir={tmp_path / 'fresh'}", init, "model.ffn=tapered"]
     assert main(["demo_256", *words, "--check"]) == 1
     said = capsys.readouterr().out
     assert "demo_256: 1 problem\n" in said
@@ -153,6 +153,6 @@ def test_a_check_looks_at_what_a_start_begins_with(
         assert f"  problem  init_from: no run at {tmp_path / 'nowhere'}" in said
     else:
         assert " is of another model:\n" in said
-        assert "             model.preset: there focusdit_tiny, here dit_tiny\n" in said
+        assert "             model.ffn: there shared, here tapered\n" in said
         assert "more" not in said
     assert not (tmp_path / "fresh").exists()

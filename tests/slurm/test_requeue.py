@@ -27,11 +27,14 @@ def after_the_other():
         time.sleep(0.05)
     time.sleep(1 - rank)
 """
-# Ends with 75 on USR1, as training does once it has a checkpoint; in its first start only, the next one runs through.
+# Ends with 75 on USR1, as training does once it has a checkpoint, all tasks together: srun kills those that are left. In its
+# first start only, the next one runs through.
 STOPPABLE = """
     import signal
     def stop(number, frame):
         (record / f"signal-{number}-{rank}").touch()
+        while not (record / f"signal-{number}-{1 - rank}").exists():
+            time.sleep(0.05)
         sys.exit(75)
     signal.signal(signal.SIGUSR1, stop)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

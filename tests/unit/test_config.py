@@ -294,7 +294,7 @@ DIT = ["model.preset=dit_tiny", "model.heads=null"]
         (["model.ffn=tapered", "model.shared_width=3"], "model.shared_width: has no effect with model.ffn=tapered"),
         ([*DIT, "model.mask_hidden=[8]"], "model.mask_hidden: has no effect with model.mask=none"),
         ([*DIT, "model.mask=release", "model.mask_hidden=[8]"], None),
-        (["alignment.weight=0", "alignment.block=1"], None),
+        (["alignment.weight=0", "alignment.block=1", "data.validation=null", "logging.validate_every=5"], None),
         (["model.flexdit.grid=null", "data.validation=0.1", "data.validation_samples=16"], None),
     ],
 )  # fmt: skip
