@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,7 @@ def files(*folders: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob("*.py"))
 
 
+@cache
 def imports(path: str) -> set[str]:
     """Every module that the file imports anywhere in it, by its full name; of `from a import b` both a and a.b."""
     return imports_of((ROOT / path).read_text(), path)
