@@ -52,12 +52,16 @@ class Choice(NamedTuple):
 
 CHOICES = (
     Choice(
-        "model.mask", ("none",), "release", tuple(f"model.mask_{of}" for of in ("hidden", "previous", "dropout")), True
+        "model.mask",
+        ("none",),
+        "release",
+        ("model.mask_hidden", "model.mask_previous", "model.mask_dropout"),
+        made_later=True,
     ),
-    Choice("model.ffn", ("uniform", "tapered"), "shared", ("model.shared_width",), True),
-    Choice("model.attention", ("full",), "mediators", ("model.mediators",), True),
-    Choice("model.density", ("dense",), "flexdit", ("model.flexdit",), True),
-    Choice("data.validation", (None,), "0.01", ("data.validation_samples", "logging.validate_every"), True),
+    Choice("model.ffn", ("uniform", "tapered"), "shared", ("model.shared_width",), made_later=True),
+    Choice("model.attention", ("full",), "mediators", ("model.mediators",), made_later=True),
+    Choice("model.density", ("dense",), "flexdit", ("model.flexdit",), made_later=True),
+    Choice("data.validation", (None,), "0.01", ("data.validation_samples", "logging.validate_every"), made_later=True),
     Choice(
         "objective.name",
         ("epsilon",),
@@ -75,6 +79,7 @@ def without_effect(values: Mapping[str, Any], given: Mapping[str, Any], override
     """Lists fields that were given and that nothing reads, as a method that they belong to was not chosen.
 
     A YAML's are left alone where its method was set aside by name: `optimizer.name=adamw` over a stage of Muon's is no mistake.
+    An override's, too, where a number or null sets it aside, as in a sweep of `alignment.weight` that begins with 0.
 
     Args:
         values: all fields, by their dotted names; those of `model` as the preset completes them.
@@ -85,7 +90,7 @@ def without_effect(values: Mapping[str, Any], given: Mapping[str, Any], override
     for choice in CHOICES:
         if (value := values[choice.field]) not in choice.off:
             continue
-        if choice.field in overrides and not isinstance(value, str):  # switched off by 0 or null, as in a sweep
+        if choice.field in overrides and not isinstance(value, str):
             continue
         named = overrides if choice.made_later or choice.field in given else given
         others = tuple(f"{other}." for other in choice.others)

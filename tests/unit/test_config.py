@@ -10,6 +10,7 @@ from support import complaint, starts
 from pretrain import config as configs
 from pretrain.config import Config, geometry, load, upgrade
 from pretrain.config_files import CONFIGS, ConfigError, flatten, known, read_yaml
+from pretrain.config_problems import CHOICES
 from pretrain.diffusion import EpsilonPrediction, RectifiedFlow
 from pretrain.handover import Encoding, problems
 from pretrain.models import PRESETS, DiT
@@ -304,6 +305,12 @@ def test_an_override_without_effect_is_refused(overrides, line):
         load("demo_256", overrides)
     else:
         assert [said.startswith(line) for said in complaint(*overrides)].count(True) == 1
+
+
+def test_the_choices_are_fields_of_the_config():
+    for path in [path for choice in CHOICES for path in (choice.field, *choice.others)]:
+        section, name = path.split(".")
+        assert name in Config.model_fields[section].annotation.model_fields, path
 
 
 def test_a_yaml_whose_fields_nothing_reads_is_refused(tmp_path):
