@@ -102,7 +102,8 @@ class DataSection(Section):
     cache: Path | None = None
     """Folder on each node's own disk for shards that are fetched or decompressed; a local, uncompressed set needs none."""
     cache_limit: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(mb|gb|tb)$")] | None = None
-    """Largest size of the cache, such as 500gb; shards unused for longest are removed. By default all are kept."""
+    """Largest size of the cache, such as 500gb; shards unused for longest are removed. By default all are kept. Each loader
+    process may have two shards more there for a while."""
     caption_dropout: Share = 0.1
     """Share of captions replaced by the null text, for classifier-free guidance."""
     workers: NotNegative = 4

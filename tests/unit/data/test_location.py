@@ -108,8 +108,8 @@ def test_a_cache_for_plain_shards_and_its_limit(tmp_path: Path) -> None:
     assert sorted(k for keys, _ in keys_and_text(loader) for k in keys) == sorted(
         k for keys, _ in expected for k in keys
     )
-    # streaming fetches ahead in a thread of its own: one shard more may be there for a while.
-    most = limit * 2**20 + max(p.stat().st_size for p in root.rglob("*.mds"))
+    # streaming makes room for one shard in each of three threads, which fetch ahead, fetch what is gone again, and read.
+    most = limit * 2**20 + 2 * max(p.stat().st_size for p in root.rglob("*.mds"))
     assert 0 < sum(p.stat().st_size for p in loader.root.rglob("*.mds")) <= most
     assert contents(root) == before
     shard = next(root.rglob("*.mds"))
