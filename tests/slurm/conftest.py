@@ -131,11 +131,12 @@ class Cluster:
         return JobResult(job["JobState"], code or (signal and 128 + signal), self._log(job))
 
     def start_requeued(self, job_id: str, restarts: int = 1, timeout: float = 60) -> None:
-        """Wait for a job to be back in the queue, and start it at once, not after the two minutes that it would wait."""
+        """Start a job, once it is back in the queue, at once."""
         self.wait_until_requeued(job_id, restarts, timeout)
         self._start_soon(job_id)
 
     def wait_until_requeued(self, job_id: str, restarts: int = 1, timeout: float = 60) -> None:
+        """Wait for a job to be back in the queue, where it then stays for two minutes."""
         deadline = time.monotonic() + timeout
         while (job := self.show(job_id)[0])["JobState"] != "PENDING" or int(job["Restarts"]) < restarts:
             if time.monotonic() > deadline or job["JobState"] not in UNFINISHED:
